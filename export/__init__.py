@@ -1,0 +1,1 @@
+"""From a torch module to ONNX and OpenVINO IR, with proof that all three compute the same."""

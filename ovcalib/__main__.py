@@ -1,0 +1,3 @@
+from ovcalib.cli import main
+
+main()

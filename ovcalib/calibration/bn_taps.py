@@ -1,0 +1,188 @@
+"""Reading the statistics at the input of every BatchNorm layer, forwards and backwards, at little more than the
+network's own cost."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ovcalib.errors import ModelError
+
+# Statistics that training never touched.
+UNTRAINED = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One BatchNorm layer: its stored statistics and the affine map that it computes in eval mode.
+
+    mean0, var0    [C]
+    scale, shift   [C], output = input * scale + shift
+    """
+
+    name: str
+    module: nn.Module
+    mean0: Tensor
+    var0: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def find_layers(module: nn.Module, name: str) -> list[Layer]:
+    """The BatchNorm layers of a network that remember their training data.
+
+    BatchNorm of any dimension, SyncBatchNorm, InstanceNorm that tracks statistics, and torchvision's
+    FrozenBatchNorm2d count; layers with track_running_stats=False remember nothing and are passed over.
+    raises   ModelError that says what to use instead, where there is none, or training never reached them
+    """
+    layers = []
+    for path, child in module.named_modules():
+        mean, var = getattr(child, "running_mean", None), getattr(child, "running_var", None)
+        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+            continue
+        if not isinstance(child, _NormBase) and type(child).__name__ != "FrozenBatchNorm2d":
+            continue
+        weight, bias = getattr(child, "weight", None), getattr(child, "bias", None)
+        scale = (var + float(child.eps)).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        layers.append(Layer(path, child, mean.detach(), var.detach(), scale.detach(), shift.detach()))
+    if not layers:
+        raise ModelError(
+            f"{name} has no BatchNorm layer with stored statistics, so there is nothing to invert: they are folded "
+            "into the convolutions (deployed RepVGG, ONNX), or the network has none (ViT, ConvNeXt). Give the model in "
+            "its training form, or calibrate with fractal or real:DATA."
+        )
+    if all((la.mean0 == UNTRAINED[0]).all() and (la.var0 == UNTRAINED[1]).all() for la in layers):
+        raise ModelError(
+            f"The BatchNorm statistics of {name} are those of a new network (mean 0, variance 1): it was never "
+            "trained, or its weights were not loaded. Pass --weights."
+        )
+    return layers
+
+
+class _BatchNormWithMoments(torch.autograd.Function):
+    """input * scale + shift, and the first two moments of every image and channel.
+
+    Written out because autograd would go through every activation five more times: the gradients of the moments are
+    added where the gradient of the affine map is made. Images are handled one by one so that each stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = _flat(x)
+        out, flat_out = _empty_channels_last(x.shape, x)
+        mean, square = x.new_empty(2, len(x), x.shape[1])
+        for i, image in enumerate(flat):
+            torch.mean(image, 0, out=mean[i])
+            torch.mean(image.square(), 0, out=square[i])
+            torch.addcmul(shift, image, scale, out=flat_out[i])
+        ctx.save_for_backward(flat, scale)
+        return out, mean, square
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient, of_mean, of_square = gradients
+        flat, scale = ctx.saved_tensors
+        flat_gradient = _flat(gradient)
+        out, flat_out = _empty_channels_last(gradient.shape, gradient)
+        constant, linear = of_mean / flat.shape[1], of_square * (2 / flat.shape[1])
+        for i, image in enumerate(flat):
+            torch.addcmul(constant[i], image, linear[i], out=flat_out[i])
+            flat_out[i].addcmul_(flat_gradient[i], scale)
+        return out, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[N, C, ...] as contiguous [N, positions, C]; no copy where x is channels-last."""
+    return x.movedim(1, -1).reshape(len(x), -1, x.shape[1]).contiguous()
+
+
+def _empty_channels_last(shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A new channels-last tensor, and its memory as [N, positions, C]."""
+    # A tensor of its own with these strides, not a view of `flat`: networks work on it in place.
+    inner = torch.empty((shape[0], *shape[2:], shape[1]), device="meta").movedim(-1, 1)
+    tensor = torch.empty_strided(shape, inner.stride(), dtype=like.dtype, device=like.device)
+    return tensor, tensor.movedim(1, -1).view(shape[0], -1, shape[1])
+
+
+@dataclass
+class Moments:
+    """What one forward pass left at the input of one layer.
+
+    mean, square   [N, C], mean and mean square of each image
+    positions      values an image and channel
+    """
+
+    layer: Layer
+    mean: Tensor
+    square: Tensor
+    positions: int
+
+
+@dataclass
+class Taps:
+    """The moments of the last forward pass, in execution order."""
+
+    moments: list[Moments] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.moments.clear()
+
+
+@contextmanager
+def tapped(layers: list[Layer]) -> Iterator[Taps]:
+    """Let the layers record their inputs' moments; they are as they were afterwards, whatever happens."""
+    taps = Taps()
+
+    def recording(layer: Layer) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            out, mean, square = _BatchNormWithMoments.apply(x, layer.scale, layer.shift)
+            taps.moments.append(Moments(layer, mean, square, math.prod(x.shape[2:])))
+            return out  # type: ignore[no-any-return]
+
+        return forward
+
+    try:
+        for layer in layers:
+            layer.module.forward = recording(layer)
+        yield taps
+    finally:
+        for layer in layers:
+            layer.module.__dict__.pop("forward", None)
+        taps.clear()
+
+
+# glibc's names and defaults: free memory at the top of the heap that is given back, and blocks that are mapped.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_TRIM_DEFAULT, _MMAP_DEFAULT = 128 * 1024, 65536
+
+
+@contextmanager
+def large_blocks_kept() -> Iterator[None]:
+    """Let glibc keep freed memory: mapping and unmapping activations at every step costs more than the network.
+
+    Everything is given back at the end. Elsewhere than on glibc this does nothing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _MMAP_DEFAULT)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_DEFAULT)
+        malloc_trim(0)

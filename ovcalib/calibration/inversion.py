@@ -1,0 +1,698 @@
+"""Images from a network's memory: the engine behind zeroq, dsg, intraq, dgh and bn-inversion.
+
+Pixels are optimised until the inputs of the BatchNorm layers have the statistics that training left there. The methods
+differ along a few axes, which are the fields of `InversionOptions`; each method is a file with its own defaults.
+
+Differences from all the published codes, on purpose:
+- Statistics are read at the *inputs of the BatchNorm layers*. Codes that hook convolutions pair them wrongly wherever
+  their order or number differs.
+- With per-sample statistics each image has its own learning rate, so an image does not depend on its neighbours in the
+  batch.
+- Everything random is drawn from (seed, image) or (seed, step, batch), so a run that was interrupted continues to the
+  same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovcalib.calibration import bn_losses as losses
+from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large_blocks_kept, tapped
+from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
+from ovcalib.calibration.sources import Generated, Request
+from ovcalib.data.preprocessing import Preprocessing
+from ovcalib.errors import ModelError
+from ovcalib.rundir import write_atomically
+
+CHECKPOINT_EVERY_S = 20.0
+
+# Gaussian of sigma 1.25 on 3x3 positions, as DGH smooths.
+_ONE_DIMENSION = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * 1.25**2))
+SMOOTHING = torch.outer(_ONE_DIMENSION, _ONE_DIMENSION) / _ONE_DIMENSION.sum() ** 2
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """
+    budget          quick, standard or paper: fills in what is None below
+    steps           optimisation steps of every image
+    batch           images that go through the network together
+
+    scope           statistics of each sample, of each batch, or of the whole set
+    spread          what is compared beside the mean: standard deviation or variance
+    unbiased        spread with n - 1 in the denominator
+    reduction       sum or mean over the channels of a layer
+    spread_weight   weight of the spread against the mean
+    input_layer     compare the images themselves with mean 0 and std 1, as one more layer
+    slack           share of channels (0..1) whose deviation, measured on noise, costs nothing in each layer
+    enhance         count layer j twice for image j
+
+    pipeline        what images go through at every step: nothing, smooth-augment (blur, flip, crop), or local-object
+                    (a random enlarged part, flipped)
+    extra_pixels    how much larger than the network's input the optimised images are, for the crop
+    enlarge         local-object: smallest share of the area that is enlarged
+    clip            keep what the network sees between black and white, straight through for the gradient
+
+    output          output loss: none, stretch (widen the range of the outputs), or labels (soft inception)
+    output_weight   weight of the output loss against the statistics
+    delta           stretch: deviation at the last BatchNorm that costs nothing
+    confidence      labels: smallest target probability of the label
+    lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
+    distance_weight labels: weight of that distance
+
+    init            where images start: gaussian noise, uniform noise, or fractal pictures
+    optimizer       adam or radam
+    rate            learning rate, in units of the normalised input
+    schedule        plateau, plateau-reset (as DGH: forgets the best loss at every cut), or cosine
+    patience        plateau: steps without improvement before the rate is cut
+    factor          plateau: what the rate is multiplied with
+    refresh         after a step, measure the batch again for the statistics of the set (the paper's algorithm) instead
+                    of keeping what was measured before the step (the authors' code)
+    """
+
+    budget: Literal["quick", "standard", "paper"] = "quick"
+    steps: int | None = None
+    batch: int | None = None
+
+    scope: Literal["sample", "batch", "set"] = "set"
+    spread: Literal["std", "var"] = "std"
+    unbiased: bool = False
+    reduction: Literal["sum", "mean"] = "mean"
+    spread_weight: float = 1.0
+    input_layer: bool = True
+    slack: float = 0.0
+    enhance: bool = False
+
+    pipeline: Literal["none", "smooth-augment", "local-object"] = "none"
+    extra_pixels: int | None = None
+    enlarge: float = 0.5
+    clip: bool = False
+
+    output: Literal["none", "stretch", "labels"] = "none"
+    output_weight: float = 1.0
+    delta: float = 0.5
+    confidence: float = 0.95
+    lower: float = 0.05
+    upper: float = 0.8
+    distance_weight: float = 1.0
+
+    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
+    optimizer: Literal["adam", "radam"] = "adam"
+    rate: float | None = None
+    schedule: Literal["plateau", "plateau-reset", "cosine"] = "plateau"
+    patience: int | None = None
+    factor: float = 0.1
+    refresh: bool = False
+
+    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if not 0 <= self.slack < 1:
+            raise ValueError(f"slack is {self.slack}, but must lie in [0, 1)")
+        if self.extra_pixels is not None and self.extra_pixels < 0:
+            raise ValueError(f"extra_pixels is {self.extra_pixels}, but must not be negative")
+
+
+Options = TypeVar("Options", bound=InversionOptions)
+
+
+def resolve(options: Options, side: int) -> Options:
+    """The options with what the budget and the image size decide filled in.
+
+    side   shorter side of the network's input, pixels
+    """
+    values = options.BUDGETS[options.budget]
+    filled = {name: value for name, value in values.items() if getattr(options, name) is None}
+    if options.extra_pixels is None:
+        # 32 pixels at 224, as published; in proportion elsewhere.
+        filled["extra_pixels"] = round(side / 7) if options.pipeline == "smooth-augment" else 0
+    return dataclasses.replace(options, **filled)
+
+
+def invert(request: Request, options: InversionOptions) -> Generated:
+    """Images of the network's domain whose statistics are those of its training data.
+
+    raises   ModelError for a network without usable BatchNorm layers
+    """
+    assert request.module is not None
+    options = resolve(options, min(request.spec.input_shape[1:]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = request.module.to(device).eval().requires_grad_(False)
+    if device.type == "cpu":
+        module = module.to(memory_format=torch.channels_last)
+    layers = find_layers(module, request.spec.name)
+    labels = None
+    if options.output == "labels":
+        if request.spec.num_classes is None:
+            raise ModelError(
+                f"{request.spec.name} has no class logits, which this method needs. Use dgh or bn-inversion."
+            )
+        labels = torch.arange(request.count) % request.spec.num_classes
+    with large_blocks_kept(), tapped(layers) as taps, torch.enable_grad():
+        run = Run(request, options, module, layers, taps, labels, device)
+        images = run.all_steps()
+        with torch.no_grad():
+            argmax = pseudo_labels(request, module, images, options.batch or 1, device) if labels is None else None
+    module.cpu()
+    given = labels if labels is not None else argmax
+    return Generated(
+        images=images.numpy(),
+        domain="network",
+        labels=None if given is None else given.numpy().astype(np.int64),
+        label_origin="method" if labels is not None else None if argmax is None else "pseudo",
+        options=dataclasses.asdict(options),
+        warnings=run.warnings(),
+    )
+
+
+def pseudo_labels(
+    request: Request, module: nn.Module, images: Tensor, batch: int, device: torch.device
+) -> Tensor | None:
+    """The model's own argmax, int64 [N]; None where its output is not class logits."""
+    if request.spec.num_classes is None:
+        return None
+    return torch.cat([module(part.to(device)).argmax(1).cpu() for part in torch.split(images, batch)])
+
+
+# Pictures: what happens between the optimised pixels and the network -----------------------------------------
+
+
+def smooth(images: Tensor) -> Tensor:
+    """3x3 Gaussian blur with zero padding, channel by channel, [N, C, H, W]."""
+    channels = images.shape[1]
+    kernel = SMOOTHING.to(images).expand(channels, 1, 3, 3)
+    return F.conv2d(images, kernel, padding=1, groups=channels)
+
+
+def clip_straight_through(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values between black and white; the gradient passes as if nothing had been clipped."""
+    return images + (images.clamp(low, high) - images).detach()
+
+
+def smooth_augment(images: Tensor, rng: np.random.Generator, height: int, width: int) -> Tensor:
+    """Blur, one flip for the whole batch with probability 0.5, one random crop (DGH, section 3.3)."""
+    images = smooth(images)
+    if rng.random() < 0.5:
+        images = images.flip(-1)
+    top, left = (int(rng.integers(extra + 1)) for extra in (images.shape[-2] - height, images.shape[-1] - width))
+    return images[..., top : top + height, left : left + width]
+
+
+def local_object(images: Tensor, rng: np.random.Generator, smallest: float) -> Tensor:
+    """With probability 0.5 a random part of each image, enlarged to its size, and a flip (IntraQ, section 3.2)."""
+    if rng.random() < 0.5:
+        return images
+    n, _, height, width = images.shape
+    side = np.sqrt(rng.uniform(smallest, 1.0, n))
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), n) / 2)
+    size = np.clip(np.stack((side * aspect, side / aspect), 1), 0, 1)
+    shift = rng.uniform(-1, 1, (n, 2)) * (1 - size)
+    flip = np.where(rng.random(n) < 0.5, -1.0, 1.0)
+    matrices = np.zeros((n, 2, 3), np.float32)
+    matrices[:, 0, 0], matrices[:, 1, 1] = size[:, 0] * flip, size[:, 1]
+    matrices[:, :, 2] = shift
+    grid = F.affine_grid(torch.from_numpy(matrices).to(images), [n, 1, height, width], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
+
+
+def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def start(options: InversionOptions, request: Request, indices: Sequence[int]) -> Tensor:
+    """Where the images with these indices start, float32 [K, C, H + extra, W + extra], each from its own seed."""
+    c, h, w = request.spec.input_shape
+    shape = (c, h + (options.extra_pixels or 0), w + (options.extra_pixels or 0))
+    generators = [np.random.default_rng((request.seed, 0, i)) for i in indices]
+    if options.init == "gaussian":
+        return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
+    if options.init == "uniform":
+        low, high = (bound[:, None, None] for bound in request.spec.preprocessing.input_range())
+        return torch.from_numpy(np.stack([g.uniform(low, high, shape).astype(np.float32) for g in generators]))
+    return torch.from_numpy(_fractals(request, shape, indices))
+
+
+def _fractals(request: Request, shape: tuple[int, int, int], indices: Sequence[int]) -> Any:
+    from ovcalib.calibration import fractal
+
+    larger: Preprocessing = request.spec.preprocessing.model_copy(update={"height": shape[1], "width": shape[2]})
+    spec = request.spec.model_copy(update={"input_shape": shape, "preprocessing": larger})
+    pixels = fractal.pictures(spec, request.seed, indices, fractal.Options())
+    return larger.normalise(pixels)
+
+
+# Optimisers: Adam and RAdam with a learning rate for each image ----------------------------------------------
+
+
+@dataclass
+class Batch:
+    """The state of the images that are optimised together.
+
+    images               [K, C, H + extra, W + extra]
+    first, second        moments of the gradient
+    rate                 [K], or [1] where the batch has one loss
+    best, stale          loss to beat and steps since it was beaten, shaped like rate
+    """
+
+    indices: list[int]
+    images: Tensor
+    first: Tensor
+    second: Tensor
+    rate: Tensor
+    best: Tensor
+    stale: Tensor
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("indices", "step")}
+
+
+def new_batch(images: Tensor, indices: list[int], rate: float, per_image: bool) -> Batch:
+    values = torch.full((len(indices) if per_image else 1,), rate)
+    return Batch(
+        indices, images, torch.zeros_like(images), torch.zeros_like(images),
+        values, torch.full_like(values, torch.inf), torch.zeros_like(values),
+    )  # fmt: skip
+
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def adam_direction(first: Tensor, second: Tensor, step: int) -> Tensor:
+    """Adam's step before the learning rate (Kingma & Ba 2015, algorithm 1); step counts from 1."""
+    return (first / (1 - BETA1**step)) / ((second / (1 - BETA2**step)).sqrt() + EPSILON)
+
+
+def radam_direction(first: Tensor, second: Tensor, step: int) -> Tensor:
+    """Rectified Adam's step before the learning rate (Liu et al. 2020, algorithm 2); step counts from 1."""
+    longest = 2 / (1 - BETA2) - 1
+    length = longest - 2 * step * BETA2**step / (1 - BETA2**step)
+    corrected = first / (1 - BETA1**step)
+    if length <= 5:  # the variance of the adaptive rate is not tractable yet: plain momentum
+        return corrected
+    rectification = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+    return corrected * (math.sqrt(1 - BETA2**step) * rectification) / (second.sqrt() + EPSILON)
+
+
+def descend(batch: Batch, gradient: Tensor, optimizer: str, scale: float) -> None:
+    """One step of the optimiser, in place; `scale` multiplies the learning rate."""
+    batch.step += 1
+    batch.first.lerp_(gradient, 1 - BETA1)
+    batch.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    direction = {"adam": adam_direction, "radam": radam_direction}[optimizer](batch.first, batch.second, batch.step)
+    batch.images -= direction * (scale * batch.rate.to(direction)).view(-1, 1, 1, 1)
+
+
+def cut_on_plateau(batch: Batch, loss: Tensor, patience: int, factor: float, smallest: float, reset: bool) -> None:
+    """Multiply the rate by `factor` after more than `patience` steps without an improvement of 1e-4, relatively.
+
+    loss   shaped like batch.rate
+    """
+    better = loss < batch.best * (1 - 1e-4)
+    batch.best = torch.where(better, loss, batch.best)
+    batch.stale = torch.where(better, torch.zeros_like(batch.stale), batch.stale + 1)
+    cut = batch.stale > patience
+    batch.rate = torch.where(cut, (batch.rate * factor).clamp_min(smallest), batch.rate)
+    batch.stale = torch.where(cut, torch.zeros_like(batch.stale), batch.stale)
+    if reset:
+        batch.best = torch.where(cut, torch.full_like(batch.best, torch.inf), batch.best)
+
+
+# Statistics of the whole set ---------------------------------------------------------------------------------
+
+
+class SetStatistics:
+    """Moments of all batches, so that one batch can be optimised for the statistics of the whole set.
+
+    The aggregate is exact whatever the sizes of the batches: moments are weighted with their share of the images.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.sums: list[list[Tensor]] = []
+
+    def put(self, number: int, moments: Sequence[Moments]) -> None:
+        """Store the moments of a batch, in place of its earlier ones."""
+        share = len(moments[0].mean) / self.total
+        new = [(m.mean.detach().double().mean(0) * share, m.square.detach().double().mean(0) * share) for m in moments]
+        if not self.sums:
+            self.sums = [[torch.zeros_like(mean), torch.zeros_like(square)] for mean, square in new]
+        old = self.parts.get(number)
+        for layer, (mean, square) in enumerate(new):
+            self.sums[layer][0] += mean - (old[layer][0] if old else 0)
+            self.sums[layer][1] += square - (old[layer][1] if old else 0)
+        self.parts[number] = new
+
+    def with_live(self, number: int, moments: Sequence[Moments]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and mean square of the whole set, each [1, C], in which the batch's own part carries the gradient."""
+        share = len(moments[0].mean) / self.total
+        result = []
+        for layer, m in enumerate(moments):
+            rest = [s - p for s, p in zip(self.sums[layer], self.parts[number][layer], strict=True)]
+            mean = rest[0].to(m.mean) + m.mean.mean(0) * share
+            square = rest[1].to(m.square) + m.square.mean(0) * share
+            result.append((mean[None], square[None]))
+        return result
+
+
+# The loop ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One run of the engine."""
+
+    request: Request
+    options: InversionOptions
+    module: nn.Module
+    layers: list[Layer]
+    taps: Taps
+    labels: Tensor | None
+    device: torch.device
+    batches: dict[int, Batch] = field(default_factory=dict)
+    finished: dict[int, Tensor] = field(default_factory=dict)
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        o = self.options
+        assert o.batch is not None
+        _, self.height, self.width = self.request.spec.input_shape
+        indices = list(range(self.request.count))
+        self.groups = [indices[i : i + o.batch] for i in range(0, len(indices), o.batch)]
+        low, high = self.request.spec.preprocessing.input_range()
+        self.low, self.high = (
+            torch.from_numpy(bound).float().to(self.device)[None, :, None, None] for bound in (low, high)
+        )
+        self.statistics = SetStatistics(self.request.count)
+        self.margins = self.noise_margins() if o.slack > 0 else None
+        self.centres: dict[int, tuple[Tensor, int]] = {}
+        self.saved = time.monotonic()
+
+    def all_steps(self) -> Tensor:
+        """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
+        o = self.options
+        assert o.steps is not None
+        self.load_checkpoint()
+        try:
+            if o.scope == "set":
+                self.joint_steps(o.steps)
+            else:
+                for number in range(len(self.groups)):
+                    if number in self.finished:
+                        continue
+                    self.open(number)
+                    while self.batches[number].step < o.steps:
+                        self.advance(number, number * o.steps + self.batches[number].step)
+                    self.close(number)
+        except KeyboardInterrupt:
+            self.save_checkpoint()
+            raise
+        return torch.cat([self.finished[number] for number in range(len(self.groups))])
+
+    def joint_steps(self, steps: int) -> None:
+        """Every batch once an iteration, in a new random order; statistics are those of all of them."""
+        count = len(self.groups)
+        for number in range(count):
+            if number not in self.batches:
+                self.open(number)
+        for number in range(count):
+            with torch.no_grad():
+                self.measure(self.final(self.batches[number].images))
+                self.statistics.put(number, self.taps.moments)
+        first = min(batch.step for batch in self.batches.values())
+        for iteration in range(first, steps):
+            order = np.random.default_rng((self.request.seed, 1, iteration)).permutation(count)
+            for place, number in enumerate(order):
+                if self.batches[int(number)].step == iteration:  # else done before an interruption
+                    self.advance(int(number), iteration * count + place)
+        for number in range(count):
+            self.close(number)
+
+    def open(self, number: int) -> None:
+        if number in self.batches:  # from a checkpoint
+            return
+        o = self.options
+        assert o.rate is not None
+        images = start(o, self.request, self.groups[number]).to(self.device)
+        if self.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.batches[number] = new_batch(images, self.groups[number], o.rate, o.scope == "sample")
+
+    def close(self, number: int) -> None:
+        """Keep what the network will see of a batch, and drop the rest."""
+        with torch.no_grad():
+            batch = self.batches.pop(number)
+            self.finished[number] = self.final(batch.images).cpu().contiguous()
+            if self.labels is not None:
+                self.update_centres(batch)
+
+    # One step
+
+    def advance(self, number: int, done: int) -> None:
+        """One optimisation step of one batch."""
+        o, batch = self.options, self.batches[number]
+        assert o.steps is not None
+        rng = np.random.default_rng((self.request.seed, 2, batch.step, number))
+        images = batch.images.detach().requires_grad_()
+        outputs = self.measure(self.view(images, rng))
+        value = self.loss(number, batch, outputs, rng)
+        (gradient,) = torch.autograd.grad(value.sum(), images)
+        scale = 0.5 * (1 + np.cos(np.pi * batch.step / o.steps)) if o.schedule == "cosine" else 1.0
+        if o.scope == "set" and not o.refresh:
+            self.statistics.put(number, self.taps.moments)
+        with torch.no_grad():
+            descend(batch, gradient, o.optimizer, scale)
+            if o.schedule != "cosine":
+                loss = value.detach() if o.scope == "sample" else value.detach().sum()[None]
+                assert o.patience is not None
+                cut_on_plateau(batch, loss.cpu(), o.patience, o.factor, 1e-4, o.schedule == "plateau-reset")
+            if o.scope == "set" and o.refresh:
+                self.measure(self.final(batch.images))
+                self.statistics.put(number, self.taps.moments)
+        mean = float(value.detach().sum()) / (len(value) if o.scope == "sample" else 1)
+        if not np.isfinite(mean):
+            raise ModelError(
+                f"The loss of {self.request.spec.name} became {mean} at step {batch.step}. "
+                "Lower the rate with -O rate=..."
+            )
+        self.history.append((time.monotonic(), mean))
+        total = len(self.groups) * o.steps
+        self.request.tick(round(self.request.count * (done + 1) / total), f"loss {mean:.4g}")
+        if time.monotonic() - self.saved > CHECKPOINT_EVERY_S:
+            self.save_checkpoint()
+
+    def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """What the network sees of the images at a step."""
+        o = self.options
+        if o.pipeline == "smooth-augment":
+            images = smooth_augment(images, rng, self.height, self.width)
+        elif o.pipeline == "local-object":
+            images = local_object(images, rng, o.enlarge)
+        return clip_straight_through(images, self.low, self.high) if o.clip else images
+
+    def final(self, images: Tensor) -> Tensor:
+        """What is kept of the images: the pipeline without its randomness."""
+        if self.options.pipeline == "smooth-augment":
+            images = centre_crop(smooth(images), self.height, self.width)
+        return images.clamp(self.low, self.high) if self.options.clip else images
+
+    def measure(self, images: Tensor) -> list[Tensor]:
+        """Run the network; the taps hold the moments of its layers, and of the images as one more."""
+        self.taps.clear()
+        if self.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        outputs = network_outputs(self.module, images)
+        if self.options.input_layer:
+            c = images.shape[1]
+            one, zero = torch.ones(c, device=self.device), torch.zeros(c, device=self.device)
+            layer = Layer("(input)", nn.Identity(), zero, one, one, zero)
+            mean, square = images.mean((2, 3)), images.square().mean((2, 3))
+            self.taps.moments.append(Moments(layer, mean, square, images.shape[2] * images.shape[3]))
+        return outputs
+
+    def loss(self, number: int, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
+        """[K] with per-sample statistics, else [1]."""
+        o, moments = self.options, self.taps.moments
+        if o.scope == "set":
+            pairs = self.statistics.with_live(number, moments)
+        elif o.scope == "batch":
+            pairs = [(m.mean.mean(0, keepdim=True), m.square.mean(0, keepdim=True)) for m in moments]
+        else:
+            pairs = [(m.mean, m.square) for m in moments]
+        counts = {"set": self.request.count, "batch": len(batch.indices), "sample": 1}[o.scope]
+        terms = []
+        for layer, (m, (mean, square)) in enumerate(zip(moments, pairs, strict=True)):
+            if o.scope == "sample" and m.positions < 2:
+                continue  # one value has no spread
+            slack = (0.0, 0.0) if self.margins is None else self.margins[layer]
+            terms.append(alignment(o, mean, square, m.layer, counts * m.positions, slack))
+        stacked = torch.stack(terms, 1)  # [S, L]
+        if o.enhance and o.scope == "sample":
+            weights = losses.enhancement(stacked.shape[1], torch.tensor(batch.indices)).to(stacked)
+        else:
+            weights = torch.full_like(stacked[:1], 1 / stacked.shape[1] if o.reduction == "mean" else 1.0)
+        value = (stacked * weights).sum(1)
+        return value + self.output_loss(batch, outputs, rng)
+
+    def output_loss(self, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
+        o = self.options
+        if o.output == "stretch":
+            last = next(m for m in reversed(self.taps.moments) if m.positions > 1 and m.layer.name != "(input)")
+            std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
+            std0 = losses.standard_deviation(last.layer.var0)
+            values = sum(
+                losses.stretch(out, last.mean, std, last.layer.mean0, std0, o.delta) for out in flat_outputs(outputs)
+            )
+            assert isinstance(values, Tensor)
+            value = o.output_weight * values
+        elif o.output == "labels":
+            assert self.labels is not None
+            labels = self.labels[batch.indices].to(self.device)
+            targets = torch.from_numpy(
+                np.where(rng.random(len(labels)) < 0.5, 1.0, rng.uniform(o.confidence, 1, len(labels)))
+            )
+            value = o.output_weight * losses.soft_inception(outputs[0], labels, targets.to(outputs[0]))
+            if self.centres:
+                known, centres = self.centres_of(labels, outputs[0])
+                value = value + o.distance_weight * losses.marginal_distance(
+                    outputs[0], centres, known, o.lower, o.upper
+                )
+        else:
+            return torch.zeros(1, device=self.device)
+        return value if o.scope == "sample" else value.mean()[None]
+
+    # Class centres of earlier batches, in the space of the logits
+
+    def update_centres(self, batch: Batch) -> None:
+        assert self.labels is not None
+        outputs = self.measure(self.final(batch.images))[0]
+        for label, value in zip(self.labels[batch.indices].tolist(), outputs, strict=True):
+            mean, count = self.centres.get(label, (torch.zeros_like(value), 0))
+            self.centres[label] = (mean + (value - mean) / (count + 1), count + 1)
+
+    def centres_of(self, labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        known = torch.tensor([int(label) in self.centres for label in labels], device=like.device)
+        rows = [self.centres[int(v)][0] if int(v) in self.centres else torch.ones_like(like[0]) for v in labels]
+        return known, torch.stack(rows)
+
+    # Margins of slack distribution alignment
+
+    def noise_margins(self, count: int = 256) -> list[tuple[Tensor, Tensor]]:
+        """For each layer, the quantile over its channels of how far noise is from the stored mean and spread.
+
+        Noise is pooled over `count` images; DSG does not say whether it pools (section 3.2 of the paper has 1,024).
+        """
+        o = self.options
+        assert o.batch is not None
+        gaussian = dataclasses.replace(o, init="gaussian", extra_pixels=0)
+        pooled = SetStatistics(count)
+        indices = list(range(10**6, 10**6 + count))  # no image's own seed
+        with torch.no_grad():
+            for number, first in enumerate(range(0, count, o.batch)):
+                group = indices[first : first + o.batch]
+                self.measure(start(gaussian, self.request, group).to(self.device))
+                pooled.put(number, self.taps.moments)
+            margins = []
+            for (mean, square), m in zip(pooled.sums, self.taps.moments, strict=True):
+                spread, spread0 = spreads(o, mean, square, m.layer, count * m.positions)
+                margins.append(
+                    (
+                        torch.quantile((mean - m.layer.mean0).abs().float(), o.slack),
+                        torch.quantile((spread - spread0).abs().float(), o.slack),
+                    )
+                )
+        return margins
+
+    # Interruptions
+
+    def key(self) -> str:
+        """What a checkpoint must agree on to be continued."""
+        spec = self.request.spec
+        parts = {
+            "options": dataclasses.asdict(self.options),
+            "seed": self.request.seed,
+            "count": self.request.count,
+            "spec": spec.model_dump(mode="json"),
+            "mean": [float(layer.mean0.double().sum()) for layer in self.layers],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def file(self) -> Path | None:
+        return None if self.request.checkpoint is None else self.request.checkpoint / "inversion.pt"
+
+    def save_checkpoint(self) -> None:
+        file = self.file()
+        self.saved = time.monotonic()
+        if file is None:
+            return
+        state = {
+            "key": self.key(),
+            "finished": self.finished,
+            "batches": {n: {**b.tensors(), "step": b.step} for n, b in self.batches.items()},
+            "centres": {label: (mean, count) for label, (mean, count) in self.centres.items()},
+            "parts": self.statistics.parts,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda partial: torch.save(state, partial))
+
+    def load_checkpoint(self) -> None:
+        file = self.file()
+        if file is None or not file.is_file():
+            return
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["key"] != self.key():
+            return
+        self.finished = state["finished"]
+        self.centres = {label: (mean.to(self.device), count) for label, (mean, count) in state["centres"].items()}
+        for number, values in state["batches"].items():
+            tensors = {k: v.to(self.device) if v.ndim == 4 else v for k, v in values.items() if k != "step"}
+            self.batches[number] = Batch(self.groups[number], **tensors, step=values["step"])
+
+    def warnings(self) -> tuple[str, ...]:
+        return ()
+
+
+def spreads(
+    options: InversionOptions, mean: Tensor, square: Tensor, layer: Layer, count: float
+) -> tuple[Tensor, Tensor]:
+    """The spread of the images and the stored one, as the options measure it."""
+    var = losses.variance(mean, square, count, options.unbiased)
+    if options.spread == "var":
+        return var, layer.var0
+    return losses.standard_deviation(var), losses.standard_deviation(layer.var0)
+
+
+def alignment(
+    options: InversionOptions, mean: Tensor, square: Tensor, layer: Layer, count: float, slack: tuple[Any, Any]
+) -> Tensor:
+    """[S]: how far the statistics at one layer are from the stored ones."""
+    spread, spread0 = spreads(options, mean, square, layer, count)
+    reduce = losses.sum_over_channels if options.reduction == "sum" else losses.mean_over_channels
+    gap = reduce(losses.slack_gap(mean, layer.mean0, slack[0]))
+    return gap + options.spread_weight * reduce(losses.slack_gap(spread, spread0, slack[1]))
+
+
+def loss_history(run: Run) -> Iterator[tuple[float, float]]:
+    """(seconds since the first step, loss) of every step."""
+    if run.history:
+        began = run.history[0][0]
+        yield from ((moment - began, loss) for moment, loss in run.history)

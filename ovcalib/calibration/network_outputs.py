@@ -1,0 +1,31 @@
+"""Running any network up to its output maps: logits, or everything that a detector's heads give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def network_outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
+    """All output tensors of a network, batch first.
+
+    Torchvision's detectors turn their maps into boxes with operations that have no gradient, and take lists of images;
+    for them backbone and head are run, without that.
+    """
+    backbone, head = getattr(module, "backbone", None), getattr(module, "head", None)
+    if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) and hasattr(module, "transform"):
+        features: Any = backbone(images)
+        features = [features] if isinstance(features, Tensor) else list(features.values())
+        return _tensors(head(features))
+    return _tensors(module(images))
+
+
+def flat_outputs(outputs: list[Tensor]) -> list[Tensor]:
+    """Outputs as [N, K] each."""
+    return [output.flatten(1) for output in outputs]
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

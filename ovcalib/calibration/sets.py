@@ -1,0 +1,227 @@
+"""The calibration set: images in their own domain, labels, and where they come from."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovcalib.data.preprocessing import Preprocessing
+from ovcalib.errors import DataError
+from ovcalib.rundir import write_atomically, write_json
+from ovcalib.types import Frozen, ModelSpec
+
+Domain = Literal["pixels", "network"]
+
+# Beyond this many times the range of black to white, values cannot be normalised images.
+MAX_RANGE_FACTOR = 10.0
+PREVIEW_IMAGES = 64
+PREVIEW_SIDE = 96
+
+
+class Provenance(Frozen):
+    """How a calibration set was made.
+
+    source         the reference, as given
+    options        every option of the source, resolved
+    num_samples    images in the set
+    requested      images asked for
+    labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
+    warnings       what the user should know about the set
+    """
+
+    source: str
+    options: dict[str, Any]
+    num_samples: int
+    requested: int
+    seed: int
+    seconds: float
+    domain: Domain
+    labels: Literal["data", "method", "pseudo"] | None
+    licence: str | None = None
+    model: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Images to calibrate on.
+
+    images          uint8 [N, H, W, C], RGB (domain "pixels"), or float32 [N, C, H, W], already normalised ("network").
+                    Images made by inversion live in the network's domain; rounding and clipping them to pixels would
+                    change the very ranges that calibration exists to measure.
+    labels          int64 [N], classes of the model, or None
+    preprocessing   turns pixels into network inputs
+    """
+
+    images: NDArray[np.uint8] | NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+    preprocessing: Preprocessing
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def domain(self) -> Domain:
+        return self.provenance.domain
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        """The network input of one image, float32 [1, C, H, W]. Raises IndexError past the end."""
+        image = self.images[index]
+        if self.domain == "pixels":
+            return self.preprocessing.normalise(image.astype(np.uint8, copy=False))[None]
+        return np.ascontiguousarray(image[None], dtype=np.float32)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return (self[i] for i in range(len(self)))
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """One image for a person to look at, uint8 [H, W, C]; values outside black to white are clipped."""
+        image = self.images[index]
+        return image if self.domain == "pixels" else self.preprocessing.denormalise(image)
+
+    def save(self, folder: Path) -> None:
+        """Write calibration.npz, calibration.json and preview.png into a folder; each appears whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"images": self.images, "domain": np.array(self.domain)}
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        # Not compressed: photographs and noise hardly shrink, and deflate would take longer than NNCF.
+        write_atomically(folder / "calibration.npz", lambda partial: _savez(partial, arrays))
+        write_description(self, folder)
+
+
+def clipped_share(calibration: CalibrationSet) -> float:
+    """Share of the values that lie outside black to white, and that pixels cannot hold; 0 for pixels."""
+    if calibration.domain == "pixels":
+        return 0.0
+    low, high = (bound[:, None, None] for bound in calibration.preprocessing.input_range())
+    outside = sum(int(((x < low) | (x > high)).sum()) for x in calibration)
+    return outside / (calibration.images.size)
+
+
+def write_description(calibration: CalibrationSet, folder: Path) -> None:
+    """Write calibration.json and preview.png into a folder."""
+    description = {
+        "provenance": calibration.provenance.model_dump(mode="json"),
+        "preprocessing": calibration.preprocessing.model_dump(mode="json"),
+        "clipped_share": clipped_share(calibration),
+    }
+    write_json(folder / "calibration.json", description)
+    write_atomically(folder / "preview.png", lambda partial: save_preview(calibration, partial))
+
+
+def load_calibration(path: Path, spec: ModelSpec) -> tuple[NDArray[Any], NDArray[np.int64] | None, Domain]:
+    """Images, labels and domain of an npz file: one that ovcalib wrote, or the user's own arrays.
+
+    raises   DataError that says what the file holds and what was expected
+    """
+    c, h, w = spec.input_shape
+    if not path.is_file():
+        raise DataError(f"There is no file {str(path)!r}.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{str(path)!r} is not a readable npz file: {str(error).splitlines()[0]}") from error
+    images = arrays.get("images")
+    if images is None:
+        raise DataError(f"{str(path)!r} holds {', '.join(arrays) or 'nothing'}, but an array 'images' was expected.")
+    expected = (
+        f"Expected uint8 [N, {h}, {w}, {c}] pixels in RGB, or float32 [N, {c}, {h}, {w}] normalised as {spec.name} "
+        "takes them."
+    )
+    domain: Domain
+    if images.dtype == np.uint8 and images.shape[1:] == (h, w, c):
+        domain = "pixels"
+    elif images.dtype.kind == "f" and images.shape[1:] == (c, h, w):
+        domain, images = "network", images.astype(np.float32)
+    else:
+        raise DataError(f"'images' in {str(path)!r} is {images.dtype} {list(images.shape)}. {expected}")
+    if not len(images):
+        raise DataError(f"'images' in {str(path)!r} is empty. {expected}")
+    labels = arrays.get("labels")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise DataError(
+            f"'labels' in {str(path)!r} is {labels.dtype} {list(labels.shape)}; expected integers [{len(images)}]."
+        )
+    return images, None if labels is None else labels.astype(np.int64), domain
+
+
+def preflight(calibration: CalibrationSet) -> list[str]:
+    """Check a set before NNCF sees it, which accepts NaN, zeros and unnormalised values without a word.
+
+    returns   warnings about values that are possible but unlikely
+    raises    DataError for values that cannot be network inputs
+    """
+    name = repr(calibration.provenance.source)
+    low, high = calibration.preprocessing.input_range()
+    moments = np.zeros(2)
+    smallest, largest = np.inf, -np.inf
+    constant = []
+    for i, x in enumerate(calibration):
+        # Sums of float32 products are exact enough to warn by, and NaN or infinity shows in them.
+        flat = x.reshape(-1)
+        moments += flat.sum() / flat.size, flat @ flat / flat.size
+        if not np.isfinite(moments).all():
+            raise DataError(f"Image {i} of {name} holds NaN or infinite values. Remove it, or make the set again.")
+        bottom, top = x.min((0, 2, 3)), x.max((0, 2, 3))
+        smallest, largest = min(smallest, float(bottom.min())), max(largest, float(top.max()))
+        if (bottom == top).all():
+            constant.append(i)
+    if len(constant) == len(calibration) or len(constant) > max(1, len(calibration) // 10):
+        raise DataError(
+            f"{len(constant)} of the {len(calibration)} images of {name} are constant, image {constant[0]} among them. "
+            "Expected images with content."
+        )
+    span = float(np.max(np.abs([low, high])))
+    if max(abs(smallest), abs(largest)) > MAX_RANGE_FACTOR * span:
+        hint = "They look like unnormalised pixels; " if smallest >= 0 and largest <= 255.5 else ""
+        raise DataError(
+            f"The values of {name} run from {smallest:.4g} to {largest:.4g}, but the model's inputs lie between "
+            f"{low.min():.4g} (black) and {high.max():.4g} (white). {hint}pass uint8 pixels [N, H, W, C], or normalise."
+        )
+    warnings = [f"image {i} of {name} is constant" for i in constant]
+    mean, square = moments / len(calibration)
+    std = max(square - mean * mean, 0.0) ** 0.5
+    if calibration.domain == "network" and low.min() < -0.5 and smallest >= 0 and largest <= 1:
+        warnings.append(
+            f"the values of {name} lie in 0..1, but the model takes {low.min():.3g} (black) to {high.max():.3g} "
+            "(white): were they normalised?"
+        )
+    # Natural images come out near mean 0 and std 1 after the usual normalisation.
+    middle, unit = float(np.mean((low + high) / 2)), float(np.mean(high - low))
+    if abs(mean - middle) > 0.45 * unit or not 0.02 * unit < std < 0.6 * unit:
+        warnings.append(
+            f"{name} has mean {mean:.3g} and std {std:.3g} as network input, unlike photographs "
+            f"(black is {low.min():.3g}, white {high.max():.3g})"
+        )
+    return warnings
+
+
+def save_preview(calibration: CalibrationSet, path: Path) -> None:
+    """A grid of the first images as PNG; small images are enlarged without smoothing."""
+    from PIL import Image
+
+    count = min(len(calibration), PREVIEW_IMAGES)
+    columns = int(np.ceil(np.sqrt(count)))
+    side = PREVIEW_SIDE
+    grid = Image.new("RGB", (columns * (side + 2) - 2, -(-count // columns) * (side + 2) - 2), "white")
+    for i in range(count):
+        pixels = calibration.pixels(i)
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
+        smooth = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
+        tile = image.resize((side, side), smooth)
+        grid.paste(tile, ((i % columns) * (side + 2), (i // columns) * (side + 2)))
+    grid.save(path, format="PNG")
+
+
+def _savez(path: Path, arrays: Mapping[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)

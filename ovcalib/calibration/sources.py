@@ -1,0 +1,177 @@
+"""From a reference and a request to a calibration set."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovcalib.calibration.sets import CalibrationSet, Domain, Provenance
+from ovcalib.errors import UnknownNameError, UsageError
+from ovcalib.types import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a source.
+
+    count        images
+    spec         the model that the images are for
+    module       the torch module itself, where there is one
+    argument     what follows the colon in the reference
+    tick         receives the number of finished images, and a word on how it goes
+    checkpoint   a folder in which an interrupted run may find its state again, or None
+    download     whether a data set may be fetched
+    """
+
+    count: int
+    seed: int
+    spec: ModelSpec
+    module: nn.Module | None = None
+    argument: str = ""
+    tick: Callable[[int, str], None] = lambda done, note: None
+    checkpoint: Path | None = None
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a source gives back; `generate` adds the provenance.
+
+    images    uint8 [N, H, W, C] ("pixels") or float32 [N, C, H, W] ("network"); N may be less than asked for
+    labels    int64 [N], or None
+    options   as they were resolved, where the source fills in some of them itself
+    """
+
+    images: NDArray[Any]
+    domain: Domain
+    labels: NDArray[np.int64] | None = None
+    label_origin: typing.Literal["data", "method", "pseudo"] | None = None
+    licence: str | None = None
+    options: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """The shape of a source module."""
+
+    NEEDS: frozenset[str]
+    Options: type[Any]
+
+    def generate(self, request: Request, options: Any) -> Generated: ...
+
+
+def generate(reference: str, request: Request, overrides: Mapping[str, str] | None = None) -> CalibrationSet:
+    """The calibration set that a reference names.
+
+    reference   NAME or NAME:ARGUMENT, NAME from the table of sources
+    overrides   options of the source, as text
+    raises      UnknownNameError, UsageError, DataError
+    """
+    from ovcalib.calibration import SOURCES
+
+    name, _, argument = reference.partition(":")
+    source: Source = SOURCES[name]
+    options = parse_options(source.Options, overrides or {}, name)
+    if "argument" in source.NEEDS and not argument:
+        raise UsageError(f"The calibration source {name!r} needs more: expected {usage(name, source)}.")
+    if (
+        "argument" not in source.NEEDS | {"optional argument"} & source.NEEDS
+        and argument
+        and "optional argument" not in source.NEEDS
+    ):
+        raise UsageError(f"The calibration source {name!r} takes nothing after the colon, but got {argument!r}.")
+    if "checkpoint" in source.NEEDS and request.module is None:
+        raise UsageError(
+            f"The calibration source {name!r} needs the torch module, and {request.spec.name!r} is a graph whose "
+            "BatchNorm layers are folded away. Pass the PyTorch model, or calibrate with fractal or real:DATA."
+        )
+    if request.count < 1:
+        raise UsageError(f"--num-samples is {request.count}. Expected at least 1 image.")
+    began = time.perf_counter()
+    made = source.generate(dataclasses.replace(request, argument=argument), options)
+    return CalibrationSet(
+        images=made.images,
+        labels=made.labels,
+        preprocessing=request.spec.preprocessing,
+        provenance=Provenance(
+            source=reference,
+            options=dict(made.options) if made.options is not None else dataclasses.asdict(options),
+            num_samples=len(made.images),
+            requested=request.count,
+            seed=request.seed,
+            seconds=round(time.perf_counter() - began, 3),
+            domain=made.domain,
+            labels=made.label_origin,
+            licence=made.licence,
+            model=request.spec.name if "checkpoint" in source.NEEDS else None,
+            warnings=made.warnings,
+        ),
+    )
+
+
+def usage(name: str, source: Source) -> str:
+    """How a reference to a source is written."""
+    if "argument" in source.NEEDS:
+        return f"{name}:{'DATA' if name == 'real' else 'FILE'}"
+    return f"{name}[:FILE]" if "optional argument" in source.NEEDS else name
+
+
+def parse_options(kind: type[Any], given: Mapping[str, str], name: str) -> Any:
+    """An options dataclass from `key=value` text, converted by the types of its fields.
+
+    raises   UsageError with the key, the value and what was expected
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, text in given.items():
+        plain = key.replace("-", "_")
+        if plain not in fields:
+            raise UnknownNameError(f"option of {name}", key, fields or ["(none)"])
+        values[plain] = _convert(text, hints[plain], key)
+    try:
+        return kind(**values)
+    except ValueError as error:  # an options class checks its own ranges
+        raise UsageError(f"Options of {name}: {error}") from error
+
+
+def _convert(text: str, hint: Any, key: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if text.lower() == "none" and type(None) in hint.__args__:
+            return None
+        hint = next(arg for arg in hint.__args__ if arg is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise UsageError(f"-O {key}={text}: expected one of {', '.join(map(str, typing.get_args(hint)))}.")
+        return text
+    if hint is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if text.lower() not in words:
+            raise UsageError(f"-O {key}={text}: expected true or false.")
+        return words[text.lower()]
+    try:
+        return hint(text)
+    except ValueError as error:
+        kind = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
+        raise UsageError(f"-O {key}={text}: expected {kind}.") from error

@@ -1,0 +1,696 @@
+"""The command line. Results go to stdout, logs and progress to stderr; a command imports its function when chosen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from ovcalib.errors import OvcalibError, UsageError
+
+if TYPE_CHECKING:
+    from ovcalib.progress import Progress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INTERRUPTED = 130
+OUTCOME_CODES = {"done": 0, "goal-met": 0, "goal-missed": 5, "budget": 7}
+
+app = typer.Typer(
+    name="ovcalib",
+    help="INT8 for OpenVINO without your data: convert, calibrate, quantize with NNCF, and prove the result.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Options that several commands share ----------------------------------------------------------
+
+MODEL_HELP = (
+    "A name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml "
+    "or package.module:factory."
+)
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+WeightsOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", metavar="shipped|published|FILE", help="Weights of the model; published ones are downloaded."
+    ),
+]
+ShapeOpt = Annotated[
+    str | None,
+    typer.Option("--input-shape", metavar="C,H,W", help="Input of one image, where the model does not tell."),
+]
+MeanOpt = Annotated[str | None, typer.Option("--mean", metavar="A,B,C", help="Mean of each channel on the 0..1 scale.")]
+StdOpt = Annotated[
+    str | None, typer.Option("--std", metavar="A,B,C", help="Standard deviation of each channel on the 0..1 scale.")
+]
+SideOpt = Annotated[
+    int | None,
+    typer.Option("--short-side", metavar="PIXELS", help="Short side before the centre crop; 0 scales the whole image."),
+]
+TrustOpt = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Allow hub: references, which run somebody's code.")
+]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
+OptionsOpt = Annotated[
+    list[str] | None,
+    typer.Option("-O", metavar="KEY=VALUE", help="An option of the source; see `ovcalib sources NAME`."),
+]
+CountOpt = Annotated[
+    int | None,
+    typer.Option("--num-samples", metavar="N", help="Calibration images (never batches).", show_default="300"),
+]
+DownloadOpt = Annotated[bool | None, typer.Option("--download", help="Allow the CIFAR-10 data set to be downloaded.")]
+LimitOpt = Annotated[
+    int | None, typer.Option("--limit", metavar="N", help="Evaluate on at most N images, chosen class by class.")
+]
+DeviceOpt = Annotated[str | None, typer.Option("-d", "--device", help="OpenVINO device.", show_default="CPU")]
+OutputOpt = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default="runs/NUMBER-...")
+]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result object alone.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into a line on stderr and an exit code; a user's mistake never shows a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        debug = bool(kwargs.get("debug"))
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted; nothing was written", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except OvcalibError as error:
+            if debug:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            reason = str(error).strip().splitlines()
+            print(
+                f"error: {type(error).__name__}: {reason[0] if reason else ''}\n"
+                "This is a fault of ovcalib, not yours. Run again with --debug and report what it prints.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+    return run
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+@app.command()
+@guarded
+def quantize(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            "--calib",
+            metavar="SOURCE",
+            help="Where calibration images come from; see `ovcalib sources`.",
+            show_default="fractal",
+        ),
+    ] = None,
+    num_samples: CountOpt = None,
+    eval_: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="DATA",
+            help="Images that prove the result: imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR, npz:FILE.",
+        ),
+    ] = None,
+    limit: LimitOpt = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode",
+            metavar="default|accuracy-aware",
+            help="accuracy-aware gives operations their float precision back until --max-drop holds.",
+            show_default="default",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop", help="Allowed drop of the metric as a fraction: 0.01 is one point.", show_default="0.01"
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="top1|agreement",
+            help="What --max-drop is about; agreement with FP32 needs no labels.",
+            show_default="top1 with labels",
+        ),
+    ] = None,
+    validate_on: Annotated[
+        str | None,
+        typer.Option(
+            "--validate",
+            metavar="DATA",
+            help="Images that steer accuracy-aware quantization.",
+            show_default="those of --eval, else the calibration set",
+        ),
+    ] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time", metavar="SECONDS", help="Stop accuracy-aware quantization then, with the best result so far."
+        ),
+    ] = None,
+    max_iterations: Annotated[
+        int | None,
+        typer.Option("--max-iterations", metavar="N", help="Candidates that accuracy-aware quantization measures."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="performance|mixed",
+            help="Symmetric activations, or asymmetric where they are signed.",
+            show_default="performance",
+        ),
+    ] = None,
+    deploy_isa: Annotated[
+        str | None,
+        typer.Option(
+            "--deploy-isa",
+            metavar="any|host|avx2|avx512|vnni|amx|gpu|npu",
+            help="Where the model will run; decides the overflow fix.",
+            show_default="any",
+        ),
+    ] = None,
+    overflow_fix: Annotated[
+        str | None,
+        typer.Option(
+            "--overflow-fix",
+            metavar="auto|disable|first-layer|enable",
+            help="Which layers use half the weight range.",
+            show_default="auto, by --deploy-isa",
+        ),
+    ] = None,
+    bias_correction: Annotated[
+        str | None,
+        typer.Option(
+            "--bias-correction",
+            metavar="fast|full",
+            help="full is slower and measures every layer again.",
+            show_default="fast",
+        ),
+    ] = None,
+    model_type: Annotated[
+        str | None,
+        typer.Option(
+            "--model-type",
+            metavar="auto|cnn|transformer",
+            help="transformer smooths activations of matrix products.",
+            show_default="auto",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore",
+            metavar="PATTERN",
+            help="Operations to leave in float, by wildcard (layer1.*) or type:NAME; repeatable.",
+        ),
+    ] = None,
+    options: OptionsOpt = None,
+    weights: WeightsOpt = None,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    trust_remote_code: TrustOpt = None,
+    dynamic_batch: Annotated[
+        bool | None, typer.Option("--dynamic-batch", help="Leave the batch of the written IR open.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool | None, typer.Option("--allow-overlap", help="Evaluate even on images of the calibration set.")
+    ] = None,
+    download: DownloadOpt = None,
+    device: DeviceOpt = None,
+    benchmark_time: Annotated[
+        float | None,
+        typer.Option(
+            "--benchmark-time",
+            metavar="SECONDS",
+            help="Latency measurement of each model; 0 leaves it out.",
+            show_default="2",
+        ),
+    ] = None,
+    seed: SeedOpt = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "-c",
+            "--recipe",
+            metavar="FILE",
+            help="A recipe (YAML, or the request.json of a result); options here beat it.",
+        ),
+    ] = None,
+    output: OutputOpt = None,
+    overwrite: OverwriteOpt = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved recipe and what --ignore matches, and stop.")
+    ] = False,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Quantize a model to INT8 and prove the result."""
+    from ovcalib import api
+    from ovcalib.report.markdown import summary
+
+    given = {
+        "model": model, "calib": calib, "num_samples": num_samples, "eval": eval_, "limit": limit, "mode": mode,
+        "max_drop": max_drop, "metric": metric, "validate_on": validate_on, "max_time": max_time,
+        "max_iterations": max_iterations, "preset": preset, "deploy_isa": deploy_isa, "overflow_fix": overflow_fix,
+        "bias_correction": bias_correction, "model_type": model_type, "ignore": ignore or None,
+        "options": key_values(options), "allow_overlap": allow_overlap, "download": download, "device": device,
+        "benchmark_time": benchmark_time, "seed": seed, "dynamic_batch": dynamic_batch,
+        **model_fields(weights, input_shape, mean, std, short_side, trust_remote_code),
+    }  # fmt: skip
+    fields = {**read_recipe(recipe), **{key: value for key, value in given.items() if value is not None}}
+    if "model" not in fields:
+        raise UsageError("No model was given. Expected ovcalib quantize MODEL; see `ovcalib models`.")
+    resolved = api.make_recipe(**fields)
+    progress = terminal()
+    if dry_run:
+        show_plan(resolved, progress, as_json)
+        return
+    name = f"{resolved.model}-{resolved.calib.split(':')[0]}-{resolved.mode}"
+    target = output or next_folder(Path("runs"), name)
+    result = api.quantize_recipe(resolved, target, overwrite=overwrite, progress=progress)
+    for warning in result.record.warnings:
+        progress.say(f"warning: {warning}")
+    if resolved.deploy_isa == "any" and resolved.overflow_fix == "auto":
+        progress.say(
+            f"overflow fix: {result.record.quantization.overflow_fix}, safe for most machines; if you know where the "
+            "model will run, say so with --deploy-isa (vnni and amx use the full range)"
+        )
+    if as_json:
+        print(result.record.model_dump_json(indent=2))
+    else:
+        print_table([summary(result.record)])
+        print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.md'}")
+    raise typer.Exit(OUTCOME_CODES[result.record.outcome])
+
+
+@app.command()
+@guarded
+def generate(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A calibration source; see `ovcalib sources`.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Images.")] = 300,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="npz|imagefolder|datumaro",
+            help="npz keeps the images exactly, the others hold 8-bit PNG.",
+        ),
+    ] = "npz",
+    options: OptionsOpt = None,
+    weights: WeightsOpt = None,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    trust_remote_code: TrustOpt = None,
+    download: DownloadOpt = None,
+    seed: SeedOpt = None,
+    output: OutputOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Make a calibration set and write it, for `quantize --calib npz:FILE` or for other tools."""
+    from ovcalib import api
+
+    if form not in ("npz", "imagefolder", "datumaro"):
+        raise UsageError(f"--format {form}: expected npz, imagefolder or datumaro.")
+    given = {
+        "options": key_values(options), "download": download, "seed": seed,
+        **model_fields(weights, input_shape, mean, std, short_side, trust_remote_code),
+    }  # fmt: skip
+    target = output or next_folder(Path("runs"), f"{source.split(':')[0]}-{model}")
+    progress = terminal()
+    calibration = api.generate(
+        source, model, count, target, form=form, overwrite=overwrite, progress=progress,  # type: ignore[arg-type]
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    for warning in calibration.provenance.warnings:
+        progress.say(f"warning: {warning}")
+    if as_json:
+        print(calibration.provenance.model_dump_json(indent=2))
+    else:
+        made = calibration.provenance
+        print(f"{made.num_samples} images from {made.source} in {made.seconds:.1f} s; wrote {target}")
+
+
+@app.command()
+@guarded
+def convert(
+    model: ModelArg,
+    output: OutputOpt = None,
+    to: Annotated[str, typer.Option("--to", metavar="onnx,ir", help="What to write.")] = "onnx,ir",
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch open.")] = False,
+    weights: WeightsOpt = None,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    trust_remote_code: TrustOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write a model as ONNX and FP32 IR, and check that all forms compute the same."""
+    from ovcalib import api
+
+    given = model_fields(weights, input_shape, mean, std, short_side, trust_remote_code)
+    target = output or next_folder(Path("runs"), f"{model}-fp32")
+    parity = api.convert(
+        model, target, to=tuple(part.strip() for part in to.split(",") if part.strip()), dynamic_batch=dynamic_batch,
+        overwrite=overwrite, progress=terminal(), **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    if as_json:
+        print(parity.model_dump_json(indent=2))
+    else:
+        if parity.torch_vs_ir_max_abs is not None:
+            print(
+                f"largest difference from torch: ONNX {parity.torch_vs_onnx_max_abs:.2g} ({parity.onnx_runtime}), "
+                f"IR {parity.torch_vs_ir_max_abs:.2g}; outputs reach {parity.output_max_abs:.3g}"
+            )
+        print(f"wrote {target}")
+
+
+@app.command()
+@guarded
+def evaluate(
+    model: ModelArg,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE.",
+            show_default=False,
+        ),
+    ],
+    device: DeviceOpt = None,
+    limit: LimitOpt = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="f32|f16|bf16|default", help="Inference precision hint of the device.")
+    ] = "f32",
+    download: DownloadOpt = None,
+    weights: WeightsOpt = None,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    trust_remote_code: TrustOpt = None,
+    seed: SeedOpt = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Accuracy of a model on labelled images, on a device."""
+    from ovcalib import api
+    from ovcalib.report.markdown import points
+
+    if precision not in ("f32", "f16", "bf16", "default"):
+        raise UsageError(f"--precision {precision}: expected f32, f16, bf16 or default.")
+    given = {
+        "limit": limit, "download": download, "seed": seed, "device": device,
+        **model_fields(weights, input_shape, mean, std, short_side, trust_remote_code),
+    }  # fmt: skip
+    found = api.evaluate(
+        model, data, precision=None if precision == "default" else precision, progress=terminal(),
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    low, high = found.accuracy.ci95
+    print_table(
+        [
+            {
+                "model": found.model,
+                "top-1": points(found.accuracy.top1),
+                "95 % interval": f"{points(low)} to {points(high)}",
+                "top-5": points(found.accuracy.top5),
+                "images": str(found.count),
+                "device": f"{found.device} {found.precision or 'default'}",
+            }
+        ]
+    )
+    print(f"\nmeasured on {found.protocol}")
+
+
+@app.command()
+@guarded
+def models(
+    pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'resnet*-cifar10'.")] = "*",
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """The built-in models and their weights."""
+    from ovcalib import api
+    from ovcalib.report.markdown import points
+
+    found = api.models(pattern)
+    if not found:
+        raise UsageError(f"No built-in model matches {pattern!r}. `ovcalib models` lists them all.")
+    if as_json:
+        print(json.dumps([spec.model_dump(mode="json") for spec in found], indent=2))
+        return
+    print_table(
+        [
+            {
+                "model": spec.name,
+                "input": "x".join(map(str, spec.input_shape)),
+                "classes": str(spec.num_classes),
+                "weights": spec.weights.origin,
+                "top-1": points(spec.weights.top1),
+                "of": spec.weights.source or "-",
+                "licence": spec.weights.licence or "-",
+            }
+            for spec in found
+        ]
+    )
+
+
+@app.command()
+@guarded
+def sources(
+    name: Annotated[str | None, typer.Argument(help="Show the options of one source.")] = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """The calibration sources and their options."""
+    from ovcalib import api
+    from ovcalib.errors import UnknownNameError
+
+    table = api.sources()
+    if name is not None and name not in table:
+        raise UnknownNameError("calibration source", name, table)
+    if as_json:
+        print(json.dumps(table if name is None else table[name], indent=2))
+    elif name is None:
+        print_table([{"source": entry["reference"], "what it is": entry["summary"]} for entry in table.values()])
+    else:
+        entry = table[name]
+        print(f"{entry['reference']}: {entry['summary']}\n")
+        for key, default in entry["options"].items():
+            print(f"  -O {key}={default}")
+        print(f"\n{entry['help']}" if entry["help"] else "no options")
+
+
+@app.command()
+@guarded
+def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> None:
+    """What this machine has: devices, instruction sets, versions, what is missing."""
+    from ovcalib import api
+
+    found = api.doctor()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for device, name in found["devices"].items():
+        print(f"{device:12}{name}: {' '.join(found['capabilities'][device])}")
+    machine = ", virtual machine" if found["virtual_machine"] else ""
+    print(f"{'ISA':12}{found['isa'] or 'unknown'}, {found['cpus']} CPUs{machine}")
+    for package, version in found["versions"].items():
+        print(f"{package:12}{version or 'missing: ' + found['missing'].get(package, 'optional')}")
+    print(f"{'cache':12}{found['cache']['path']}, {found['cache']['bytes'] / 1e6:.1f} MB")
+
+
+def version_callback(value: bool) -> None:
+    if value:
+        from ovcalib import __version__
+
+        print(f"ovcalib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_callback, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Helpers --------------------------------------------------------------------------------------
+
+
+def terminal() -> Progress:
+    from ovcalib.progress import Terminal
+
+    return Terminal()
+
+
+def numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+    """Comma-separated numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: expected numbers with commas, such as 3,224,224.") from error
+
+
+def model_fields(
+    weights: str | None,
+    input_shape: str | None,
+    mean: str | None,
+    std: str | None,
+    short_side: int | None,
+    trust_remote_code: bool | None,
+) -> dict[str, Any]:
+    """The recipe's fields about the model."""
+    shape = numbers(input_shape, "--input-shape", int)
+    if shape is not None and (len(shape) != 3 or min(shape) < 1):
+        raise UsageError(f"--input-shape {input_shape}: expected C,H,W, such as 3,224,224.")
+    return {
+        "weights": weights,
+        "input_shape": shape,
+        "mean": numbers(mean, "--mean", float),
+        "std": numbers(std, "--std", float),
+        "short_side": short_side,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def key_values(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    """-O key=value, repeated."""
+    if not pairs:
+        return None
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-O {pair}: expected KEY=VALUE.")
+        result[key] = value
+    return result
+
+
+def read_recipe(path: Path | None) -> dict[str, Any]:
+    """The fields of a recipe file; result.json is understood as well."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {str(path)!r} is not YAML: {str(error).splitlines()[0]}.") from error
+    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+        content = content["recipe"]
+    if not isinstance(content, dict):
+        raise UsageError(f"The recipe {str(path)!r} holds no fields. Expected lines such as `model: resnet20-cifar10`.")
+    return content
+
+
+def show_plan(recipe: Any, progress: Progress, as_json: bool) -> None:
+    """The resolved recipe, and what each pattern of --ignore matches, without any work on images."""
+    import tempfile
+
+    from ovcalib.graph import match_operations
+    from ovcalib.models import load_model
+    from ovcalib.pipeline import export, model_options, resolve_settings
+    from ovcalib.quantization import dry_run_ignored
+
+    model = load_model(recipe.model, model_options(recipe), progress.say)
+    with tempfile.TemporaryDirectory() as folder:
+        graph, _ = export(model, Path(folder), progress)
+        settings = resolve_settings(recipe, graph)
+        matched = dry_run_ignored(match_operations(graph, recipe.ignore))
+    plan = {"recipe": recipe.model_dump(mode="json"), "overflow_fix": settings.overflow_fix, "preset": settings.preset,
+            "transformer": settings.transformer, "ignored": matched}  # fmt: skip
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    for key, value in plan["recipe"].items():
+        print(f"{key}: {json.dumps(value)}")
+    print(f"\noverflow fix: {settings.overflow_fix}; preset: {settings.preset}; transformer: {settings.transformer}")
+    for line in matched:
+        print(f"ignore {line}")
+
+
+def next_folder(root: Path, description: str) -> Path:
+    """runs/0007-description, with the next free number."""
+    taken = [int(m[1]) for p in (root.iterdir() if root.is_dir() else ()) if (m := re.match(r"(\d{4,})-", p.name))]
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(description).name).strip("-.")
+    return root / f"{max(taken, default=0) + 1:04}-{plain}"
+
+
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Rows with the same columns, aligned, on stdout."""
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    for line in (dict(zip(columns, columns, strict=True)), *rows):
+        print("  ".join(line[column].ljust(width) for column, width in zip(columns, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    """The entry point; SIGTERM cleans up as Ctrl-C does."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The one definition of preprocessing: from a decoded image to the network's input.
+
+Calibration, evaluation, benchmark and the IR's metadata all use `Preprocessing`; there is no second
+place that knows a mean or a crop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes a network input.
+
+    height, width   of the network input, pixels
+    short_side      the image is first scaled so that its short side has this many pixels and then
+                    cropped at the centre; None scales the whole image to height x width
+    mean, std       per channel of the network input, on the 0..1 scale
+    channel_order   of the network input; images are always decoded as RGB
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    short_side: int | None = None
+    interpolation: Interpolation = "bilinear"
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def fit(self, image: Image) -> NDArray[np.uint8]:
+        """Scale and crop a decoded image: uint8 [H, W, 3], RGB (or [H, W, 1] for a one-channel network)."""
+        import PIL.Image
+
+        image = image.convert("RGB" if self.channels == 3 else "L")
+        resample = PIL.Image.Resampling[self.interpolation.upper()]
+        if self.short_side is None:
+            if image.size != (self.width, self.height):
+                image = image.resize((self.width, self.height), resample)
+        else:
+            w, h = image.size
+            scale = self.short_side / min(w, h)
+            # Truncation and rounding follow torchvision's Resize and CenterCrop.
+            size = (self.short_side, int(scale * h)) if w <= h else (int(scale * w), self.short_side)
+            if image.size != size:
+                image = image.resize(size, resample)
+            left, top = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return np.asarray(image, dtype=np.uint8).reshape(self.height, self.width, self.channels)
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Network inputs, float32 [..., C, H, W], of pixels, uint8 [..., H, W, C] in RGB."""
+        if self.channel_order == "BGR":
+            pixels = pixels[..., ::-1]
+        # Channels are brought forward while they are bytes, a quarter of the traffic of floats.
+        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)
+        mean, std = (np.array(v)[:, None, None] for v in (self.mean, self.std))
+        # One multiply and one subtraction a value; the constants are folded in float64.
+        values *= (1 / (255.0 * std)).astype(np.float32)
+        values -= (mean / std).astype(np.float32)
+        return values
+
+    def denormalise(self, inputs: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Pixels, uint8 [..., H, W, C] in RGB, nearest to network inputs, [..., C, H, W]; clipped to 0..255."""
+        mean, std = (np.array(v)[:, None, None] for v in (self.mean, self.std))
+        values = np.moveaxis((inputs.astype(np.float64) * std + mean) * 255.0, -3, -1)
+        if self.channel_order == "BGR":
+            values = values[..., ::-1]
+        return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
+
+    def input_range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Per channel of the network input, the values of a black and of a white pixel."""
+        mean, std = np.array(self.mean), np.array(self.std)
+        return -mean / std, (1 - mean) / std

@@ -1,0 +1,66 @@
+"""Everything that ovcalib raises on purpose.
+
+    OvcalibError                      exit code 1
+      UsageError                      2   an option or its value
+        UnknownNameError              2   a name that no table holds
+        MissingDependencyError        2   an optional package that is not installed
+      ModelError                      3   the model cannot be read, converted or quantized
+      DataError                       4   calibration or evaluation data
+      DeviceError                     6   a device is missing, or devices disagree
+
+Exit codes 5 (goal missed) and 7 (budget reached) are outcomes of a run that wrote its best result,
+not errors. A message says what happened with the value, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class OvcalibError(Exception):
+    exit_code = 1
+
+
+class UsageError(OvcalibError):
+    exit_code = 2
+
+
+class ModelError(OvcalibError):
+    exit_code = 3
+
+
+class DataError(OvcalibError):
+    exit_code = 4
+
+
+class DeviceError(OvcalibError):
+    exit_code = 6
+
+
+class UnknownNameError(UsageError):
+    """A name outside a table, with the nearest name that the table holds."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.name, self.known = name, sorted(known)
+        near = difflib.get_close_matches(name.lower(), self.known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Available: {', '.join(self.known)}.")
+
+
+class MissingDependencyError(UsageError):
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'ovcalib[{extra}]'"
+        )
+
+
+def require(package: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(package, extra, purpose) from error

@@ -1,0 +1,205 @@
+"""Reading and editing quantized OpenVINO graphs.
+
+NNCF marks an INT8 operation by FakeQuantize on its activations and by integer weights that a Multiply
+scales back. `restore` gives chosen operations their float inputs and weights back and leaves the
+others as they are; the accuracy-aware mode and the layer diagnosis are both built on it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+import numpy as np
+import openvino as ov
+from openvino.utils.node_factory import NodeFactory
+
+from ovcalib.errors import UnknownNameError
+
+WEIGHTED = frozenset(
+    {
+        "Convolution",
+        "GroupConvolution",
+        "ConvolutionBackpropData",
+        "GroupConvolutionBackpropData",
+        "MatMul",
+    }
+)
+# Operations that move values without computing on them: they run in whatever precision reaches them.
+MOVING = frozenset(
+    {
+        "Concat", "DepthToSpace", "Gather", "MaxPool", "Pad", "Reshape", "ShuffleChannels", "Slice", "SpaceToDepth",
+        "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze", "VariadicSplit",
+    }
+)  # fmt: skip
+# What belongs to the quantization itself.
+_PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
+
+
+def layer_name(op: ov.Node) -> str:
+    """The name under which users know an operation."""
+    return str(op.get_friendly_name()).removesuffix("/WithoutBiases")
+
+
+def quantized_operations(graph: ov.Model) -> list[ov.Node]:
+    """Operations that compute on quantized values, in execution order."""
+    return [
+        op
+        for op in graph.get_ordered_ops()
+        if op.get_type_name() not in _PLUMBING | MOVING
+        and not _is_weight_scaling(op)
+        and any(_is_quantized(value) for value in op.input_values())
+    ]
+
+
+def float_operations(graph: ov.Model) -> list[ov.Node]:
+    """Convolutions and matrix products with constant weights that stayed in float."""
+    quantized = {op.get_name() for op in quantized_operations(graph)}
+    return [
+        op
+        for op in graph.get_ordered_ops()
+        if op.get_type_name() in WEIGHTED and op.get_name() not in quantized and _is_constant(op.input_value(1))
+    ]
+
+
+def match_operations(graph: ov.Model, patterns: Iterable[str]) -> dict[str, list[ov.Node]]:
+    """Operations of a float graph by wildcard pattern on their names, or by `type:Convolution`.
+
+    raises   UnknownNameError for a pattern that matches nothing
+    """
+    ops = [op for op in graph.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
+    found = {}
+    for pattern in patterns:
+        kind, colon, wanted = pattern.partition(":")
+        if colon and kind == "type":
+            found[pattern] = [op for op in ops if op.get_type_name().lower() == wanted.lower()]
+            known = {f"type:{op.get_type_name()}" for op in ops}
+        else:
+            found[pattern] = [
+                op for op in ops
+                if fnmatch.fnmatchcase(layer_name(op), pattern) or fnmatch.fnmatchcase(op.get_friendly_name(), pattern)
+            ]  # fmt: skip
+            known = {layer_name(op) for op in ops if op.get_type_name() in WEIGHTED}
+        if not found[pattern]:
+            raise UnknownNameError("operation pattern", pattern, known)
+    return found
+
+
+def restore(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov.Model:
+    """A copy of `quantized` in which the named operations compute in float.
+
+    quantized, original   the same network after and before quantization
+    names                 friendly names of operations of `quantized`
+    returns               a new graph: the named operations read unquantized activations and their original weights
+                          and biases; values that other operations read are quantized as before
+    """
+    graph = quantized.clone()
+    before = {op.get_friendly_name(): op for op in original.get_ops()}
+    wanted = set(names)
+    for op in graph.get_ordered_ops():
+        name = op.get_friendly_name()
+        if name not in wanted:
+            continue
+        wanted.remove(name)
+        for i, value in enumerate(op.input_values()):
+            if _is_constant(value):
+                if name in before and op.get_type_name() in WEIGHTED:
+                    op.input(i).replace_source_output(_fold(before[name].input_value(i)))
+            else:
+                op.input(i).replace_source_output(_unquantized(value))
+        if op.get_type_name() in WEIGHTED:
+            _restore_bias(op, before)
+    if wanted:
+        raise UnknownNameError(
+            "operation", sorted(wanted)[0], [op.get_friendly_name() for op in quantized_operations(graph)]
+        )
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _node(value: ov.Output) -> ov.Node:
+    return value.get_node()
+
+
+def _is_quantized(value: ov.Output) -> bool:
+    """Whether a value was quantized, seen through operations that only move values."""
+    node = _node(value)
+    if node.get_type_name() == "FakeQuantize":
+        return True
+    if node.get_type_name() in MOVING:
+        data = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+        return all(_is_quantized(v) for v in data)
+    return _is_weight_scaling(node)
+
+
+def _is_weight_scaling(node: ov.Node) -> bool:
+    """Multiply(Convert(integer constant) [- zero point], scale): weights in the form that NNCF compresses them to."""
+    if node.get_type_name() == "Reshape":
+        return _is_weight_scaling(_node(node.input_value(0)))
+    if node.get_type_name() != "Multiply":
+        return False
+    source = _node(node.input_value(0))
+    if source.get_type_name() == "Subtract":
+        source = _node(source.input_value(0))
+    return (
+        source.get_type_name() == "Convert"
+        and _node(source.input_value(0)).get_type_name() == "Constant"
+        and source.input_value(0).get_element_type().to_string() in ("i8", "u8", "i4", "u4")
+    )
+
+
+def _is_constant(value: ov.Output) -> bool:
+    """Whether a value depends on constants alone."""
+    node = _node(value)
+    if node.get_type_name() == "Constant":
+        return True
+    return node.get_input_size() > 0 and all(_is_constant(v) for v in node.input_values())
+
+
+def _unquantized(value: ov.Output) -> ov.Output:
+    """The value before quantization; moving operations on the way are copied, so that other readers keep theirs."""
+    node = _node(value)
+    if node.get_type_name() == "FakeQuantize":
+        return node.input_value(0)
+    if node.get_type_name() in MOVING and _is_quantized(value):
+        moved = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+        inputs = [_unquantized(v) for v in moved] + node.input_values()[len(moved) :]
+        arguments = [inputs] if node.get_type_name() == "Concat" else inputs
+        copy = NodeFactory().create(node.get_type_name(), *_as_arguments(arguments), node.get_attributes())
+        copy.set_friendly_name(f"{node.get_friendly_name()}/float")
+        return copy.output(value.get_index())
+    return value
+
+
+def _as_arguments(arguments: list[object]) -> list[list[object]]:
+    return [arguments[0]] if arguments and isinstance(arguments[0], list) else [arguments]
+
+
+def _fold(value: ov.Output) -> ov.Output:
+    """A constant with the value that a constant expression of another graph has."""
+    node = _node(value)
+    if node.get_type_name() == "Constant":
+        data = node.get_data()
+    else:
+        graph = ov.Model([value], [], "fold")
+        data = next(iter(ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({}).values()))
+    constant = ov.op.Constant(np.array(data))
+    constant.set_friendly_name(f"{node.get_friendly_name()}/float")
+    return constant.output(0)
+
+
+def _restore_bias(op: ov.Node, before: dict[str, ov.Node]) -> None:
+    """Undo bias correction: the Add behind a layer gets its original constant back, or 0 where there was none."""
+    for reader in op.output(0).get_target_inputs():
+        add = reader.get_node()
+        if add.get_type_name() != "Add":
+            continue
+        for i, value in enumerate(add.input_values()):
+            if not _is_constant(value):
+                continue
+            origin = before.get(add.get_friendly_name())
+            if origin is not None and origin.get_input_size() == 2:
+                add.input(i).replace_source_output(_fold(origin.input_value(i)))
+            elif "nncf_null_biases" in add.get_friendly_name():
+                zero = ov.op.Constant(np.zeros(list(value.get_shape()), np.float32))
+                add.input(i).replace_source_output(zero.output(0))

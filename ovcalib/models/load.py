@@ -1,0 +1,388 @@
+"""From a model reference to a model: a torch module, or a graph that OpenVINO reads."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ovcalib.data.preprocessing import Preprocessing
+from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, require
+from ovcalib.models import builtin
+from ovcalib.models.weights import apply_state_dict, download, file_sha256, load_state_dict
+from ovcalib.types import ModelSpec, Weights
+
+if TYPE_CHECKING:
+    import openvino as ov
+    from torch import nn
+
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
+# The share of the resized short side that the usual centre crop keeps (224 of 256).
+CROP_SHARE = 0.875
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the user adds to a model reference.
+
+    weights             "shipped", "published", a file, or None for what the reference implies
+    input_shape         (C, H, W); needed where the model does not tell
+    mean, std           per channel, on the 0..1 scale
+    short_side          pixels of the short side before the centre crop; 0 scales without cropping
+    trust_remote_code   allow `hub:`, which runs code of somebody's repository
+    """
+
+    weights: str | None = None
+    input_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    short_side: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Model:
+    """A loaded model: `module` (torch) or `graph` (OpenVINO), never both.
+
+    sha256     of the weights as loaded
+    warnings   what was assumed about the model because nothing said it
+    """
+
+    spec: ModelSpec
+    module: nn.Module | None = None
+    graph: ov.Model | None = None
+    sha256: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        if self.module is not None:
+            return sum(p.numel() for p in self.module.parameters())
+        assert self.graph is not None
+        constants = (op for op in self.graph.get_ops() if op.get_type_name() == "Constant")
+        return sum(int(np.prod(list(op.shape))) for op in constants)
+
+
+def load_model(
+    reference: str | nn.Module,
+    options: ModelOptions = ModelOptions(),
+    say: Callable[[str], None] = lambda line: None,
+) -> Model:
+    """The model that a reference names.
+
+    reference   a built-in name, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml,
+                package.module:factory, or a torch module itself
+    say         receives a line before anything is downloaded
+    raises      UsageError, ModelError
+    """
+    if not isinstance(reference, str):
+        from ovcalib.export.to_onnx import private_copy
+
+        return _from_module(private_copy(reference), type(reference).__name__, Weights(origin="module"), options)
+    if reference.endswith((".onnx", ".xml")):
+        return _from_file(reference, options)
+    prefix, colon, rest = reference.partition(":")
+    if not colon:
+        return _from_builtin(reference, options, say)
+    loader = {"torchvision": _from_torchvision, "timm": _from_timm, "hub": _from_hub}.get(prefix)
+    if loader is not None:
+        return loader(rest, options, say)
+    return _from_factory(prefix, rest, options)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Built-in names that match a wildcard pattern."""
+    return [name for name in builtin.NAMES if fnmatch.fnmatch(name, pattern)]
+
+
+# One function a kind of reference -------------------------------------------------------------
+
+
+def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
+    if name not in builtin.NAMES:
+        if Path(name).is_file():
+            raise UsageError(
+                f"{name!r} is a file of an unknown kind. Expected FILE.onnx or FILE.xml; weights of a network of "
+                "your own go in with package.module:factory --weights FILE."
+            )
+        raise UnknownNameError("model", name, builtin.NAMES)
+    require("torch", "quantize", f"The model {name!r}")
+    chosen = options.weights
+    if chosen in (None, "shipped", "published"):
+        weights = builtin.weights_of(name, chosen)
+        if weights.url is not None:
+            path = download(weights.url, weights.sha256 or "", say)
+        else:
+            path = Path(str(builtin.shipped_weights(name)))
+    else:
+        path = Path(chosen)
+        weights = Weights(origin="file")
+    module = builtin.build(name)
+    apply_state_dict(module, load_state_dict(path), str(path), name)
+    weights = weights.model_copy(update={"sha256": file_sha256(path)})
+    spec = builtin.spec(name, weights)
+    overrides = _preprocessing(spec.input_shape, options, spec.preprocessing)[0]
+    spec = spec.model_copy(update={"preprocessing": overrides})
+    return Model(spec, module=builtin.deploy(name, module).eval(), sha256=weights.sha256 or "")
+
+
+def _from_torchvision(name: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
+    torchvision = require("torchvision", "quantize", f"The model 'torchvision:{name}'")
+    if name not in torchvision.models.list_models():
+        raise UnknownNameError("torchvision model", name, torchvision.models.list_models())
+    tag = torchvision.models.get_model_weights(name).DEFAULT
+    if options.weights in (None, "published"):
+        say(f"downloading the weights of torchvision:{name} from {tag.url}")
+        module = _downloading(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=tag))
+        weights = Weights(origin="torchvision", licence="BSD-3-Clause", url=tag.url)
+    else:
+        module, weights = _with_file(torchvision.models.get_model(name, weights=None), name, options)
+    transform = tag.transforms()
+    shape = options.input_shape
+    published = None
+    if hasattr(transform, "crop_size"):
+        shape = shape or (3, transform.crop_size[0], transform.crop_size[0])
+        published = Preprocessing(
+            height=transform.crop_size[0], width=transform.crop_size[0],
+            mean=tuple(transform.mean), std=tuple(transform.std), short_side=transform.resize_size[0],
+            interpolation=transform.interpolation.value,
+        )  # fmt: skip
+    return _from_module(
+        module, f"torchvision:{name}", weights, options, shape, published, tuple(tag.meta.get("categories", ()))
+    )
+
+
+def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
+    timm = require("timm", "quantize", f"The model 'timm:{name}'")
+    if not timm.is_model(name.split(".")[0]):
+        raise UnknownNameError("timm model", name, timm.list_models())
+    if options.weights in (None, "published"):
+        say(f"downloading the weights of timm:{name}")
+        module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        weights = Weights(
+            origin="timm", licence=module.pretrained_cfg.get("license"), url=module.pretrained_cfg.get("hf_hub_id")
+        )
+    else:
+        module, weights = _with_file(timm.create_model(name, pretrained=False), name, options)
+    config = timm.data.resolve_data_config({}, model=module)
+    shape = options.input_shape or tuple(config["input_size"])
+    published = Preprocessing(
+        height=shape[1], width=shape[2], mean=tuple(config["mean"]), std=tuple(config["std"]),
+        short_side=int(min(shape[1:]) / config["crop_pct"]), interpolation=config["interpolation"],
+    )  # fmt: skip
+    return _from_module(module, f"timm:{name}", weights, options, shape, published)
+
+
+def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
+    repository, _, name = rest.partition(":")
+    if repository.count("/") != 1 or not name:
+        raise UsageError(f"'hub:{rest}' is not a model reference. Expected hub:OWNER/REPO:NAME.")
+    if not options.trust_remote_code:
+        raise UsageError(
+            f"'hub:{rest}' downloads the code of github.com/{repository} and runs it. "
+            "If you trust it, pass --trust-remote-code."
+        )
+    torch = require("torch", "quantize", f"The model 'hub:{rest}'")
+    say(f"downloading and running the code of github.com/{repository}")
+    published = options.weights in (None, "published")
+
+    def load() -> Any:
+        return torch.hub.load(repository, name, trust_repo=True, **({"pretrained": True} if published else {}))
+
+    with redirect_stdout(sys.stderr):
+        module = _downloading(f"hub:{rest}", load)
+    weights = Weights(origin="hub", url=f"https://github.com/{repository}")
+    if not published:
+        module, weights = _with_file(module, name, options)
+    return _from_module(module, f"hub:{rest}", weights, options)
+
+
+def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Model:
+    reference = f"{module_name}:{attribute}"
+    require("torch", "quantize", f"The model {reference!r}")
+    sys.path.insert(0, "")  # a factory.py in the current folder, as `python -m` would find it
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise ModelError(f"{reference!r} needs the package {error.name!r}, which is not installed.") from error
+        raise UsageError(
+            f"There is no module {module_name!r} for the model {reference!r}. Expected package.module:factory, "
+            f"importable from here; or torchvision:, timm:, hub:, FILE.onnx, FILE.xml or a name of `ovcalib models`."
+        ) from error
+    except AttributeError as error:
+        raise UsageError(f"The module {module_name!r} has no {attribute!r}.") from error
+    finally:
+        sys.path.remove("")
+    try:
+        module = factory()
+    except OvcalibError:
+        raise
+    except Exception as error:  # the factory is the user's code
+        raise ModelError(f"{reference!r} failed with {type(error).__name__}: {error}") from error
+    weights = Weights(origin="factory")
+    if options.weights is not None:
+        module, weights = _with_file(module, reference, options)
+    return _from_module(module, reference, weights, options)
+
+
+def _from_file(reference: str, options: ModelOptions) -> Model:
+    import openvino as ov
+
+    from ovcalib.export.to_openvino import read_graph, stored_spec
+
+    graph = read_graph(Path(reference))
+    spec = stored_spec(graph)
+    if spec is not None and not any((options.input_shape, options.mean, options.std, options.short_side is not None)):
+        digest = file_sha256(Path(reference).with_suffix(".bin"))
+        return Model(spec, graph=graph, sha256=digest)
+    if len(graph.inputs) != 1:
+        raise ModelError(f"{reference!r} has {len(graph.inputs)} inputs. Expected one image input [N, C, H, W].")
+    shape = options.input_shape or (spec.input_shape if spec else None)
+    partial = graph.inputs[0].get_partial_shape()
+    if shape is None:
+        if partial.rank.is_dynamic or len(partial) != 4 or any(partial[i].is_dynamic for i in (1, 2, 3)):
+            raise ModelError(
+                f"{reference!r} has the input shape {partial}, which leaves channels, height or width open. "
+                "Pass --input-shape, for example --input-shape 3,224,224."
+            )
+        shape = (partial[1].get_length(), partial[2].get_length(), partial[3].get_length())
+    try:
+        graph.reshape({graph.inputs[0]: ov.PartialShape([1, *shape])})
+    except RuntimeError as error:
+        raise ModelError(
+            f"{reference!r} does not take inputs of shape {list(shape)} (its input is {partial}). "
+            "Pass the right --input-shape."
+        ) from error
+    preprocessing, warnings = _preprocessing(shape, options, spec.preprocessing if spec else None)
+    output = graph.outputs[0].get_partial_shape()
+    classes = output[1].get_length() if len(graph.outputs) == 1 and output.is_static and len(output) == 2 else None
+    digest = file_sha256(Path(reference).with_suffix(".bin" if reference.endswith(".xml") else ".onnx"))
+    built = ModelSpec(
+        name=Path(reference).stem, input_shape=shape, num_classes=classes, preprocessing=preprocessing,
+        classes=spec.classes if spec else None, weights=Weights(origin="file", sha256=digest),
+    )  # fmt: skip
+    return Model(built, graph=graph, sha256=digest, warnings=warnings)
+
+
+def _from_module(
+    module: Any,
+    name: str,
+    weights: Weights,
+    options: ModelOptions,
+    shape: Sequence[int] | None = None,
+    published: Preprocessing | None = None,
+    classes: tuple[str, ...] = (),
+) -> Model:
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{name!r} is a {type(module).__name__}. Expected a torch.nn.Module.")
+    shape = options.input_shape or shape
+    if shape is None:
+        raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example --input-shape 3,224,224.")
+    c, h, w = shape
+    module.cpu().float().eval()
+    preprocessing, warnings = _preprocessing((c, h, w), options, published)
+    num_classes = _count_classes(module, name, (c, h, w))
+    spec = ModelSpec(
+        name=name, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
+        classes=classes if len(classes) == num_classes else None, weights=weights,
+        dataset="imagenet" if num_classes in (1000, 1001) else None,
+    )  # fmt: skip
+    return Model(spec, module=module, sha256=state_sha256(module), warnings=warnings)
+
+
+# Shared pieces --------------------------------------------------------------------------------
+
+
+def state_sha256(module: nn.Module) -> str:
+    """A hash of a module's parameters and buffers, by name; independent of file formats."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _with_file(module: Any, name: str, options: ModelOptions) -> tuple[Any, Weights]:
+    path = Path(options.weights or "")
+    apply_state_dict(module, load_state_dict(path), str(path), name)
+    return module, Weights(origin="file", sha256=file_sha256(path))
+
+
+def _downloading(reference: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # hubs raise many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{reference!r} cannot be loaded: {reason}. Without a network, give the weights with --weights FILE."
+        ) from error
+
+
+def _preprocessing(
+    shape: Sequence[int], options: ModelOptions, known: Preprocessing | None
+) -> tuple[Preprocessing, list[str]]:
+    """What the user said, over what the model says, over what is usual; the last with a warning."""
+    c, h, w = shape
+    warnings = []
+    if known is None:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if c == 3 else ((0.0,) * c, (1.0,) * c)
+        if options.mean is None or options.std is None:
+            warnings.append(
+                f"Nothing says how the model's input is normalised; assumed mean {','.join(map(str, mean))} and "
+                f"std {','.join(map(str, std))} on the 0..1 scale. Pass --mean and --std."
+            )
+        # Small inputs are trained on whole images, large ones on a centre crop.
+        known = Preprocessing(
+            height=h,
+            width=w,
+            mean=mean,
+            std=std,
+            short_side=round(min(h, w) / CROP_SHARE) if min(h, w) >= 128 else None,
+        )
+    for name, values in (("--mean", options.mean), ("--std", options.std)):
+        if values is not None and len(values) != c:
+            raise UsageError(f"{name} has {len(values)} values, but the input has {c} channels.")
+    if options.std is not None and min(options.std) <= 0:
+        raise UsageError(f"--std {','.join(map(str, options.std))} has a value that is not positive.")
+    changes: dict[str, Any] = {"height": h, "width": w}
+    if options.mean is not None:
+        changes["mean"] = options.mean
+    if options.std is not None:
+        changes["std"] = options.std
+    if options.short_side is not None:
+        if 0 < options.short_side < max(h, w):
+            raise UsageError(f"--short-side {options.short_side} is smaller than the input of {h}x{w}.")
+        changes["short_side"] = options.short_side or None
+    return known.model_copy(update=changes), warnings
+
+
+def _count_classes(module: nn.Module, name: str, shape: tuple[int, int, int]) -> int | None:
+    """The width of the logits, from one forward pass in eval mode; None for any other kind of output."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            output = module(torch.zeros(1, *shape))
+    except Exception as error:  # the network is the user's code
+        raise ModelError(
+            f"{name!r} does not take an input of shape {[1, *shape]}: {str(error).splitlines()[0]}. "
+            "Pass the right --input-shape."
+        ) from error
+    if isinstance(output, torch.Tensor) and output.ndim == 2:
+        return int(output.shape[1])
+    return None

@@ -1,0 +1,116 @@
+"""Reading, writing and downloading state dicts, without ever running what a file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovcalib.data.sets import cache_dir
+from ovcalib.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TIMEOUT_S = 60
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    partial.replace(path)
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from anything that torch.load reads with weights_only=True.
+
+    A `state_dict` or `model` entry around it and a `module.` prefix (DataParallel) are taken off; half
+    precision becomes float32.
+    raises   ModelError for a file that is missing, damaged, no state dict, or that wants to run code
+    """
+    import torch
+
+    if not path.is_file():
+        raise ModelError(f"There is no weights file {str(path)!r}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{str(path)!r} holds more than tensors and was not loaded, because loading it could run code. "
+            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
+        ) from error
+    except Exception as error:  # torch and safetensors raise many unrelated types for damaged files
+        raise ModelError(f"{str(path)!r} is not a readable weights file: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ModelError(f"{str(path)!r} holds no state dict: expected a mapping of names to tensors.")
+    half = (torch.float16, torch.bfloat16)
+    return {
+        name.removeprefix("module."): tensor.float() if tensor.dtype in half else tensor
+        for name, tensor in state.items()
+    }
+
+
+def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, name: str) -> None:
+    """load_state_dict(strict=True) with an error that names what does not fit."""
+    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [f"{k}: {given[k]} for {own[k]}" for k in own.keys() & given.keys() if own[k] != given[k]]
+    problems = [
+        f"{len(found)} {what} ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise ModelError(
+            f"The weights of {source!r} are not those of {name}: tensors {'; '.join(problems)}. "
+            "Give the checkpoint of this very network."
+        )
+    module.load_state_dict(state)
+
+
+def download(url: str, sha256: str, progress: Callable[[str], None] = lambda line: None) -> Path:
+    """The cached file of a URL, fetched if it is not there; its SHA-256 must begin with `sha256`."""
+    target = cache_dir() / "weights" / url.rsplit("/", 1)[-1]
+    if target.is_file() and file_sha256(target).startswith(sha256):
+        return target
+    progress(f"downloading {url}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
+            while block := response.read(1 << 20):
+                file.write(block)
+        digest = file_sha256(partial)
+        if not digest.startswith(sha256):
+            raise ModelError(
+                f"{url} has the SHA-256 {digest[:16]}..., but {sha256}... was expected. "
+                "The download was thrown away; try again, or give the file with --weights FILE."
+            )
+        partial.replace(target)
+    except (urllib.error.URLError, OSError) as error:
+        raise ModelError(f"{url} cannot be downloaded: {error}. Fetch it elsewhere and pass --weights FILE.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

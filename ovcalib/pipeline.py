@@ -1,0 +1,432 @@
+"""From a model reference to a proven INT8 IR: the one path behind the command line and the Python API."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino as ov
+
+from ovcalib import __version__, machine
+from ovcalib.benchmark import compare_latency
+from ovcalib.calibration import CalibrationSet, Request, generate
+from ovcalib.calibration.sets import preflight
+from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
+from ovcalib.errors import DataError
+from ovcalib.evaluation import (
+    Items,
+    Outputs,
+    agreement,
+    calibration_items,
+    collect,
+    compare,
+    hits,
+    items_of,
+    nmse,
+    pixel_hash,
+    same_class,
+)
+from ovcalib.export.parity import NOT_MEASURED, check_parity
+from ovcalib.export.to_openvino import describe, read_graph, refuse_quantized_graph, to_ir, write_ir
+from ovcalib.graph import float_operations, match_operations, quantized_operations, restore
+from ovcalib.models import Model, ModelOptions, load_model
+from ovcalib.models.weights import file_sha256
+from ovcalib.progress import Progress
+from ovcalib.quantization import Settings, has_attention, quantize_default, resolve_overflow_fix
+from ovcalib.report.markdown import markdown_report
+from ovcalib.restoration import Restoration, deadline, restore_accuracy
+from ovcalib.rundir import REQUEST, RunDir, write_json
+from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.types import (
+    ModelRecord,
+    ModelSpec,
+    Outcome,
+    Parity,
+    Quantization,
+    Recipe,
+    Restored,
+    Result,
+    SizeBytes,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Items on which candidates of accuracy-aware quantization are ranked.
+RANKING_ITEMS = 100
+# Images of the calibration set on which agreement is measured where there are no others.
+AGREEMENT_ITEMS = 100
+# Below this agreement with FP32 the INT8 model is another model.
+COLLAPSED_AGREEMENT = 0.8
+
+
+@dataclass
+class QuantizationResult:
+    """What `quantize` gives back.
+
+    record        the content of result.json
+    int8, fp32    OpenVINO graphs, batch 1
+    calibration   the images that were used
+    folder        where everything was written, or None
+    """
+
+    record: Result
+    int8: ov.Model
+    fp32: ov.Model
+    calibration: CalibrationSet
+    folder: Path | None
+
+
+def quantize_recipe(
+    recipe: Recipe,
+    output: Path | None = None,
+    *,
+    module: nn.Module | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizationResult:
+    """Quantize a model to INT8 and prove the result.
+
+    recipe     what to do
+    output     a folder that appears whole when all is done; None keeps nothing but the returned value
+    module     the torch module itself, instead of the one that the recipe's reference names
+    raises     OvcalibError
+    """
+    progress = progress or Progress()
+    began = time.monotonic()
+    out_of_time = deadline(recipe.max_time)
+    check_device(recipe.device)
+    with ExitStack() as stack:
+        if output is None:
+            run = None
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            run = stack.enter_context(RunDir(output, overwrite))
+            folder = run.path
+        write_json(folder / REQUEST, recipe.model_dump(mode="json"))
+        (folder / "logs").mkdir()
+        log = stack.enter_context((folder / "logs" / "run.log").open("w"))
+
+        model = load_model(module if module is not None else recipe.model, model_options(recipe), progress.say)
+        warnings = list(model.warnings)
+        evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
+        fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
+        settings = resolve_settings(recipe, fp32)
+
+        calibration = calibrate(recipe, model, progress)
+        warnings += calibration.provenance.warnings
+        calibration.save(folder)
+
+        # Without evaluation images there is no accuracy, only agreement, and that on the calibration images.
+        if evaluation is not None:
+            forbidden = frozenset() if recipe.allow_overlap else calibration_hashes(calibration)
+            count, items, where = len(evaluation), evaluation.items(forbidden), evaluation.data.reference
+        else:
+            count = min(len(calibration), AGREEMENT_ITEMS)
+            items = Items(lambda: islice(calibration_items(calibration), count))
+            where = f"the calibration set ({calibration.provenance.source})"
+        with progress.task("evaluating FP32", count) as tick:
+            reference = collect(OpenVINORunner(fp32), items, tick)
+
+        quantizing = time.monotonic()
+        with progress.task("calibrating", len(calibration)) as tick:
+            int8 = quantize_default(fp32, calibration, settings, tick, log)
+        restoration: Restoration[ov.Model] | None = None
+        restored: Restored | None = None
+        if recipe.mode == "accuracy-aware":
+            steering = where, items
+            if recipe.validate_on is not None:
+                steering = recipe.validate_on, open_evaluation(recipe, recipe.validate_on, model.spec).items()
+            restoration, restored = restore_to_goal(recipe, fp32, int8, *steering, out_of_time, progress)
+            int8 = restoration.model
+            if evaluation is not None and recipe.validate_on is None:
+                warnings.append(
+                    "the evaluation images also steered the accuracy-aware search; name others with --validate"
+                )
+        seconds = time.monotonic() - quantizing
+        outcome: Outcome = restoration.outcome if restoration else "done"
+        quantization = Quantization(
+            mode=recipe.mode,
+            preset=settings.preset,
+            subset_size=len(calibration),
+            overflow_fix=settings.overflow_fix,
+            deploy_isa=recipe.deploy_isa,
+            bias_correction=recipe.bias_correction,
+            transformer=settings.transformer,
+            ignored=settings.ignored,
+            int8_operations=len(quantized_operations(int8)),
+            float_operations=len(float_operations(int8)),
+            reverted=tuple(name.removesuffix("/WithoutBiases") for name in restoration.reverted) if restoration else (),
+            restoration=restored,
+            seconds=round(seconds, 3),
+        )
+
+        describe(int8, model.spec, recipe.dynamic_batch)
+        int8.set_rt_info(quantization.model_dump_json(exclude={"restoration"}), ["ovcalib", "quantization"])
+        write_ir(int8, folder / "int8" / "model.xml")
+        # What is measured from here on is the file, not the graph that it was written from.
+        written = read_graph(folder / "int8" / "model.xml")
+        with progress.task("evaluating INT8", count) as tick:
+            outputs = collect(OpenVINORunner(batch_one(written, model.spec)), items, tick)
+        classification = model.spec.num_classes is not None
+        agreed = agreement(reference, outputs, where, classification)
+        if agreed.top1 is not None and agreed.top1 < COLLAPSED_AGREEMENT:
+            warnings.append(
+                f"agreement collapsed: INT8 names another class than FP32 for {1 - agreed.top1:.1%} of {where}. "
+                "Calibrate with another source, or use --mode accuracy-aware"
+            )
+        if agreed.nmse is None:
+            warnings.append("the INT8 model gives non-finite outputs")
+        proven = compare(reference, outputs, evaluation.protocol) if evaluation is not None else None
+
+        latency, latency_reason = None, "left out (--benchmark-time 0)"
+        if recipe.benchmark_time > 0:
+            progress.say(f"measuring latency on {recipe.device}")
+            latency = compare_latency(
+                batch_one(fp32, model.spec), batch_one(written, model.spec), recipe.device, recipe.benchmark_time
+            )
+        record = Result(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            ovcalib=__version__,
+            outcome=outcome,
+            model=ModelRecord(
+                name=model.spec.name,
+                input_shape=model.spec.input_shape,
+                parameters=model.parameters,
+                sha256=model.sha256,
+                weights=model.spec.weights,
+            ),
+            recipe=recipe,
+            calibration=calibration_record(calibration),
+            quantization=quantization,
+            accuracy=proven,
+            accuracy_reason=None if proven else accuracy_reason(evaluation),
+            agreement=agreed,
+            parity=parity,
+            parity_reason=None if model.module is not None else "the model was given as a graph",
+            size_bytes=SizeBytes(fp32=ir_bytes(folder / "fp32"), int8=ir_bytes(folder / "int8")),
+            benchmark=latency,
+            benchmark_reason=None if latency else latency_reason,
+            environment=machine.environment(),
+            warnings=tuple(warnings),
+            files={},
+        )
+        log.close()
+        (folder / "report.md").write_text(markdown_report(record))
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        record = record.model_copy(update={"files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}})
+        write_json(folder / "result.json", record.model_dump(mode="json"))
+        progress.say(f"done in {time.monotonic() - began:.0f} s")
+        if run is not None:
+            run.finish()
+            # The graphs in memory still read the weights of the folder under its first name.
+            fp32, int8 = read_graph(output / "fp32" / "model.xml"), read_graph(output / "int8" / "model.xml")  # type: ignore[operator]
+    return QuantizationResult(record, int8, fp32, calibration, output)
+
+
+# The steps ------------------------------------------------------------------------------------
+
+
+def model_options(recipe: Recipe) -> ModelOptions:
+    return ModelOptions(
+        weights=recipe.weights,
+        input_shape=recipe.input_shape,
+        mean=recipe.mean,
+        std=recipe.std,
+        short_side=recipe.short_side,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def export(model: Model, folder: Path, progress: Progress, dynamic_batch: bool = False) -> tuple[ov.Model, Parity]:
+    """Write model.onnx and model.xml into a folder; returns the FP32 graph with batch 1 and the parity of all forms."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.module is None:
+        assert model.graph is not None
+        refuse_quantized_graph(model.graph, model.spec.name)
+        graph, parity = model.graph, NOT_MEASURED
+        describe(graph, model.spec, dynamic_batch)
+    else:
+        from ovcalib.export.to_onnx import to_onnx
+
+        progress.say(f"exporting {model.spec.name}")
+        path = folder / "model.onnx"
+        to_onnx(model.module, model.spec.input_shape, path, dynamic_batch)
+        graph = to_ir(path, model.spec, dynamic_batch)
+        parity = check_parity(model.module, path, graph)
+    write_ir(graph, folder / "model.xml")
+    return batch_one(graph, model.spec), parity
+
+
+def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
+    """The graph with batch 1; a copy where its batch is open."""
+    if graph.inputs[0].get_partial_shape().is_static:
+        return graph
+    fixed = graph.clone()
+    fixed.reshape({fixed.inputs[0]: ov.PartialShape([1, *spec.input_shape])})
+    return fixed
+
+
+def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
+    """The quantization settings that a recipe comes to for a graph."""
+    transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
+    ignored = [op.get_friendly_name() for ops in match_operations(graph, recipe.ignore).values() for op in ops]
+    return Settings(
+        preset=recipe.preset or ("mixed" if transformer else "performance"),
+        overflow_fix=resolve_overflow_fix(recipe.overflow_fix, recipe.deploy_isa),
+        fast_bias_correction=recipe.bias_correction == "fast",
+        transformer=transformer,
+        ignored=tuple(dict.fromkeys(ignored)),
+    )
+
+
+def calibrate(recipe: Recipe, model: Model, progress: Progress) -> CalibrationSet:
+    """The calibration set of a recipe, checked."""
+    with progress.task(f"making {recipe.calib} images", recipe.num_samples) as tick:
+        calibration = generate(
+            recipe.calib,
+            Request(
+                count=recipe.num_samples,
+                seed=recipe.seed,
+                spec=model.spec,
+                module=model.module,
+                tick=tick,
+                download=recipe.download,
+            ),
+            recipe.options,
+        )
+    found = (*calibration.provenance.warnings, *preflight(calibration))
+    return CalibrationSet(
+        calibration.images,
+        calibration.labels,
+        calibration.preprocessing,
+        calibration.provenance.model_copy(update={"warnings": found}),
+    )
+
+
+def calibration_hashes(calibration: CalibrationSet) -> frozenset[bytes]:
+    """Pixel hashes of a set that may hold real images."""
+    if calibration.domain != "pixels":
+        return frozenset()
+    return frozenset(pixel_hash(calibration.pixels(i)) for i in range(len(calibration)))
+
+
+@dataclass
+class Evaluation:
+    """A labelled or unlabelled set, and which of its images count."""
+
+    data: ImageData
+    spec: ModelSpec
+    labels: Any
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def protocol(self) -> str:
+        pre = self.spec.preprocessing
+        fit = f"short side {pre.short_side}, centre crop" if pre.short_side else "scaled to"
+        return (
+            f"{len(self)} of {len(self.data)} images of {self.data.reference}, "
+            f"{fit} {pre.height}x{pre.width}, {pre.interpolation}"
+        )
+
+    def items(self, forbidden: frozenset[bytes] = frozenset()) -> Items:
+        return Items(lambda: items_of(Reader(self.data, self.spec, self.labels, self.order), forbidden))
+
+
+def open_evaluation(recipe: Recipe, reference: str, spec: ModelSpec) -> Evaluation:
+    """The evaluation images that a reference names.
+
+    raises   DataError where labels are there but do not fit the model, or all are of one class
+    """
+    data = open_data(reference, split="test", download=recipe.download)
+    labels = None
+    if data.labels is not None and spec.num_classes is not None:
+        labels = model_labels(data, spec)
+        present = len(set(labels.tolist()))
+        if present < min(2, spec.num_classes):
+            name = data.class_names[0] if data.class_names else str(labels[0])
+            raise DataError(
+                f"{reference!r} holds images of one class ({name!r}), but {spec.name} has {spec.num_classes}. "
+                "Accuracy on one class is not the model's accuracy: give a folder with all classes."
+            )
+    order = range(len(data)) if recipe.limit is None else choose(labels, len(data), recipe.seed)[: recipe.limit]
+    return Evaluation(data, spec, labels, order)
+
+
+def restore_to_goal(
+    recipe: Recipe,
+    fp32: ov.Model,
+    int8: ov.Model,
+    on: str,
+    items: Items,
+    out_of_time: Callable[[], bool],
+    progress: Progress,
+) -> tuple[Restoration[ov.Model], Restored]:
+    """Accuracy-aware quantization, from the default INT8 model on, steered by `items` of the set `on`."""
+    reference = collect(OpenVINORunner(fp32), items)
+    metric = recipe.metric or ("agreement" if reference.labels is None else "top1")
+    if metric == "top1" and reference.labels is None:
+        raise DataError(f"--metric top1 needs labels, and {on} has none. Use --metric agreement, or labelled images.")
+    subset = list(islice(items, RANKING_ITEMS))
+
+    def score(outputs: Outputs) -> float:
+        if metric == "top1":
+            assert reference.labels is not None
+            return float(hits(outputs.values, reference.labels).mean())
+        return float(same_class(reference.values, outputs.values).mean())
+
+    def error(model: ov.Model) -> float:
+        return nmse(reference.values[: len(subset)], collect(OpenVINORunner(model), subset).values)
+
+    with ExitStack() as stack:
+        tasks: dict[str, Any] = {}
+
+        def say(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = stack.enter_context(progress.task(step, total))
+            tasks[step](done)
+
+        found = restore_accuracy(
+            operations=[op.get_friendly_name() for op in quantized_operations(int8)],
+            build=functools.partial(restore, int8, fp32),
+            validate=lambda model: score(collect(OpenVINORunner(model), items)),
+            error=error,
+            baseline=score(reference),
+            max_drop=recipe.max_drop,
+            max_iterations=recipe.max_iterations,
+            out_of_time=out_of_time,
+            say=say,
+        )
+    return found, Restored(
+        metric=metric, on=on, count=len(reference), max_drop=recipe.max_drop, baseline=score(reference),
+        value=found.metric, validations=found.validations,
+        ranking=tuple((name.removesuffix("/WithoutBiases"), value) for name, value in found.ranking),
+    )  # fmt: skip
+
+
+def calibration_record(calibration: CalibrationSet) -> dict[str, Any]:
+    """The calibration block of a result."""
+    record = calibration.provenance.model_dump(mode="json")
+    record["has_labels"] = calibration.labels is not None
+    return record
+
+
+def accuracy_reason(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "no evaluation images were given (--eval DATA)"
+    return f"{evaluation.data.reference} has no labels"
+
+
+def ir_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in ("model.xml", "model.bin"))

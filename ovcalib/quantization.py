@@ -1,0 +1,182 @@
+"""INT8 by NNCF's default algorithm. The only module that imports nncf."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib import machine
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.errors import ModelError, OvcalibError, require
+from ovcalib.export.to_openvino import refuse_quantized_graph
+from ovcalib.graph import layer_name
+
+Preset = Literal["performance", "mixed"]
+OverflowFix = Literal["disable", "first-layer", "enable"]
+DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
+
+# Without a 32-bit INT8 dot product, products are summed in 16 bits, where full-range weights overflow: "enable" halves
+# the range of all weights. "first-layer" halves the first layer's, whose unsigned input is where it happens most; it is
+# NNCF's own default and the compromise for a machine nobody named.
+OVERFLOW_FIX: dict[str, OverflowFix] = {
+    "any": "first-layer",
+    "avx2": "enable",
+    "avx512": "enable",
+    "vnni": "disable",
+    "amx": "disable",
+    "gpu": "disable",
+    "npu": "disable",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to quantize, fully resolved.
+
+    ignored       friendly names of operations that stay in float
+    transformer   attention is there: SmoothQuant and the mixed preset apply
+    """
+
+    preset: Preset = "performance"
+    overflow_fix: OverflowFix = "first-layer"
+    fast_bias_correction: bool = True
+    transformer: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+def resolve_overflow_fix(asked: OverflowFix | Literal["auto"], deploy_isa: DeployISA) -> OverflowFix:
+    """The overflow fix for the machine that the model is deployed on; the machine here counts only for "host"."""
+    if asked != "auto":
+        return asked
+    if deploy_isa == "host":
+        return "disable" if machine.has_int8_dot_product() else "enable"
+    return OVERFLOW_FIX[deploy_isa]
+
+
+def has_attention(graph: ov.Model) -> bool:
+    """Whether a Softmax feeds a matrix product of two activations, or the graph has fused attention."""
+    for op in graph.get_ops():
+        if op.get_type_name() == "ScaledDotProductAttention":
+            return True
+        if op.get_type_name() == "Softmax":
+            readers = [t.get_node() for t in op.output(0).get_target_inputs()]
+            if any(r.get_type_name() == "MatMul" for r in readers):
+                return True
+    return False
+
+
+@dataclass
+class _Items:
+    """What NNCF reads: a sized dataset of batch-1 inputs that can be gone through again, the same each time.
+
+    Batches, generators and shuffling loaders are all read wrongly by NNCF without an error.
+    """
+
+    calibration: CalibrationSet
+    tick: Callable[[int], None]
+    seen: int = field(default=0)
+
+    def __len__(self) -> int:
+        return len(self.calibration)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        self.seen += 1
+        self.tick(min(self.seen, len(self)))
+        return self.calibration[index]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def quantize_default(
+    graph: ov.Model,
+    calibration: CalibrationSet,
+    settings: Settings,
+    tick: Callable[[int], None] = lambda done: None,
+    log: io.TextIOBase | None = None,
+) -> ov.Model:
+    """INT8 by min-max ranges over every image of the calibration set, with bias correction.
+
+    graph     float, batch 1, with named inputs and outputs; it stays as it is
+    tick      receives the number of images read
+    log       receives what NNCF prints
+    raises    ModelError where the graph is already quantized, or NNCF refuses it
+    """
+    refuse_quantized_graph(graph, graph.get_friendly_name())
+    with _nncf(log) as nncf:
+        parameters = {
+            "preset": {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}[
+                settings.preset
+            ],
+            "subset_size": len(calibration),
+            "fast_bias_correction": settings.fast_bias_correction,
+            "model_type": nncf.ModelType.TRANSFORMER if settings.transformer else None,
+            "ignored_scope": nncf.IgnoredScope(names=list(settings.ignored)) if settings.ignored else None,
+        }
+
+        def run(**advanced: Any) -> ov.Model:
+            fix = {
+                "disable": nncf.OverflowFix.DISABLE,
+                "first-layer": nncf.OverflowFix.FIRST_LAYER,
+                "enable": nncf.OverflowFix.ENABLE,
+            }[settings.overflow_fix]
+            # Made anew for every call: nncf.quantize writes into the object that it is given.
+            options = nncf.AdvancedQuantizationParameters(overflow_fix=fix, **advanced)
+            items = nncf.Dataset(_Items(calibration, tick))
+            return nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
+
+        try:
+            try:
+                return run()
+            except (OvcalibError, KeyboardInterrupt):
+                raise
+            except Exception:
+                if not settings.transformer:
+                    raise
+                # SmoothQuant fails on some shared weights and heeds no ignored scope (nncf issue 4172).
+                smooth = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+                return run(smooth_quant_alphas=smooth)
+        except (OvcalibError, MemoryError):
+            raise
+        except Exception as error:  # NNCF raises its own types, re.error, RuntimeError and AttributeError
+            lines = str(error).strip().splitlines()
+            raise ModelError(
+                f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. "
+                "Leave the operation at fault in float with --ignore, or pass --debug to see where it happened."
+            ) from error
+
+
+def dry_run_ignored(found: dict[str, list[ov.Node]]) -> list[str]:
+    """Lines that say what each pattern of an ignored scope matches."""
+    return [
+        f"{pattern}: {', '.join(f'{layer_name(op)} ({op.get_type_name()})' for op in ops)}"
+        for pattern, ops in found.items()
+    ]
+
+
+@contextlib.contextmanager
+def _nncf(log: io.TextIOBase | None) -> Iterator[ModuleType]:
+    """NNCF with its output, which goes to stdout, led elsewhere."""
+    # Importing NNCF makes torch look for a CUDA compiler, and complain.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    sink = log or io.StringIO()
+    with contextlib.redirect_stdout(sink):
+        nncf = require("nncf", "quantize", "Quantization")
+        logger = logging.getLogger("nncf")
+        # The handler of the first import keeps that import's stdout; ours follows every call.
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        handler = logging.StreamHandler(sink)
+        logger.addHandler(handler)
+        try:
+            yield nncf
+        finally:
+            logger.removeHandler(handler)

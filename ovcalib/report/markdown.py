@@ -1,0 +1,119 @@
+"""`report.md` and the table on the terminal. Not measured prints as "-", never as 0."""
+
+from __future__ import annotations
+
+from ovcalib.types import Result
+
+
+def points(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def summary(result: Result) -> dict[str, str]:
+    """The line that the terminal shows, column by column; agreement is never called accuracy."""
+    latency = result.benchmark.latency_ms if result.benchmark else None
+    row = {
+        "model": result.model.name,
+        "source": f"{result.calibration['source']} x {result.calibration['num_samples']}",
+        "mode": result.quantization.mode,
+    }
+    if result.accuracy:
+        low, high = result.accuracy.int8.ci95
+        row["top-1 FP32"] = points(result.accuracy.fp32.top1)
+        row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}"
+        row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
+    row["agreement"] = points(result.agreement.top1)
+    row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
+    row["p50 ms"] = f"{latency['fp32'].p50:.3g} -> {latency['int8'].p50:.3g}" if latency else "-"
+    return row
+
+
+def markdown_report(result: Result) -> str:
+    """The whole result as Markdown."""
+    row = summary(result)
+    quantization, calibration = result.quantization, result.calibration
+    lines = [
+        f"# {result.model.name}: INT8, calibrated with {calibration['source']}",
+        "",
+        "| " + " | ".join(row) + " |",
+        "|" + "---|" * len(row),
+        "| " + " | ".join(_escape(value) for value in row.values()) + " |",
+        "",
+        f"Outcome: **{result.outcome}**.",
+        "",
+    ]
+    if result.accuracy:
+        lines += [
+            f"Accuracy was measured on {_escape(result.accuracy.protocol)}. The drop has the 95 % interval "
+            f"{result.accuracy.drop_ci95[0]:+.2f} to {result.accuracy.drop_ci95[1]:+.2f} points (paired).",
+        ]
+    else:
+        lines += [f"Accuracy was not measured: {_escape(result.accuracy_reason or '')}."]
+    lines += [
+        f"Agreement is how often INT8 names the class that FP32 names, here on {result.agreement.count} images of "
+        f"{_escape(result.agreement.on)}; it is not accuracy. Output error (NMSE): "
+        f"{'-' if result.agreement.nmse is None else f'{result.agreement.nmse:.4g}'}.",
+        "",
+    ]
+    if result.warnings:
+        lines += ["## Warnings", "", *(f"- {_escape(warning)}" for warning in result.warnings), ""]
+    lines += [
+        "## Calibration",
+        "",
+        f"- {calibration['num_samples']} images from `{calibration['source']}`, seed {calibration['seed']}, "
+        f"made in {calibration['seconds']:.1f} s",
+        f"- domain: {calibration['domain']}; labels: {calibration['labels'] or 'none'}",
+        *(f"- {key}: {value}" for key, value in calibration["options"].items()),
+        "",
+        "## Quantization",
+        "",
+        f"- preset {quantization.preset}, overflow fix {quantization.overflow_fix} (deployment ISA: "
+        f"{quantization.deploy_isa}), {quantization.bias_correction} bias correction",
+        f"- {quantization.int8_operations} operations in INT8, {quantization.float_operations} layers in float, "
+        f"{quantization.seconds:.1f} s",
+    ]
+    if quantization.ignored:
+        lines.append(f"- ignored: {', '.join(quantization.ignored)}")
+    if quantization.restoration:
+        found = quantization.restoration
+        lines += [
+            f"- goal: {found.metric} on {_escape(found.on)} at most {100 * found.max_drop:.2f} points under FP32; "
+            f"FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} validations",
+            f"- back in float: {', '.join(quantization.reverted) or 'none'}",
+        ]
+    if result.benchmark:
+        fp32, int8 = (result.benchmark.latency_ms[name] for name in ("fp32", "int8"))
+        lines += [
+            "",
+            f"## Latency on {result.benchmark.device}",
+            "",
+            f"| | p50 ms | p90 ms | p99 ms | n | float parts in |\n|---|---|---|---|---|---|\n"
+            f"| FP32 | {fp32.p50:.4g} | {fp32.p90:.4g} | {fp32.p99:.4g} | {fp32.n} | {fp32.precision or '-'} |\n"
+            f"| INT8 | {int8.p50:.4g} | {int8.p90:.4g} | {int8.p99:.4g} | {int8.n} | {int8.precision or '-'} |",
+            "",
+            f"One image at a time, models in turns, device defaults. Speed-up {result.benchmark.speedup:.2f}.",
+        ]
+    lines += [
+        "",
+        "## Machine",
+        "",
+        f"- {result.environment['cpu']} ({result.environment['isa'] or 'ISA unknown'}), "
+        f"{result.environment['cpus']} CPUs"
+        f"{', virtual machine' if result.environment['virtual_machine'] else ''}",
+        f"- {', '.join(f'{name} {value}' for name, value in result.environment['versions'].items() if value)}",
+        "",
+        "Run it again: `ovcalib quantize -c request.json -o DIR`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Text from outside, which must not become Markdown or HTML."""
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,87 @@
+"""Output folders: nothing half-written, and nothing of the user's overwritten by accident."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ovcalib.errors import UsageError
+
+# Written first into every output folder: what was asked for.
+REQUEST = "request.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under another name and move it to `path` when it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
+
+
+class RunDir:
+    """A folder that appears whole: work goes into a hidden sibling, which `finish` moves into place.
+
+    A run that fails or is interrupted leaves nothing behind.
+    raises   UsageError where the target cannot be written, or holds files and `overwrite` is not set
+    """
+
+    def __init__(self, target: Path, overwrite: bool = False) -> None:
+        self.target = target
+        self.overwrite = overwrite
+        if target.exists() and not target.is_dir():
+            raise UsageError(f"{str(target)!r} is a file. Choose another output folder with -o.")
+        if target.is_dir() and any(target.iterdir()):
+            if not overwrite:
+                raise UsageError(
+                    f"The output folder {str(target)!r} is not empty. Choose another with -o, or pass --overwrite."
+                )
+            if not (target / REQUEST).is_file():
+                raise UsageError(
+                    f"The output folder {str(target)!r} holds files that ovcalib did not write and that would be lost. "
+                    "Choose another with -o."
+                )
+        self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        # Parents that this run makes go with it if it fails.
+        self.made = [parent for parent in target.parents if not parent.exists()]
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"The folder {str(target.parent)!r} cannot be written: {error.strerror}.") from error
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if error is not None:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for parent in self.made:
+                    parent.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(
+                f"No space is left for the output folder {str(self.target)!r}. Free some, or use another disk."
+            ) from error
+
+    def finish(self) -> None:
+        """Move the finished folder to its place; an old one is replaced only now."""
+        if self.target.is_dir():
+            old = self.path.with_suffix(".old")
+            self.target.rename(old)
+            self.path.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.path.rename(self.target)

@@ -1,0 +1,94 @@
+"""Inference on a device, behind a protocol that tests can fake."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.errors import DeviceError, ModelError, UnknownNameError
+
+# What accuracy is measured in: no hidden bfloat16 or float16 in the float parts of a model.
+EVALUATION_PRECISION = "f32"
+
+
+class Runner(Protocol):
+    """Something that turns network inputs into outputs, in order."""
+
+    def run(self, inputs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Outputs of items, each float32 [K]: all output tensors of the item, flattened one after the other."""
+        ...
+
+
+@functools.cache
+def core() -> ov.Core:
+    return ov.Core()
+
+
+class OpenVINORunner:
+    """A compiled graph with enough requests in flight to keep the device busy.
+
+    graph       with batch 1
+    precision   inference precision hint: "f32", "bf16", "f16", or None for the device's default
+    """
+
+    def __init__(self, graph: ov.Model, device: str = "CPU", precision: str | None = EVALUATION_PRECISION) -> None:
+        config = {"PERFORMANCE_HINT": "THROUGHPUT"}
+        if precision is not None:
+            config["INFERENCE_PRECISION_HINT"] = precision
+        self.compiled = compile_graph(graph, device, config)
+        self.requests = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 1
+
+    def run(self, inputs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        # Requests are waited for in the order in which they were started, so outputs need no sorting.
+        pending: deque[tuple[ov.InferRequest, NDArray[np.float32]]] = deque()
+        for x in inputs:
+            if len(pending) < self.requests:
+                request = self.compiled.create_infer_request()
+            else:
+                request, _ = pending.popleft()
+                yield _outputs(request)
+            request.set_input_tensor(ov.Tensor(x))
+            request.start_async()
+            pending.append((request, x))  # the array must outlive the request
+        for request, _ in pending:
+            yield _outputs(request)
+
+
+def _outputs(request: ov.InferRequest) -> NDArray[np.float32]:
+    request.wait()
+    values = [np.asarray(tensor.data, dtype=np.float32).reshape(-1) for tensor in request.output_tensors]
+    return values[0].copy() if len(values) == 1 else np.concatenate(values)
+
+
+def compile_graph(graph: ov.Model, device: str, config: Mapping[str, Any]) -> ov.CompiledModel:
+    """Compile for one device.
+
+    raises   DeviceError for a device that is not there, ModelError for a graph that it cannot run
+    """
+    check_device(device)
+    try:
+        return core().compile_model(graph, device, dict(config))
+    except RuntimeError as error:
+        raise ModelError(f"{device} cannot compile the model: {str(error).strip().splitlines()[-1]}") from error
+
+
+def check_device(device: str) -> None:
+    """Raise DeviceError with the devices that exist where `device` is not one of them."""
+    available = core().available_devices
+    for name in device.replace("AUTO", "").replace("HETERO", "").replace("MULTI", "").strip(":").split(","):
+        if name and name not in available and name not in {a.split(".")[0] for a in available}:
+            known = sorted({*available, "AUTO"})
+            raise DeviceError(
+                str(UnknownNameError("device", name, known))
+                + (
+                    " A GPU or NPU appears when its driver is installed; see `ovcalib doctor`."
+                    if name in ("GPU", "NPU")
+                    else ""
+                )
+            )

@@ -1,0 +1,384 @@
+"""The command line as a user meets it, in this process."""
+
+import json
+import os
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ovcalib import cli, pipeline
+from ovcalib.report.schema import SCHEMAS, current_schema, schema
+
+MODEL = ["tests.toy:ToyNet", "--input-shape", "3,16,16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+FAST = ["--benchmark-time", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def data(toy, tmp_path_factory):
+    """Weights and two folders of images."""
+    root = tmp_path_factory.mktemp("data")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in toy.net.state_dict().items()}}, root / "toy.pt")
+    toy.write_folder(root / "calib", 80, seed=3)
+    toy.write_folder(root / "eval", 200, seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    found = run(
+        "quantize", *MODEL, "--weights", data / "toy.pt", "--calib", f"real:{data / 'calib'}", "--num-samples", 60,
+        "--eval", data / "eval", "-o", out, *FAST,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    return out
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_quantize_proves_a_users_model(done, data):
+    result = json.loads((done / "result.json").read_text())
+    assert result["outcome"] == "done"
+    assert result["accuracy"]["count"] == 200
+    assert result["accuracy"]["fp32"]["top1"] > 0.95
+    assert abs(result["accuracy"]["drop_points"]) < 3
+    assert result["agreement"]["top1"] > 0.95
+    assert result["calibration"]["num_samples"] == 60
+    assert result["calibration"]["domain"] == "pixels"
+    assert result["quantization"]["overflow_fix"] == "first-layer"
+    assert result["quantization"]["int8_operations"] >= 5
+    assert result["quantization"]["float_operations"] == 0
+    assert result["size_bytes"]["int8"] < result["size_bytes"]["fp32"] * 1.5
+    assert result["benchmark"]["latency_ms"]["int8"]["n"] > 10
+    assert result["parity"]["torch_vs_ir_max_abs"] < 1e-3
+    written = {p.relative_to(done).as_posix() for p in done.rglob("*") if p.is_file()} - {"result.json"}
+    assert set(result["files"]) == written
+    assert {"fp32/model.onnx", "fp32/model.xml", "int8/model.bin", "request.json", "report.md", "logs/run.log",
+            "calibration.npz", "calibration.json", "preview.png"} <= written  # fmt: skip
+
+
+def test_what_is_written_keeps_its_schema(done):
+    jsonschema.validate(json.loads((done / "result.json").read_text()), schema("result"))
+    jsonschema.validate(json.loads((done / "request.json").read_text()), schema("recipe"))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_shipped_schemas_are_those_of_the_types(name):
+    assert schema(name) == current_schema(name), "run python -m ovcalib.report.schema"
+
+
+@pytest.mark.parametrize("recipe", ["request.json", "result.json"])
+def test_a_recipe_runs_again_to_the_same_weights(done, tmp_path, recipe):
+    found = run("quantize", "-c", done / recipe, "-o", tmp_path / "out", *FAST)
+    assert found.exit_code == 0, found.stderr
+    assert (tmp_path / "out/int8/model.bin").read_bytes() == (done / "int8/model.bin").read_bytes()
+
+
+def test_the_command_line_beats_the_recipe(done, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: resnet20-cifar10\ncalib: noise\nnum_samples: 5\n")
+    found = run("quantize", *MODEL, "-c", recipe, "--num-samples", 7, "-o", tmp_path / "out", "--json", *FAST)
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(found.stdout)
+    assert result["model"]["name"] == "tests.toy:ToyNet"
+    assert result["calibration"] == {**result["calibration"], "source": "noise", "num_samples": 7}
+
+
+def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path):
+    found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--num-samples", 20, "-O", "points=20000",
+                "-O", "systems=2", "-o", tmp_path / "out", *FAST)  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    assert "agreement" in found.stdout
+    assert "top-1" not in found.stdout
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["accuracy"] is None
+    assert "--eval" in result["accuracy_reason"]
+    assert result["agreement"]["on"] == "the calibration set (fractal)"
+    assert "Accuracy was not measured" in (tmp_path / "out/report.md").read_text()
+
+
+def test_accuracy_aware_says_what_it_did(data, tmp_path):
+    arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 30,
+                 "--eval", data / "eval", "--mode", "accuracy-aware", *FAST]  # fmt: skip
+    found = run(*arguments, "--max-drop", 0.5, "-o", tmp_path / "loose")
+    assert found.exit_code == 0, found.stderr
+    assert json.loads((tmp_path / "loose/result.json").read_text())["outcome"] == "goal-met"
+    found = run(*arguments, "--max-drop", 0, "--metric", "agreement", "--max-iterations", 1, "-o", tmp_path / "tight")
+    result = json.loads((tmp_path / "tight/result.json").read_text())
+    assert found.exit_code == {"goal-met": 0, "goal-missed": 5, "budget": 7}[result["outcome"]]
+    assert result["quantization"]["restoration"]["metric"] == "agreement"
+    assert any("also steered" in warning for warning in result["warnings"])
+    assert (tmp_path / "tight/int8/model.xml").exists()
+
+
+def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
+    found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 8, "--mode",
+                "accuracy-aware", "--metric", "agreement", "--max-drop", 0, "--max-time", 0.001, "--eval", data / "eval",
+                "-o", tmp_path / "out", *FAST)  # fmt: skip
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert found.exit_code == {"goal-met": 0, "budget": 7}[result["outcome"]]
+    assert (tmp_path / "out/int8/model.xml").exists()
+
+
+def test_collapsed_agreement_is_warned_about(data, tmp_path, toy):
+    # Constant colour shifts: the ranges are far from those of the evaluation images.
+    images = np.full((10, 16, 16, 3), 127, np.uint8)
+    images[:, ::2] += 1
+    np.savez(tmp_path / "flat.npz", images=images)
+    found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", f"npz:{tmp_path / 'flat.npz'}",
+                "--num-samples", 10, "--eval", data / "eval", "-o", tmp_path / "out", *FAST)  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    assert "agreement collapsed" in found.stderr
+    assert "unlike photographs" in found.stderr
+
+
+def test_ignore_and_dry_run(tmp_path):
+    found = run("quantize", *MODEL, "--ignore", "stem.*", "--ignore", "type:MatMul", "--dry-run")
+    assert found.exit_code == 0, found.stderr
+    assert "ignore stem.*: stem.0 (Convolution)" in found.stdout
+    assert "ignore type:MatMul: fc (MatMul)" in found.stdout
+    assert "overflow fix: first-layer" in found.stdout
+    found = run(
+        "quantize", *MODEL, "--calib", "noise", "--num-samples", 5, "--ignore", "top.*", "-o", tmp_path / "o", *FAST
+    )
+    assert found.exit_code == 0, found.stderr
+    assert json.loads((tmp_path / "o/result.json").read_text())["quantization"]["float_operations"] == 1
+
+
+def test_evaluate_reads_what_the_ir_says_about_itself(done, data):
+    found = run("evaluate", done / "int8/model.xml", "--data", data / "eval", "--json")
+    assert found.exit_code == 0, found.stderr
+    result = json.loads((done / "result.json").read_text())
+    assert json.loads(found.stdout)["accuracy"]["top1"] == result["accuracy"]["int8"]["top1"]
+    assert json.loads(found.stdout)["data_sha256"] == result["accuracy"]["data_sha256"]
+    limited = run("evaluate", done / "fp32/model.xml", "--data", data / "eval", "--limit", 40)
+    assert limited.exit_code == 0
+    assert "40 of 200 images" in limited.stdout
+
+
+def test_onnx_and_ir_files_are_models_too(done, data, tmp_path):
+    for model in ("fp32/model.onnx", "fp32/model.xml"):
+        out = tmp_path / Path(model).suffix[1:]
+        extra = MODEL[1:] if model.endswith("onnx") else []
+        found = run("quantize", done / model, *extra, "--calib", f"real:{data / 'calib'}", "--num-samples", 60,
+                    "--eval", data / "eval", "-o", out, *FAST)  # fmt: skip
+        assert found.exit_code == 0, found.stderr
+        result = json.loads((out / "result.json").read_text())
+        assert result["parity_reason"] == "the model was given as a graph"
+        assert (out / "int8/model.bin").read_bytes() == (done / "int8/model.bin").read_bytes()
+
+
+def test_an_onnx_file_without_normalisation_is_assumed_and_warned_about(done, tmp_path):
+    found = run(
+        "quantize", done / "fp32/model.onnx", "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "o", *FAST
+    )
+    assert found.exit_code == 0, found.stderr
+    assert "Nothing says how the model's input is normalised" in found.stderr
+
+
+def test_convert_writes_what_is_asked_for(tmp_path):
+    assert run("convert", *MODEL, "-o", tmp_path / "both").exit_code == 0
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"model.onnx", "model.xml", "model.bin", "request.json"}
+    assert run("convert", *MODEL, "--to", "ir", "--dynamic-batch", "-o", tmp_path / "ir").exit_code == 0
+    assert {p.name for p in (tmp_path / "ir").iterdir()} == {"model.xml", "model.bin", "request.json"}
+    assert 'shape="?,3,16,16"' in (tmp_path / "ir/model.xml").read_text()
+
+
+@pytest.mark.parametrize("form", ["npz", "imagefolder", "datumaro"])
+def test_generated_sets_can_be_used_again(data, tmp_path, form):
+    out = tmp_path / "set"
+    found = run(
+        "generate", f"real:{data / 'calib'}", "--model", MODEL[0], *MODEL[1:], "--count", 8, "--format", form, "-o", out
+    )
+    assert found.exit_code == 0, found.stderr
+    reference = {"npz": f"npz:{out / 'calibration.npz'}", "imagefolder": f"real:{out}",
+                 "datumaro": f"real:datumaro:datumaro:{out}"}[form]  # fmt: skip
+    used = run("quantize", *MODEL, "--calib", reference, "--num-samples", 8, "-o", tmp_path / "q", *FAST)
+    assert used.exit_code == 0, used.stderr
+
+
+def test_output_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "0007-x").mkdir(parents=True)
+    assert cli.next_folder(Path("runs"), "tests.toy:ToyNet-noise") == Path("runs/0008-tests.toy-ToyNet-noise")
+
+
+def test_tables_of_models_and_sources():
+    found = run("models", "resnet*-cifar10")
+    assert found.exit_code == 0
+    assert found.stdout.count("cifar10") >= 4
+    assert "vgg" not in found.stdout
+    assert run("models", "nothing*").exit_code == 2
+    found = run("sources")
+    assert all(name in found.stdout for name in ("real:DATA", "npz:FILE", "noise", "fractal"))
+    assert "-O systems=64" in run("sources", "fractal").stdout
+    assert json.loads(run("doctor", "--json").stdout)["devices"]["CPU"]
+
+
+# Bad input: the exit code, a line that helps, no traceback, nothing left behind -------------------------------------
+
+
+def refuse(tmp_path, arguments, code, message):
+    before = sorted(tmp_path.rglob("*"))
+    found = run(*arguments)
+    assert found.exit_code == code, found.stderr
+    assert message in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def bad_models(tmp_path, data):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "evil.pth")
+    torch.save({"fc.weight": torch.zeros(4, 16)}, tmp_path / "other.pth")
+    (tmp_path / "text.onnx").write_text("hello")
+    (tmp_path / "text.pth").write_text("hello")
+    return {
+        "missing-file": (["no.onnx"], 3, "There is no model file 'no.onnx'"),
+        "text-as-onnx": ([tmp_path / "text.onnx"], 3, "cannot be read as ONNX"),
+        "malicious-pickle": ([*MODEL, "--weights", tmp_path / "evil.pth"], 3, "loading it could run code"),
+        "text-as-weights": ([*MODEL, "--weights", tmp_path / "text.pth"], 3, "text.pth"),
+        "missing-weights": ([*MODEL, "--weights", "no.pth"], 3, "There is no weights file 'no.pth'"),
+        "other-weights": ([*MODEL, "--weights", tmp_path / "other.pth"], 3, "are not those of tests.toy:ToyNet"),
+        "wrong-shape": ([MODEL[0], "--input-shape", "1,16,16"], 3, "does not take an input of shape [1, 1, 16, 16]"),
+        "no-shape": ([MODEL[0]], 2, "--input-shape"),
+        "unknown-model": (["resnet20_cifar10"], 2, "Did you mean 'resnet20-cifar10'"),
+        "no-weights-shipped": (["vgg11_bn-cifar10"], 2, "--weights published"),
+        "unknown-torchvision": (["torchvision:resnet181"], 2, "Did you mean 'resnet18'"),
+        "untrusted-hub": (["hub:owner/repo:net"], 2, "--trust-remote-code"),
+        "unknown-module": (["no_such_module:net"], 2, "There is no module 'no_such_module'"),
+        "unknown-attribute": (["tests.toy:Net"], 2, "has no 'Net'"),
+        "no-module": (["os:getcwd"], 3, "Expected a torch.nn.Module"),
+    }
+
+
+@pytest.mark.parametrize("case", [
+    "missing-file", "text-as-onnx", "malicious-pickle", "text-as-weights", "missing-weights", "other-weights",
+    "wrong-shape", "no-shape", "unknown-model", "no-weights-shipped", "unknown-torchvision", "untrusted-hub",
+    "unknown-module", "unknown-attribute", "no-module",
+])  # fmt: skip
+def test_bad_models(tmp_path, data, case):
+    arguments, code, message = bad_models(tmp_path, data)[case]
+    refuse(tmp_path, ["quantize", *arguments, "--calib", "noise", "-o", tmp_path / "out"], code, message)
+
+
+def bad_data(tmp_path, data):
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken" / "fine-h"
+    broken.mkdir(parents=True)
+    for i in range(10):
+        (broken / f"{i}.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    PIL.Image.new("RGB", (16, 16)).save(broken / "good.png")
+    values = np.random.default_rng(0).standard_normal((6, 3, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "nan.npz", images=np.where(values > 2, np.nan, values))
+    np.savez(tmp_path / "raw.npz", images=(np.abs(values) * 60))
+    np.savez(tmp_path / "chw.npz", images=np.zeros((6, 3, 16, 16), np.uint8))
+    calib = data / "calib"
+    return {
+        "empty-folder": (["--calib", f"real:{tmp_path / 'empty'}"], 4, "holds no images"),
+        "damaged-images": (["--calib", f"real:{tmp_path / 'broken'}", "--num-samples", 5], 4, "cannot be decoded"),
+        "missing-folder": (["--calib", "real:/no/such"], 4, "no folder '/no/such'"),
+        "too-many": (["--calib", f"real:{calib}", "--num-samples", 5000], 2, "more than the 80 images"),
+        "none": (["--calib", "noise", "--num-samples", 0], 2, "--num-samples 0"),
+        "nan": (["--calib", f"npz:{tmp_path / 'nan.npz'}", "--num-samples", 6], 4, "NaN"),
+        "unnormalised": (["--calib", f"npz:{tmp_path / 'raw.npz'}", "--num-samples", 6], 4, "unnormalised pixels"),
+        "uint8-channels-first": (["--calib", f"npz:{tmp_path / 'chw.npz'}", "--num-samples", 6], 4, "Expected uint8 [N, 16, 16, 3]"),
+        "overlap": (["--calib", f"real:{calib}", "--num-samples", 9, "--eval", calib], 4, "--allow-overlap"),
+        "one-class": (["--calib", "noise", "--num-samples", 4, "--eval", tmp_path / "broken"], 4, "has the classes fine-h (1)"),
+        "missing-eval": (["--calib", "noise", "--num-samples", 4, "--eval", "imagefolder:/no"], 4, "no folder '/no'"),
+        "unknown-source": (["--calib", "fractl"], 2, "Did you mean 'fractal'"),
+        "unknown-option": (["--calib", "noise", "-O", "color=red"], 2, "Unknown option of noise 'color'"),
+        "malformed-option": (["--calib", "noise", "-O", "color"], 2, "expected KEY=VALUE"),
+        "unknown-device": (["--calib", "noise", "-d", "GPUX"], 6, "Unknown device 'GPUX'"),
+        "unknown-mode": (["--calib", "noise", "--mode", "magic"], 2, "--mode magic"),
+        "unknown-preset": (["--calib", "noise", "--preset", "fast"], 2, "--preset fast"),
+        "bad-mean": (["--mean", "a,b"], 2, "--mean a,b"),
+        "bad-std": (["--std", "1,0,1"], 2, "--std 1.0,0.0,1.0"),
+        "unknown-ignore": (["--calib", "noise", "--ignore", "layer1.*"], 2, "Unknown operation pattern 'layer1.*'"),
+        "top1-without-labels": (["--calib", "noise", "--num-samples", 4, "--mode", "accuracy-aware", "--metric", "top1",
+                                 "--max-drop", 0], 4, "--metric top1 needs labels"),
+        "missing-recipe": (["-c", "no.yaml"], 2, "cannot be read"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [
+    "empty-folder", "damaged-images", "missing-folder", "too-many", "none", "nan", "unnormalised",
+    "uint8-channels-first", "overlap", "one-class", "missing-eval", "unknown-source", "unknown-option",
+    "malformed-option", "unknown-device", "unknown-mode", "unknown-preset", "bad-mean", "bad-std", "unknown-ignore",
+    "top1-without-labels", "missing-recipe",
+])  # fmt: skip
+def test_bad_data_and_options(tmp_path, data, case):
+    arguments, code, message = bad_data(tmp_path, data)[case]
+    refuse(tmp_path, ["quantize", *MODEL, *arguments, "-o", tmp_path / "out"], code, message)
+
+
+def test_an_already_quantized_ir_is_refused(done, tmp_path):
+    refuse(
+        tmp_path,
+        ["quantize", done / "int8/model.xml", "--calib", "noise", "-o", tmp_path / "out"],
+        3,
+        "already quantized",
+    )
+
+
+def test_truncated_weights_are_refused(done, tmp_path):
+    (tmp_path / "m.xml").write_bytes((done / "fp32/model.xml").read_bytes())
+    (tmp_path / "m.bin").write_bytes((done / "fp32/model.bin").read_bytes()[:99])
+    refuse(
+        tmp_path,
+        ["quantize", tmp_path / "m.xml", "--calib", "noise", "-o", tmp_path / "out"],
+        3,
+        "cannot be read as XML",
+    )
+
+
+def test_output_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    quantize = ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4]
+    refuse(tmp_path, [*quantize, "-o", tmp_path / "full"], 2, "is not empty")
+    refuse(tmp_path, [*quantize, "-o", tmp_path / "full", "--overwrite"], 2, "ovcalib did not write")
+    refuse(tmp_path, [*quantize, "-o", "/proc/ovcalib/out"], 2, "cannot be written")
+
+
+@pytest.mark.parametrize("step", ["quantize_default", "check_parity", "preflight"])
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, step):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, step, interrupted)
+    refuse(
+        tmp_path,
+        ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "out"],
+        130,
+        "interrupted",
+    )
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_ir", full)
+    refuse(
+        tmp_path,
+        ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "out"],
+        2,
+        "No space is left",
+    )
+
+
+def test_a_fault_of_ours_is_said_to_be_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "preflight", lambda calibration: 1 / 0)
+    refuse(tmp_path, ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "out"], 1, "--debug")

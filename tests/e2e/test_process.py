@@ -1,0 +1,104 @@
+"""What only a process of its own can show: the edge device, signals, the installed command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ovcalib(*arguments, edge=False, **options):
+    path = [str(ROOT), *([str(ROOT / "tests" / "edge")] if edge else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    return subprocess.run(
+        [sys.executable, "-m", "ovcalib", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def ir(toy, toy_graph, tmp_path_factory):
+    from ovcalib.export.to_openvino import write_ir
+
+    root = tmp_path_factory.mktemp("edge")
+    write_ir(toy_graph, root / "model.xml")
+    toy.write_folder(root / "images", 80)
+    return root
+
+
+def test_an_edge_device_evaluates(ir):
+    found = ovcalib("evaluate", ir / "model.xml", "--data", ir / "images", "--json", edge=True)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["accuracy"]["top1"] > 0.95
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize", "--help"], ["models"], ["sources"], ["doctor"], ["--version"]]
+)
+def test_an_edge_device_has_the_commands_that_need_nothing(arguments):
+    found = ovcalib(*arguments, edge=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [(["quantize", "resnet20-cifar10"], "torch"), (["convert", "torchvision:resnet18"], "torchvision")],
+)
+def test_an_edge_device_says_what_to_install(tmp_path, arguments, package):
+    found = ovcalib(*arguments, "-o", tmp_path / "out", edge=True)
+    assert found.returncode == 2
+    assert f"needs the package '{package}'" in found.stderr
+    assert "pip install 'ovcalib[quantize]'" in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from ovcalib import cli; import contextlib\n"
+        "with contextlib.suppress(SystemExit): cli.app(['--help'])\n"
+        "print(sorted({'torch', 'openvino', 'nncf', 'numpy', 'pydantic', 'rich', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "quantize" in found.stdout
+    assert found.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ovcalib", "quantize", "tests.toy:ToyNet", "--input-shape", "3,96,96", "--calib",
+         "fractal", "--num-samples", "100000", "-O", "systems=2", "-o", str(tmp_path / "out")],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:  # plain progress lines appear while images are made
+        if "making fractal images" in line:
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_pipe_is_no_fault(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ovcalib", "models"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    time.sleep(0.1)
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=60)

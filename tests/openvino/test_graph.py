@@ -1,0 +1,101 @@
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+from ovcalib.errors import UnknownNameError
+from ovcalib.export.to_openvino import read_graph, write_ir
+from ovcalib.graph import float_operations, layer_name, match_operations, quantized_operations, restore
+from ovcalib.quantization import Settings, quantize_default
+from ovcalib.runtime import OpenVINORunner
+
+
+@pytest.fixture(scope="module")
+def int8(toy, toy_graph):
+    return quantize_default(toy_graph, toy.calibration(), Settings())
+
+
+def outputs(graph, toy):
+    return np.stack(list(OpenVINORunner(graph).run(toy.spec.preprocessing.normalise(i)[None] for i in toy.images[:50])))
+
+
+def test_quantized_operations_are_the_layers_and_what_joins_them(int8, toy_graph):
+    names = [layer_name(op) for op in quantized_operations(int8)]
+    assert [n for n in names if n in ("stem.0", "block.conv", "down.0", "top.conv", "fc")] == [
+        "stem.0", "block.conv", "down.0", "top.conv", "fc",
+    ]  # fmt: skip
+    assert float_operations(int8) == []
+    assert quantized_operations(toy_graph) == []
+    assert len(float_operations(toy_graph)) == 5
+
+
+def test_counts_survive_writing_and_reading(int8, tmp_path):
+    write_ir(int8, tmp_path / "m.xml")
+    again = read_graph(tmp_path / "m.xml")
+    assert len(quantized_operations(again)) == len(quantized_operations(int8))
+
+
+def test_restoring_everything_gives_the_float_model(toy, toy_graph, int8):
+    everything = [op.get_friendly_name() for op in quantized_operations(int8)]
+    restored = restore(int8, toy_graph, everything)
+    assert quantized_operations(restored) == []
+    assert np.abs(outputs(restored, toy) - outputs(toy_graph, toy)).max() < 1e-4
+
+
+def test_restoring_nothing_changes_nothing(toy, toy_graph, int8):
+    assert np.array_equal(outputs(restore(int8, toy_graph, []), toy), outputs(int8, toy))
+
+
+def test_restoring_one_leaves_the_others_quantized(toy_graph, int8):
+    name = next(op.get_friendly_name() for op in quantized_operations(int8) if layer_name(op) == "down.0")
+    restored = restore(int8, toy_graph, [name])
+    assert [layer_name(op) for op in float_operations(restored)] == ["down.0"]
+    assert len(quantized_operations(restored)) == len(quantized_operations(int8)) - 1
+    # The quantized model itself is untouched.
+    assert float_operations(int8) == []
+
+
+def test_a_float_layer_before_the_rest_of_the_network_is_exact(toy, toy_graph, int8):
+    """The first layer alone in float computes what it computes in the float model."""
+    name = next(op.get_friendly_name() for op in quantized_operations(int8) if layer_name(op) == "stem.0")
+    restored = restore(int8, toy_graph, [name])
+
+    def first_relu(graph):
+        clone = graph.clone()
+        relu = next(op for op in clone.get_ordered_ops() if op.get_type_name() == "Relu")
+        return ov.Model([relu.output(0)], clone.get_parameters(), "head")
+
+    assert np.abs(outputs(first_relu(restored), toy) - outputs(first_relu(toy_graph), toy)).max() < 1e-5
+
+
+def test_unknown_operations_are_named(toy_graph, int8):
+    with pytest.raises(UnknownNameError, match="Unknown operation 'stem.9'"):
+        restore(int8, toy_graph, ["stem.9"])
+
+
+def test_values_behind_moving_operations_are_unquantized_for_one_reader_only():
+    """fq -> reshape -> two matrix products: restoring one must leave the other's input quantized."""
+    rng = np.random.default_rng(0)
+    x = ops.parameter([1, 4, 4], np.float32, name="x")
+    low, high = np.float32(-1), np.float32(1)
+    fq = ops.fake_quantize(x, low, high, low, high, 4)  # coarse, so that it shows
+    flat = ops.reshape(fq, np.array([1, 16]), False)
+    weights = [rng.standard_normal((16, 3)).astype(np.float32) for _ in range(2)]
+    products = [ops.matmul(flat, ops.constant(w), False, False, name=f"mm{i}") for i, w in enumerate(weights)]
+    graph = ov.Model([ops.result(p) for p in products], [x], "two")
+    restored = restore(graph, graph, ["mm1"])
+    value = rng.uniform(-1, 1, (1, 4, 4)).astype(np.float32)
+    both = ov.Core().compile_model(restored, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(value)
+    coarse = np.round((value + 1) * 1.5) / 1.5 - 1
+    assert np.abs(both[0] - coarse.reshape(1, 16) @ weights[0]).max() < 1e-4
+    assert np.abs(both[1] - value.reshape(1, 16) @ weights[1]).max() < 1e-4
+
+
+def test_patterns_match_by_name_and_by_type(toy_graph):
+    found = match_operations(toy_graph, ["stem.*", "type:matmul"])
+    assert {layer_name(op) for op in found["stem.*"]} >= {"stem.0"}
+    assert [layer_name(op) for op in found["type:matmul"]] == ["fc"]
+    with pytest.raises(UnknownNameError, match="Did you mean 'stem.0'"):
+        match_operations(toy_graph, ["stem.1"])
+    with pytest.raises(UnknownNameError, match="type:Convolution"):
+        match_operations(toy_graph, ["type:conv"])

@@ -1,0 +1,265 @@
+"""The pitfalls of the engine that concern us, each with what we do about it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import openvino as ov
+import pytest
+
+from ovcalib import machine
+from ovcalib.errors import DeviceError, ModelError
+from ovcalib.evaluation import Items, calibration_items
+from ovcalib.export.to_openvino import graph_sha256, is_quantized, read_graph, write_ir
+from ovcalib.graph import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
+from ovcalib.pipeline import batch_one, restore_to_goal
+from ovcalib.progress import Progress
+from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
+from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.types import Recipe
+
+
+def accuracy(graph, toy):
+    runner = OpenVINORunner(graph)
+    values = np.stack(list(runner.run(toy.spec.preprocessing.normalise(image)[None] for image in toy.images)))
+    return (values.argmax(1) == toy.labels).mean()
+
+
+def test_int8_keeps_the_accuracy_and_shrinks_the_weights(toy, toy_graph, tmp_path):
+    int8 = quantize_default(toy_graph, toy.calibration(), Settings())
+    assert accuracy(toy_graph, toy) > 0.95
+    assert accuracy(int8, toy) > accuracy(toy_graph, toy) - 0.02
+    write_ir(int8, tmp_path / "q.xml")
+    write_ir(toy_graph, tmp_path / "f.xml")
+    assert (tmp_path / "q.bin").stat().st_size < 0.5 * (tmp_path / "f.bin").stat().st_size
+
+
+def test_the_float_graph_stays_as_it_is(toy, toy_graph):
+    before = graph_sha256(toy_graph)
+    quantize_default(toy_graph, toy.calibration(), Settings())
+    assert graph_sha256(toy_graph) == before
+    assert not toy_graph.has_rt_info(["nncf"])
+
+
+def test_p9_p10_p13_the_dataset_is_sized_repeatable_and_of_batch_one(toy):
+    seen = []
+    items = _Items(toy.calibration(10), seen.append)
+    assert len(items) == 10
+    first, second = list(items), list(items)
+    assert all(x.shape == (1, 3, 16, 16) and x.dtype == np.float32 for x in first)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert np.array_equal(items[3], first[3])
+    assert max(seen) == 10
+
+
+def test_p9_every_image_is_used(toy, toy_graph, tmp_path):
+    seen = []
+    quantize_default(toy_graph, toy.calibration(37), Settings(), seen.append)
+    assert max(seen) == 37
+
+
+def test_p11_a_second_call_is_not_changed_by_the_first(toy, toy_graph):
+    settings = Settings()
+    first = quantize_default(toy_graph, toy.calibration(), settings)
+    second = quantize_default(toy_graph, toy.calibration(), settings)
+    assert graph_sha256(first) == graph_sha256(second)
+
+
+def test_p15_quantizing_twice_is_refused(toy, toy_graph, tmp_path):
+    int8 = quantize_default(toy_graph, toy.calibration(), Settings())
+    with pytest.raises(ModelError, match="already quantized"):
+        quantize_default(int8, toy.calibration(), Settings())
+    # Nor does it help to lose NNCF's mark: the operations themselves tell.
+    write_ir(int8, tmp_path / "q.xml")
+    text = (tmp_path / "q.xml").read_text()
+    (tmp_path / "q.xml").write_text(text.replace("<nncf>", "<other>").replace("</nncf>", "</other>"))
+    assert is_quantized(read_graph(tmp_path / "q.xml")) not in (None, "nncf/quantization")
+
+
+@pytest.mark.parametrize(
+    ("isa", "fix"),
+    [("any", "first-layer"), ("avx2", "enable"), ("avx512", "enable"), ("vnni", "disable"), ("amx", "disable")],
+)
+def test_p17_the_overflow_fix_follows_the_machine_that_was_named(isa, fix):
+    assert resolve_overflow_fix("auto", isa) == fix
+    assert resolve_overflow_fix("enable", isa) == "enable"
+
+
+@pytest.mark.parametrize(("dot_product", "fix"), [(True, "disable"), (False, "enable")])
+def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, dot_product, fix):
+    monkeypatch.setattr(machine, "has_int8_dot_product", lambda: dot_product)
+    assert resolve_overflow_fix("auto", "host") == fix
+    assert resolve_overflow_fix("auto", "any") == "first-layer"
+
+
+def test_p17_the_overflow_fix_reaches_nncf(toy, toy_graph):
+    graphs = {fix: graph_sha256(quantize_default(toy_graph, toy.calibration(), Settings(overflow_fix=fix)))
+              for fix in ("disable", "first-layer", "enable")}  # fmt: skip
+    assert len(set(graphs.values())) == 3
+
+
+def test_presets_and_bias_correction_reach_nncf(toy, toy_graph):
+    base = graph_sha256(quantize_default(toy_graph, toy.calibration(), Settings()))
+    for other in (Settings(preset="mixed"), Settings(fast_bias_correction=False)):
+        assert graph_sha256(quantize_default(toy_graph, toy.calibration(), other)) != base
+
+
+def test_ignored_operations_stay_in_float(toy, toy_graph):
+    found = match_operations(toy_graph, ["top.conv"])["top.conv"]
+    name = next(op.get_friendly_name() for op in found if op.get_type_name() in WEIGHTED)
+    int8 = quantize_default(toy_graph, toy.calibration(), Settings(ignored=(name,)))
+    assert [layer_name(op) for op in float_operations(int8)] == ["top.conv"]
+
+
+def test_p18_p37_the_device_is_always_named():
+    check_device("CPU")
+    check_device("AUTO")
+    check_device("AUTO:CPU")
+    with pytest.raises(DeviceError, match=r"Unknown device 'GPUU'.*AUTO, CPU"):
+        check_device("GPUU")
+
+
+def test_p28_identical_runs_give_identical_weights(toy, toy_graph, tmp_path):
+    for name in ("a", "b"):
+        write_ir(quantize_default(toy_graph, toy.calibration(), Settings()), tmp_path / f"{name}.xml")
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_p31_nncf_does_not_write_to_stdout(toy, toy_graph, capsys):
+    quantize_default(toy_graph, toy.calibration(), Settings())
+    assert capsys.readouterr().out == ""
+
+
+def test_p31_what_nncf_says_goes_to_the_log(toy, toy_graph, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        quantize_default(toy_graph, toy.calibration(), Settings(), log=log)
+    assert "Statistics collection" in (tmp_path / "log").read_text()
+
+
+def test_p35_an_error_of_nncf_becomes_ours(toy, toy_graph):
+    with pytest.raises(ModelError, match=r"NNCF cannot quantize the model: .*nothing-of-the-kind"):
+        quantize_default(toy_graph, toy.calibration(), Settings(ignored=("nothing-of-the-kind",)))
+
+
+def test_p36_telemetry_is_off():
+    """In a process of its own, because NNCF recognises a test run and is silent in it anyway."""
+    code = (
+        "import ovcalib, openvino.tools.ovc.telemetry_utils as ovc, nncf.telemetry.wrapper as nncf;"
+        "print(ovc.tm.__name__, type(nncf.telemetry).__name__)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CI", "NNCF", "PYTEST"))}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "MagicMock"]
+
+
+def attention_graph():
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 16, 4, stride=4)
+            self.qkv = nn.Linear(16, 48)
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.fc(((q @ k.transpose(1, 2) / 4).softmax(-1) @ v).mean(1))
+
+    torch.manual_seed(0)
+    graph = ov.convert_model(Block().eval(), example_input=torch.zeros(1, 3, 16, 16), input=[1, 3, 16, 16])
+    graph.inputs[0].get_tensor().set_names({"input"})
+    graph.outputs[0].get_tensor().set_names({"logits"})
+    return graph
+
+
+def test_p24_transformers_are_recognised_and_quantized(toy, toy_graph):
+    assert not has_attention(toy_graph)
+    graph = attention_graph()
+    assert has_attention(graph)
+    int8 = quantize_default(graph, toy.calibration(16), Settings(transformer=True, preset="mixed"))
+    assert quantized_operations(int8)
+
+
+def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch):
+    import nncf
+
+    real, calls = nncf.quantize, []
+
+    def crashing(*args, advanced_parameters, **kwargs):
+        calls.append(advanced_parameters.smooth_quant_alphas.matmul)
+        if advanced_parameters.smooth_quant_alphas.matmul > 0:
+            raise RuntimeError("shared weights")
+        return real(*args, advanced_parameters=advanced_parameters, **kwargs)
+
+    monkeypatch.setattr(nncf, "quantize", crashing)
+    int8 = quantize_default(attention_graph(), toy.calibration(8), Settings(transformer=True))
+    assert calls == [0.95, -1]
+    assert quantized_operations(int8)
+
+
+def test_a_dynamic_batch_is_quantized_at_batch_one(toy, toy_graph):
+    graph = toy_graph.clone()
+    graph.reshape({graph.inputs[0]: ov.PartialShape([-1, 3, 16, 16])})
+    fixed = batch_one(graph, toy.spec)
+    assert list(fixed.inputs[0].get_shape()) == [1, 3, 16, 16]
+    assert graph.inputs[0].get_partial_shape().is_dynamic
+
+
+# Accuracy-aware, on the real engine --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(toy, toy_graph):
+    """INT8 with one bad layer: the range of one activation is a hundredth of what it should be."""
+    int8 = quantize_default(toy_graph, toy.calibration(), Settings())
+    convolution = next(op for op in quantized_operations(int8) if layer_name(op) == "top.conv")
+    fq = convolution.input_value(0).get_node()
+    for i in (2, 4):
+        bound = np.array(fq.input_value(i).get_node().get_data(), np.float32)
+        fq.input(i).replace_source_output(ov.op.Constant(np.asarray(bound / 100, np.float32)).output(0))
+    return int8
+
+
+def search(toy, toy_graph, int8, **fields):
+    recipe = Recipe(model="toy", mode="accuracy-aware", **fields)
+    calibration = toy.calibration(images=toy.images)
+    labelled = Items(lambda: (i for i in calibration_items(calibration)))
+    found, record = restore_to_goal(recipe, toy_graph, int8, "toy", labelled, lambda: False, Progress())
+    return found, record
+
+
+def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, planted):
+    assert accuracy(planted, toy) < 0.9
+    found, record = search(toy, toy_graph, planted, metric="agreement", max_drop=0.02)
+    assert found.outcome == "goal-met"
+    assert record.ranking[0][0] in ("top.conv", "top/Add")
+    assert 1 <= len(found.reverted) <= 3
+    assert accuracy(found.model, toy) > accuracy(toy_graph, toy) - 0.03
+    assert record.baseline - record.value <= 0.02
+    json.dumps(record.model_dump(mode="json"), allow_nan=False)
+
+
+def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted):
+    """A model whose outputs are NaN agrees with nothing, so every operation at fault is reverted or the goal missed."""
+    broken = planted.clone()
+    bias = next(op for op in broken.get_ordered_ops() if op.get_type_name() == "Add")
+    constant = bias.input_value(1).get_node()
+    bias.input(1).replace_source_output(ov.op.Constant(np.full_like(constant.get_data(), np.nan)).output(0))
+    found, record = search(toy, toy_graph, broken, metric="agreement", max_drop=0.02)
+    if found.outcome == "goal-met":
+        assert record.value >= 0.98
+    else:
+        assert record.value < 0.98
+
+
+def test_p6_zero_iterations_are_refused_before_anything_runs():
+    from ovcalib.api import make_recipe
+    from ovcalib.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"--max-iterations 0"):
+        make_recipe(model="toy", max_iterations=0)

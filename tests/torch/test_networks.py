@@ -1,0 +1,80 @@
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from ovcalib.models import builtin
+from ovcalib.models.repvgg import reparameterise
+
+NETWORKS = [name for name in builtin.NETWORKS if not name.endswith("_deploy")]
+# Channels are large and activations saturate under the filling rule, so float32 noise grows more in some.
+TOLERANCE = {"mobilenetv2_x0_5": 1e-3, "mobilenetv2_x1_4": 1e-3}
+REFERENCE = ["resnet20", "resnet56", "vgg11_bn", "vgg16_bn", "mobilenetv2_x0_5", "mobilenetv2_x1_4",
+             "shufflenetv2_x0_5", "shufflenetv2_x2_0", "repvgg_a0", "repvgg_a2"]  # fmt: skip
+
+
+def filled(module):
+    """The filling rule of the reference: every tensor from a generator seeded by its key."""
+    state = module.state_dict()
+    for key, tensor in state.items():
+        shape = tuple(tensor.shape)
+        value = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype("float32")
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key.endswith("running_var"):
+            value = abs(value) * 0.1 + 0.5
+        elif len(shape) == 1 and key.endswith("weight"):
+            value = 1 + 0.1 * value
+        elif len(shape) > 1:
+            value = value * np.sqrt(2 / np.prod(shape[1:]))
+        else:
+            value = 0.1 * value
+        state[key] = torch.from_numpy(np.asarray(value, np.float32))
+    module.load_state_dict(state)
+    return module.eval()
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_keys_shapes_and_logits_are_those_of_the_public_networks(shared_data, name):
+    described = json.loads((shared_data / "cifar10_zoo" / "cifar10_zoo_state_dicts.json").read_text())[name]
+    module = builtin.build(f"{name}-cifar10")
+    assert {k: list(v.shape) for k, v in module.state_dict().items()} == described["state_dict"]
+    assert sum(p.numel() for p in module.parameters()) == described["parameters"]
+    with np.load(shared_data / "cifar10_zoo" / "cifar10_zoo_reference_logits.npz") as reference, torch.no_grad():
+        logits = filled(module)(torch.from_numpy(reference["input"])).numpy()
+        scale = np.abs(reference[name]).max()
+        assert np.abs(logits - reference[name]).max() < TOLERANCE.get(name, 1e-4) * scale
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_has_the_parameters_that_are_published(shared_data, name):
+    published = json.loads((shared_data / "cifar10_zoo" / "published_weights.json").read_text())
+    for dataset in ("cifar10", "cifar100"):
+        module = builtin.build(f"{name}-{dataset}")
+        millions = sum(p.numel() for p in module.parameters()) / 1e6
+        entry = published[dataset][name]
+        assert millions == pytest.approx(entry["parameters_million"], abs=0.006)
+        weights = builtin.weights_of(f"{name}-{dataset}", "published")
+        assert weights.url == entry["url"]
+        assert weights.sha256 == entry["sha256_prefix"]
+        assert weights.top1 == pytest.approx(entry["top1_percent"] / 100)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg11_bn", "mobilenetv2_x0_5", "shufflenetv2_x0_5", "repvgg_a0"])
+def test_forward_gives_one_logit_a_class(name):
+    with torch.no_grad():
+        assert builtin.build(f"{name}-cifar100").eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_reparameterised_repvgg_computes_the_same():
+    module = filled(builtin.build("repvgg_a0-cifar10"))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    deployed = reparameterise(module)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
+    with torch.no_grad():
+        expected, found = module(x), deployed(x)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in deployed.modules())

@@ -1,0 +1,174 @@
+import math
+
+import numpy as np
+import pytest
+
+from ovcalib import evaluation as ev
+from ovcalib.data.sets import ArrayData, Reader
+from ovcalib.errors import DataError
+from ovcalib.evaluation import Item, Items, Outputs, collect, compare, items_of
+from tests.unit.test_data import spec
+
+
+class FakeRunner:
+    """Says that the class is the value of the first pixel."""
+
+    def run(self, inputs):
+        for x in inputs:
+            logits = np.zeros(3, np.float32)
+            logits[round(float(x[0, 0, 0, 0])) % 3] = 1
+            yield logits
+
+
+def item(value, label):
+    return Item(np.full((1, 3, 8, 8), value, np.float32), label, bytes([value, label or 0]))
+
+
+def test_wilson_interval_has_its_closed_form():
+    # 8 of 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416, half 1.96 / 1.38416 * sqrt(0.016 + 0.009604).
+    low, high = ev.wilson_interval(8, 10, z=1.96)
+    assert low == pytest.approx(0.716738 - 0.226578, abs=1e-4)
+    assert high == pytest.approx(0.716738 + 0.226578, abs=1e-4)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 1000), (1000, 1000), (500, 1000)])
+def test_wilson_interval_stays_inside_and_holds_the_rate(correct, total):
+    low, high = ev.wilson_interval(correct, total)
+    assert 0 <= low <= correct / total <= high <= 1
+    assert low < high
+
+
+def test_wilson_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        low, high = ev.wilson_interval(int(rng.binomial(50, 0.93)), 50)
+        covered += low <= 0.93 <= high
+    assert 0.93 <= covered / 2000 <= 0.98
+
+
+def test_paired_drop_counts_only_items_on_which_the_models_differ():
+    before = np.array([True] * 90 + [False] * 10)
+    after = before.copy()
+    after[:5] = False  # five lost
+    after[95:98] = True  # three won
+    drop, low, high = ev.paired_drop(before, after)
+    assert drop == pytest.approx(0.02)
+    b, c, m = 5.5, 3.5, 102
+    half = ev.Z95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    assert (low, high) == pytest.approx((2 / m - half, 2 / m + half))
+
+
+def test_equal_models_still_have_an_uncertain_drop():
+    right = np.ones(1000, bool)
+    drop, low, high = ev.paired_drop(right, right)
+    assert drop == 0
+    assert low < 0 < high
+
+
+def test_the_paired_interval_covers_the_true_drop():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1000):
+        before = rng.random(400) < 0.8
+        after = np.where(rng.random(400) < 0.05, ~before, before)
+        truth = 0.05 * (0.8 - 0.2)
+        _, low, high = ev.paired_drop(before, after)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 1000 <= 0.99
+
+
+def test_hits_by_rank():
+    values = np.array([[3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
+    labels = np.array([1, 1])
+    assert ev.hits(values, labels, 1).tolist() == [False, False]
+    assert ev.hits(values, labels, 2).tolist() == [True, False]
+    assert ev.hits(values, labels, 3).tolist() == [True, True]
+
+
+def test_a_constant_or_broken_output_is_never_right():
+    labels = np.array([0, 1])
+    assert not ev.hits(np.zeros((2, 3), np.float32), labels).any()
+    assert not ev.hits(np.full((2, 3), np.nan, np.float32), labels).any()
+    assert not ev.same_class(np.eye(2, 3, dtype=np.float32), np.full((2, 3), np.nan, np.float32)).any()
+
+
+def test_nmse_has_its_closed_form():
+    reference = np.array([[3.0, 4.0], [0.0, 5.0]], np.float32)
+    assert ev.nmse(reference, reference) == 0
+    assert ev.nmse(reference, np.zeros_like(reference)) == pytest.approx(1)
+    assert ev.nmse(reference, reference + 1) == pytest.approx(4 / 50)
+
+
+def test_compare_gives_accuracy_of_both_and_the_drop_in_points():
+    labels = np.array([0, 1, 2, 0])
+    good = Outputs(np.eye(3, dtype=np.float32)[labels], labels, "d")
+    bad = Outputs(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], labels, "d")
+    found = compare(good, bad, "protocol")
+    assert found is not None
+    assert (found.fp32.top1, found.int8.top1, found.drop_points) == (1.0, 0.75, 25.0)
+    assert found.fp32.top5 is None
+    assert compare(Outputs(good.values, None, "d"), bad, "p") is None
+
+
+def test_agreement_is_not_accuracy():
+    values = np.eye(3, dtype=np.float32)
+    found = ev.agreement(Outputs(values, None, ""), Outputs(values, None, ""), "where")
+    assert (found.top1, found.nmse, found.on, found.count) == (1.0, 0.0, "where", 3)
+    broken = ev.agreement(Outputs(values, None, ""), Outputs(values * np.nan, None, ""), "where")
+    assert (broken.top1, broken.nmse) == (0.0, None)
+
+
+def test_collect_keeps_labels_and_order():
+    outputs = collect(FakeRunner(), [item(2, 2), item(0, 1), item(1, 0)])
+    assert outputs.values.argmax(1).tolist() == [2, 0, 1]
+    assert outputs.labels is not None
+    assert outputs.labels.tolist() == [2, 1, 0]
+
+
+def test_the_data_digest_depends_on_content_labels_and_order():
+    items = [item(2, 2), item(0, 1)]
+    same = collect(FakeRunner(), items).digest
+    assert collect(FakeRunner(), items).digest == same
+    assert collect(FakeRunner(), items[::-1]).digest != same
+    assert collect(FakeRunner(), [item(2, 1), item(0, 1)]).digest != same
+
+
+def test_one_missing_label_means_no_labels():
+    assert collect(FakeRunner(), [item(1, 1), item(0, None)]).labels is None
+
+
+def test_no_items_are_an_error():
+    with pytest.raises(DataError, match="no images"):
+        collect(FakeRunner(), [])
+
+
+def test_items_can_be_gone_through_again_without_making_them_again(monkeypatch):
+    made = []
+
+    def make():
+        made.append(1)
+        yield from (item(1, 1), item(2, 2))
+
+    items = Items(make)
+    assert len(list(items)) == len(list(items)) == 2
+    assert len(made) == 1
+    monkeypatch.setattr(ev, "MAX_KEPT_BYTES", 1)
+    items = Items(make)
+    assert len(list(items)) == len(list(items)) == 2
+    assert len(made) == 3
+
+
+def test_an_interrupted_pass_keeps_nothing():
+    items = Items(lambda: iter([item(1, 1), item(2, 2)]))
+    next(iter(items))
+    assert len(list(items)) == 2
+
+
+def test_calibration_images_are_refused_in_the_evaluation_set(rng):
+    images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    data = ArrayData("memory", images, None)
+    forbidden = frozenset({ev.pixel_hash(images[3])})
+    with pytest.raises(DataError, match="in the calibration set and in the evaluation set"):
+        list(items_of(Reader(data, spec()), forbidden))
+    assert len(list(items_of(Reader(data, spec())))) == 5

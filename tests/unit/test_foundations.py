@@ -1,0 +1,158 @@
+"""Errors, the registry, output folders, benchmark arithmetic and results."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import ovcalib
+from ovcalib import benchmark, errors
+from ovcalib.calibration import SOURCES
+from ovcalib.registry import Registry
+from ovcalib.rundir import RunDir, write_atomically, write_json
+
+
+def test_exit_codes_are_those_that_scripts_rely_on():
+    codes = {name: getattr(errors, name).exit_code for name in dir(errors) if name.endswith("Error")}
+    assert codes == {
+        "DataError": 4, "DeviceError": 6, "MissingDependencyError": 2, "ModelError": 3, "OvcalibError": 1,
+        "UnknownNameError": 2, "UsageError": 2,
+    }  # fmt: skip
+
+
+def test_unknown_names_come_with_the_nearest_known_one():
+    assert str(errors.UnknownNameError("source", "dgs", ["dsg", "real"])) == (
+        "Unknown source 'dgs'. Did you mean 'dsg'? Available: dsg, real."
+    )
+    assert "Did you mean" not in str(errors.UnknownNameError("source", "xyzzy", ["dsg"]))
+
+
+def test_a_missing_package_names_the_extra():
+    with pytest.raises(errors.MissingDependencyError, match=r"pip install 'ovcalib\[gan\]'"):
+        errors.require("no_such_package_anywhere", "gan", "This")
+
+
+def test_the_registry_imports_what_is_asked_for():
+    table = Registry("thing", "ovcalib.test", {"join": "os.path:join", "json": "json"})
+    assert table["join"] is os.path.join
+    assert table["json"] is json
+    assert list(table) == ["join", "json"]
+    with pytest.raises(errors.UnknownNameError, match="Unknown thing 'jion'"):
+        table["jion"]
+
+
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_every_source_has_the_three_things(name):
+    source = SOURCES[name]
+    assert isinstance(source.NEEDS, frozenset)
+    assert source.Options.__dataclass_params__.frozen
+    assert callable(source.generate)
+    assert source.__doc__
+
+
+def test_public_names_resolve():
+    for name in ovcalib.__all__:
+        assert getattr(ovcalib, name) is not None
+    with pytest.raises(AttributeError):
+        _ = ovcalib.nothing  # type: ignore[attr-defined]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError):
+        write_atomically(target, fail)
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def fail(partial):
+    partial.write_text("half")
+    raise RuntimeError
+
+
+def test_nan_is_not_written_as_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_appears_when_it_is_finished(tmp_path):
+    target = tmp_path / "out"
+    with RunDir(target) as run:
+        (run.path / "request.json").write_text("1")
+        assert not target.exists()
+        run.finish()
+    assert (target / "request.json").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_run_leaves_nothing(tmp_path, error):
+    def work():
+        with RunDir(tmp_path / "deep" / "out") as run:
+            (run.path / "file").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        work()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_path):
+    target = tmp_path / "out"
+    for text in ("old", "new"):
+        with RunDir(target, overwrite=True) as run:
+            (run.path / "request.json").write_text(text)
+            run.finish()
+    assert (target / "request.json").read_text() == "new"
+    with pytest.raises(errors.UsageError, match="not empty"):
+        RunDir(target)
+    with pytest.raises(RuntimeError), RunDir(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "request.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_peoples_files_are_never_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(errors.UsageError, match="ovcalib did not write"):
+        RunDir(tmp_path, overwrite=True)
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(errors.UsageError, match="is a file"):
+        RunDir(tmp_path / "f")
+
+
+def test_a_full_disk_is_said_plainly(tmp_path):
+    with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_percentiles_are_those_of_the_durations():
+    found = benchmark.summarise(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert (found.p50, found.mean, found.min, found.max, found.n) == (2.5, 2.5, 1, 4, 4)
+    assert found.p90 == pytest.approx(3.7)
+
+
+def test_models_take_turns_by_a_scripted_clock():
+    now = [0.0]
+    calls = []
+
+    def run(name, seconds):
+        def infer():
+            calls.append(name)
+            now[0] += seconds
+
+        return infer
+
+    durations = benchmark.interleave({"a": run("a", 0.125), "b": run("b", 0.25)}, 1.0, 2, clock=lambda: now[0])
+    warm = calls[: 2 * benchmark.WARMUP_RUNS]
+    assert warm == ["a"] * benchmark.WARMUP_RUNS + ["b"] * benchmark.WARMUP_RUNS
+    assert "".join(calls[len(warm) :]) == "aaaabbaaaabb"
+    assert durations["a"] == pytest.approx([125] * 8)
+    assert durations["b"] == pytest.approx([250] * 4)
