@@ -24,6 +24,12 @@ SOURCES = Registry(
         "npz": "ovcalib.calibration.npz",
         "noise": "ovcalib.calibration.noise",
         "fractal": "ovcalib.calibration.fractal",
+        "bn-inversion": "ovcalib.calibration.bn_inversion",
+        "zeroq": "ovcalib.calibration.zeroq",
+        "dsg": "ovcalib.calibration.dsg",
+        "intraq": "ovcalib.calibration.intraq",
+        "genie": "ovcalib.calibration.genie",
+        "dgh": "ovcalib.calibration.dgh",
     },
 )
 DEFAULT_SOURCE = "fractal"
