@@ -55,6 +55,8 @@ class RunDir:
                     "Choose another with -o."
                 )
         self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        # Where a source keeps what it has made, so that an interrupted run goes on; gone when the run is done.
+        self.checkpoint = target.parent / f".{target.name}.checkpoint"
         # Parents that this run makes go with it if it fails.
         self.made = [parent for parent in target.parents if not parent.exists()]
         try:
@@ -85,3 +87,4 @@ class RunDir:
             shutil.rmtree(old)
         else:
             self.path.rename(self.target)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)

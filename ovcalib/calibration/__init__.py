@@ -4,7 +4,9 @@ A source is a module with three things:
 
     Options     a frozen dataclass; its fields are what `-O key=value` sets
     NEEDS       what must be there: "argument" (after the colon of the reference), "checkpoint" (the torch module)
-    generate    (Request, Options) -> CalibrationSet
+    generate    (Request, Options) -> Generated
+
+and, where 300 images are not what it should make if the user does not say, `images_wanted(spec) -> int`.
 
 To add one, write its file and its line in SOURCES; the command line, `-O`, `ovcalib sources` and the contract tests
 follow by themselves. Installed packages add theirs through the entry-point group `ovcalib.sources`.
@@ -14,6 +16,7 @@ from ovcalib.calibration.sets import CalibrationSet as CalibrationSet
 from ovcalib.calibration.sets import Provenance as Provenance
 from ovcalib.calibration.sources import Request as Request
 from ovcalib.calibration.sources import generate as generate
+from ovcalib.calibration.sources import images_wanted as images_wanted
 from ovcalib.registry import Registry
 
 SOURCES = Registry(
@@ -32,4 +35,3 @@ SOURCES = Registry(
         "dgh": "ovcalib.calibration.dgh",
     },
 )
-DEFAULT_SOURCE = "fractal"
