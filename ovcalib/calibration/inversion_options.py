@@ -123,7 +123,7 @@ def resolve(options: Options, side: int) -> Options:
     return dataclasses.replace(options, **filled)
 
 
-def images_wanted(spec: ModelSpec) -> int:
+def images_wanted(spec: ModelSpec, argument: str) -> int:
     """How many images are made where the user does not say: optimised ones are dear, and a few dozen are enough."""
     _, height, width = spec.input_shape
     return 32 if height * width > 96 * 96 else 128

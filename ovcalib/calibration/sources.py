@@ -128,8 +128,9 @@ def images_wanted(reference: str, spec: ModelSpec) -> int:
     """How many images a source makes where the user does not say; NNCF's own default but for dear ones."""
     from ovcalib.calibration import SOURCES
 
-    suggest = getattr(SOURCES[reference.partition(":")[0]], "images_wanted", None)
-    return suggest(spec) if suggest is not None else DEFAULT_IMAGES
+    name, _, argument = reference.partition(":")
+    suggest = getattr(SOURCES[name], "images_wanted", None)
+    return suggest(spec, argument) if suggest is not None else DEFAULT_IMAGES
 
 
 def usage(name: str, source: Source) -> str:
