@@ -508,3 +508,44 @@ def test_the_score_tells_training_images_from_noise_and_copies(toy):
     assert real.range_coverage > noise.range_coverage
     assert copies.diversity == pytest.approx(0, abs=1e-3)
     assert real.diversity > 0.1
+
+
+# Detectors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ssdlite320_mobilenet_v3_large",
+        pytest.param("fcos_resnet50_fpn", marks=pytest.mark.slow),
+        pytest.param("retinanet_resnet50_fpn_v2", marks=pytest.mark.slow),
+    ],
+)
+def test_detectors_give_all_their_output_maps_to_the_loss(name, toy):
+    from torchvision.models import get_model
+
+    from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
+
+    torch.manual_seed(0)
+    net = get_model(name, weights=None, weights_backbone=None)
+    with torch.no_grad():  # statistics of some images, as training would leave them
+        net.backbone.train()(torch.randn(4, 3, 96, 96))
+        net.head.train()
+        for _ in range(2):
+            network_outputs(net, torch.randn(4, 3, 96, 96))
+    net.eval()
+    maps = flat_outputs(network_outputs(net, torch.randn(2, 3, 96, 96)))
+    assert len(maps) >= 2  # boxes and scores, at least
+    assert all(len(values) == 2 for values in maps)
+    spec = toy.spec.model_copy(update={
+        "name": name, "input_shape": (3, 96, 96), "num_classes": None, "classes": None,
+        "preprocessing": toy.spec.preprocessing.model_copy(update={"height": 96, "width": 96})})  # fmt: skip
+    asked = Request(count=2, seed=0, spec=spec, module=net)
+    few = {"steps": "2", "batch": "2"}
+    plain = generate("dgh", asked, {**few, "output": "none"})
+    stretched = generate("dgh", asked, {**few, "output_weight": "1e4"})
+    assert np.isfinite(stretched.images).all()
+    assert stretched.labels is None
+    assert not np.array_equal(plain.images, stretched.images)
+    with pytest.raises(ModelError, match="no class logits"):
+        generate("intraq", asked, few)
