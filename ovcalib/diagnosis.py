@@ -169,23 +169,26 @@ def operation_signals(
             watch = Inference(ov.Model([graph.outputs[i].get_node().input_value(0) for i in wanted],
                                        graph.get_parameters(), "inputs"))  # fmt: skip
             for name, images in sets.items():
-                flat = [spread for spread_list in spreads[name] for spread in spread_list]
+                counted = [spread for row in spreads[name] for spread in row]
                 for x in images:
-                    for spread, value in zip(flat, watch(x), strict=True):
+                    for spread, value in zip(counted, watch(x), strict=True):
                         spread.add(value)
-            bounds = [
-                [
-                    (min(spreads[s][i][j].seen[0] for s in sets), max(spreads[s][i][j].seen[1] for s in sets))
-                    for j in range(len(probe.inputs))
-                ]
-                for i, probe in enumerate(probes)
+            # Where ranges are per channel, the histogram is of the channel that the first set clips most.
+            flat = [spread for row in spreads[next(iter(sets))] for spread in row]
+            channels = [worst.channel if (worst := spread.worst_channel()) else None for spread in flat]
+            everywhere = [[spread for row in spreads[name] for spread in row] for name in sets]
+            limits = [
+                (min(s.bounds(c)[0] for s in same), max(s.bounds(c)[1] for s in same))
+                for c, same in zip(channels, zip(*everywhere, strict=True), strict=True)
             ]
+            counter = iter(limits)
+            bounds = [[next(counter) for _ in probe.inputs] for probe in probes]
             histograms = {name: [[Histogram(*b) for b in row] for row in bounds] for name in sets}
             for name, images in sets.items():
                 counters = [histogram for row in histograms[name] for histogram in row]
                 for x in images:
-                    for histogram, value in zip(counters, watch(x), strict=True):
-                        histogram.add(value)
+                    for histogram, spread, value in zip(counters, flat, watch(x), strict=True):
+                        histogram.add(spread.telling(value))
             for i, probe in enumerate(probes):
                 measured: dict[str, SignalQuality | None] = {"weights": None, "activations": None}
                 measured.update({kind: value.quality() for kind, value in quality[i].items()})

@@ -97,6 +97,10 @@ class Spread:
         """The smallest and the largest value."""
         return float(self.smallest.min()), float(self.largest.max())
 
+    def bounds(self, channel: int | None) -> tuple[float, float]:
+        """The smallest and the largest value of a channel, or of all."""
+        return self.seen if channel is None else (float(self.smallest[channel]), float(self.largest[channel]))
+
     @property
     def clipped_share(self) -> float:
         """Share of the values that the range cuts off, 0..1."""
@@ -108,6 +112,13 @@ class Spread:
         low, high = self.low.reshape(-1), self.high.reshape(-1)
         used = np.minimum(self.largest, high) - np.maximum(self.smallest, low)
         return float(np.clip(used / np.maximum(high - low, np.finfo(np.float32).tiny), 0, 1).mean())
+
+    def telling(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The part of a signal that explains the most: the worst channel's, or all where one range serves all."""
+        if self.low.size == 1:
+            return values
+        axis = values.ndim - self.low.ndim + int(np.argmax(self.low.shape))
+        return values.take(int(self.outside.argmax()), axis)
 
     def worst_channel(self) -> ChannelRange | None:
         """The channel of which most is clipped; None where one range serves all."""

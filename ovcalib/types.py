@@ -361,7 +361,7 @@ class QuantizedInput(Frozen):
     seen            per image set, smallest and largest value of the FP32 network
     clipped_share   per image set, share of the values outside the range, 0..1
     used_share      per image set, share of the range that lies between smallest and largest value, 0..1
-    edges, counts   histogram of the FP32 values: 65 edges, 64 counts per image set
+    edges, counts   histogram of the FP32 values, of `worst_channel` if there is one: 65 edges, 64 counts per image set
     """
 
     source: str

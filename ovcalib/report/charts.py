@@ -99,7 +99,7 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str, logarithmic: 
         y = 34 * i
         body += [
             text(LEFT, y + 13, label, "label"),
-            rect(LEFT, y + 18, max(width(value), 1.5), 10, "bar s1"),
+            rect(LEFT, y + 18, max(width(value), 1.5), 10, "bar"),
             text(LEFT + max(width(value), 1.5) + 8, y + 27, f"{value:.3g}", "tick"),
         ]
     scale = " (logarithmic scale)" if logarithmic else ""
@@ -172,7 +172,7 @@ def ranges(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[int
             if count:
                 tall = math.log1p(count) / peak * (row - 24)
                 inside = (a + b) / 2 >= low and (a + b) / 2 <= high
-                body.append(rect(x(a), bottom - tall, x(b) - x(a) - 0.5, tall, "bar s0" if inside else "bar out"))
+                body.append(rect(x(a), bottom - tall, x(b) - x(a) - 0.5, tall, "bar" if inside else "bar out"))
         body.append(line(LEFT, bottom, WIDTH - LEFT, bottom, "axis"))
         body.append(text(LEFT + 2, bottom - row + 18, shortened(name), "label"))
         used = [j for j, count in enumerate(values) if count]

@@ -206,7 +206,7 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
     if accuracy:
         half = 50 * (accuracy.int8.ci95[1] - accuracy.int8.ci95[0])
         first = tile(
-            "top-1 accuracy", f"{points(accuracy.fp32.top1)} → {points(accuracy.int8.top1)}",
+            "top-1 accuracy", f"{100 * accuracy.fp32.top1:.2f} → {100 * accuracy.int8.top1:.2f} %",
             f"±{half:.2f} points, {accuracy.count} images",
         )  # fmt: skip
     else:
@@ -265,9 +265,9 @@ def class_table(result: Result) -> Any:
     per_class = result.accuracy.per_class if result.accuracy else ()
     worst = sorted(per_class, key=lambda c: (c.int8_top1 - c.fp32_top1, c.label))
     lost = sum(c.int8_top1 < c.fp32_top1 for c in per_class)
-    note = f"{lost} of {len(per_class)} classes lose accuracy. "
+    note = f"{lost} of {len(per_class)} lose accuracy"
     if len(worst) > CLASSES:
-        note += f"The {CLASSES} that lose most:"
+        note += f"; the {CLASSES} that lose most"
     table = Table(
         ["class", "images", "FP32 %", "INT8 %", "change, points"],
         [
@@ -413,7 +413,11 @@ def diagnosis_page(d: Diagnosis) -> str:
     worst = d.operations[0]
     clipped = max((entry.clipped_share[d.on] for entry in worst.inputs), default=0.0)
     tiles = [
-        tile(metric_name(d), f"{metric(d, d.fp32)} → {metric(d, d.int8)}", f"FP32 → INT8, {d.count} images"),
+        tile(
+            metric_name(d),
+            f"{metric(d, d.fp32).removesuffix(' %')} → {metric(d, d.int8)}",
+            f"FP32 → INT8, {d.count} images",
+        ),
         tile("most harmful", worst.name, f"{worst.kind}, alone {worst.alone.sqnr_db:.1f} dB"),
         tile("its input clipped", f"{100 * clipped:.2f} %", f"of the values on {charts.shortened(d.on, 30)}"),
     ]
@@ -502,16 +506,16 @@ def range_charts(d: Diagnosis) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for operation in d.operations:
         for entry in sorted(operation.inputs, key=lambda e: -e.clipped_share[d.on])[:1]:
-            if entry.source not in found and len(found) < RANGE_CHARTS:
-                channels = " (widest over channels)" if entry.worst_channel else ""
-                found[entry.source] = {
-                    "chart": charts.ranges(
-                        f"Input of {operation.name}", entry.edges, entry.counts, entry.low, entry.high
-                    ),
-                    "caption": f"What {operation.name} reads from {entry.source}, in FP32. The band is the quantized "
-                    f"range {entry.low:.4g} to {entry.high:.4g}{channels}; what lies outside is clipped. "
-                    "Logarithmic counts.",
-                }
+            if entry.source in found or len(found) == RANGE_CHARTS:
+                continue
+            channel = entry.worst_channel
+            low, high = (channel.low, channel.high) if channel else (entry.low, entry.high)
+            which = f", channel {channel.channel} (the worst of them)" if channel else ""
+            found[entry.source] = {
+                "chart": charts.ranges(f"Input of {operation.name}", entry.edges, entry.counts, low, high),
+                "caption": f"What {operation.name} reads from {entry.source}{which}, in FP32. The band is the "
+                f"quantized range {low:.3g} to {high:.3g}; what lies outside is clipped. Counts are logarithmic.",
+            }
     return list(found.values())
 
 
