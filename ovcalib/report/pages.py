@@ -236,7 +236,8 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
 
 
 def tile(name: str, value: str, note: str) -> dict[str, str]:
-    return {"name": name, "value": value, "note": note}
+    # A number keeps its unit on its line.
+    return {"name": name, "value": value.replace(" %", "\u00a0%").replace(" M", "\u00a0M"), "note": note}
 
 
 def calibration_facts(result: Result) -> list[tuple[str, str]]:
