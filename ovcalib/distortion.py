@@ -118,7 +118,7 @@ class Spread:
         if self.low.size == 1:
             return values
         axis = values.ndim - self.low.ndim + int(np.argmax(self.low.shape))
-        return values.take(int(self.outside.argmax()), axis)
+        return np.asarray(values.take(int(self.outside.argmax()), axis))
 
     def worst_channel(self) -> ChannelRange | None:
         """The channel of which most is clipped; None where one range serves all."""
