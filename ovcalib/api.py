@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from ovcalib import machine
 from ovcalib.calibration import SOURCES, CalibrationSet
 from ovcalib.calibration.sources import usage
-from ovcalib.data.sets import cache_dir
+from ovcalib.doctor import doctor
 from ovcalib.errors import UsageError
 from ovcalib.evaluation import accuracy, collect
 from ovcalib.models import builtin as builtin_models
@@ -210,34 +209,6 @@ def sources() -> dict[str, dict[str, Any]]:
             "help": (source.Options.__doc__ or "").strip(),
         }
     return table
-
-
-def doctor() -> dict[str, Any]:
-    """What this machine has: devices with their capabilities, instruction sets, versions, caches."""
-    from ovcalib.runtime import core
-
-    found = machine.environment()
-    found["capabilities"] = {
-        name: list(core().get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in core().available_devices
-    }
-    needed = {
-        "nncf": "quantize",
-        "torch": "quantize",
-        "torchvision": "quantize",
-        "onnx": "quantize",
-        "datumaro": "quantize",
-    }
-    found["missing"] = {
-        name: f"pip install 'ovcalib[{extra}]'"
-        for name, extra in needed.items()
-        if machine.package_version(name) is None
-    }
-    cache = cache_dir()
-    found["cache"] = {
-        "path": str(cache),
-        "bytes": sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) if cache.is_dir() else 0,
-    }
-    return found
 
 
 def make_recipe(**fields: Any) -> Recipe:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from ovcalib.errors import OvcalibError, UsageError
+from ovcalib.errors import DeviceError, OvcalibError, UsageError
 
 if TYPE_CHECKING:
     from ovcalib.progress import Progress
+    from ovcalib.types import Benchmark
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -487,6 +488,219 @@ def evaluate(
 
 @app.command()
 @guarded
+def benchmark(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...",
+            help="FILE.xml or FILE.onnx, or a result folder, which stands for its FP32 and INT8 models.",
+            show_default=False,
+        ),
+    ],
+    device: Annotated[
+        str, typer.Option("-d", "--device", metavar="CPU,GPU", help="OpenVINO devices, with commas.")
+    ] = "CPU",
+    hint: Annotated[
+        str, typer.Option("--hint", metavar="latency,throughput", help="Performance hints.")
+    ] = "latency,throughput",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="default,f32,f16,bf16", help="Inference precision hints.")
+    ] = "default",
+    seconds: Annotated[
+        float, typer.Option("-t", "--time", metavar="SECONDS", help="Measurement of each model under each setting.")
+    ] = 10.0,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images in one inference.", min=1)] = 1,
+    inference_api: Annotated[
+        str | None,
+        typer.Option("--api", metavar="sync|async", help="How to infer.", show_default="sync for latency, else async"),
+    ] = None,
+    streams: Annotated[
+        int | None, typer.Option("--streams", metavar="N", help="Streams of the device.", min=1, show_default="its own")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads on CPU.", min=1, show_default="its own")
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option("--requests", metavar="N", help="Requests in flight (async).", min=1, show_default="its own"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Images on which devices and precisions must agree with CPU f32."),
+    ] = None,
+    limit: LimitOpt = None,
+    min_agreement: Annotated[
+        float,
+        typer.Option("--min-agreement", metavar="SHARE", help="Share of images with the same class.", min=0, max=1),
+    ] = 0.98,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    output: OutputOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Measure speed and memory of models in turns, and prove that INT8 ran; needs the base installation alone."""
+    from ovcalib import benchmark as measuring
+    from ovcalib.report.pages import write_benchmark_report
+    from ovcalib.rundir import REQUEST, RunDir, write_json
+
+    if inference_api not in (None, "sync", "async"):
+        raise UsageError(f"--api {inference_api}: expected sync or async.")
+    if inference_api == "sync" and requests not in (None, 1):
+        raise UsageError(f"--requests {requests}: the sync API has one request. Pass --api async.")
+    settings = measuring.all_settings(
+        names(device, "--device"),
+        names(hint, "--hint", ("latency", "throughput")),
+        names(precision, "--precision", ("default", "f32", "f16", "bf16")),
+        batch=batch, api=inference_api, streams=streams, threads=threads, requests=requests,
+    )  # fmt: skip
+    progress = terminal()
+    with RunDir(output or next_folder(Path("runs"), "benchmark"), overwrite) as run:
+        request = {"models": list(map(str, models)), "settings": [vars(s) for s in settings], "seconds": seconds,
+                   "data": data, "limit": limit, "min_agreement": min_agreement}  # fmt: skip
+        write_json(run.path / REQUEST, request)
+        found = measuring.benchmark(models, settings, seconds, progress)
+        if data is not None:
+            from ovcalib.device_parity import device_parity
+            from ovcalib.models import ModelOptions
+
+            fields = model_fields(None, input_shape, mean, std, short_side, None)
+            options = ModelOptions(**{key: value for key, value in fields.items() if value is not None})
+            parity = device_parity(models, settings, data, limit, min_agreement, options, progress)
+            found = found.model_copy(update={"parity": parity})
+        write_json(run.path / "benchmark.json", found.model_dump(mode="json"))
+        write_benchmark_report(found, run.path)
+        run.finish()
+    for warning in (*found.warnings, *dict.fromkeys(reason for r in found.runs for reason in r.unreliable)):
+        progress.say(f"warning: {warning}")
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        print_benchmark(found)
+        print(f"\nwrote {run.target / 'report.html'}")
+    for entry in found.parity:
+        if not entry.agrees:
+            print(
+                f"error: {entry.model} on {entry.device} ({entry.precision}) disagrees with CPU in f32: correlation "
+                f"{entry.correlation}, same class {entry.agreement}. Try --precision f32.",
+                file=sys.stderr,
+            )
+    if not all(entry.agrees for entry in found.parity):
+        raise typer.Exit(DeviceError.exit_code)
+
+
+@app.command()
+@guarded
+def diagnose(
+    fp32: Annotated[str, typer.Argument(metavar="FP32", help="FILE.xml or FILE.onnx.", show_default=False)],
+    int8: Annotated[str, typer.Argument(metavar="INT8", help="FILE.xml, quantized from it.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Images to measure on.", show_default="those of the first --calib"),
+    ] = None,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calib",
+            metavar="SOURCE",
+            help="A calibration source, such as npz:calibration.npz, whose ranges to compare; repeatable.",
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", metavar="N", help="Images of each set for signals and ranges.", min=1)
+    ] = 32,
+    limit: LimitOpt = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="Drop that the suggested scope may leave, as a fraction.", min=0, max=1)
+    ] = 0.01,
+    device: DeviceOpt = None,
+    benchmark_time: Annotated[
+        float,
+        typer.Option("--benchmark-time", metavar="SECONDS", help="Latency of each candidate; 0 leaves it out.", min=0),
+    ] = 1.0,
+    input_shape: ShapeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    short_side: SideOpt = None,
+    seed: SeedOpt = None,
+    output: OutputOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Where the accuracy goes: the harm of every quantized operation, the ranges at fault, and what to ignore."""
+    from ovcalib import api
+    from ovcalib.diagnosis import diagnose as examine
+    from ovcalib.report.pages import candidate_table, ignore_options, operation_table
+
+    given = {
+        "eval": data, "limit": limit, "device": device, "seed": seed,
+        **model_fields(None, input_shape, mean, std, short_side, None),
+    }  # fmt: skip
+    recipe = api.make_recipe(
+        model=fp32, num_samples=num_samples, max_drop=max_drop, benchmark_time=benchmark_time,
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    target = output or next_folder(Path("runs"), "diagnosis")
+    progress = terminal()
+    found = examine(recipe, int8, calib or [], target, overwrite=overwrite, progress=progress)
+    for warning in found.warnings:
+        progress.say(f"warning: {warning}")
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    shown = operation_table(found)
+    print_table([dict(zip(shown.columns[:7], row[:7], strict=True)) for row in shown.rows[:12]])
+    print()
+    worth = candidate_table(found)
+    print_table([dict(zip(worth.columns, row, strict=True)) for row in worth.rows])
+    print()
+    for line in found.faults:
+        print(line)
+    if found.suggested is not None:
+        print(f"\nto quantize without them: {ignore_options(found.candidates[found.suggested])}")
+    print(f"\nwrote {target / 'report.html'}")
+
+
+@app.command()
+@guarded
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULT...",
+            help="Folders that ovcalib wrote, or their JSON files; several results make a comparison.",
+            show_default=False,
+        ),
+    ],
+    formats: Annotated[str, typer.Option("--format", metavar="html,md,csv", help="What to write.")] = "html,md,csv",
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Leave latency out, to compare results of different machines.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Where to write.",
+            show_default="the folder of the result; for several, the current one",
+        ),
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Write the report of a result, with its benchmark and diagnosis, or a comparison of several results."""
+    from ovcalib.report.build import build_report
+
+    for path in build_report(results, names(formats, "--format", ("html", "md", "csv")), output, not no_latency):
+        print(f"wrote {path}")
+
+
+@app.command()
+@guarded
 def models(
     pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'resnet*-cifar10'.")] = "*",
     as_json: JsonOpt = False,
@@ -547,20 +761,15 @@ def sources(
 @app.command()
 @guarded
 def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> None:
-    """What this machine has: devices, instruction sets, versions, what is missing."""
-    from ovcalib import api
+    """What this machine has: devices, instruction sets, versions, caches, and what is missing for what."""
+    from ovcalib.doctor import doctor as examine
+    from ovcalib.doctor import lines
 
-    found = api.doctor()
+    found = examine()
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    for device, name in found["devices"].items():
-        print(f"{device:12}{name}: {' '.join(found['capabilities'][device])}")
-    machine = ", virtual machine" if found["virtual_machine"] else ""
-    print(f"{'ISA':12}{found['isa'] or 'unknown'}, {found['cpus']} CPUs{machine}")
-    for package, version in found["versions"].items():
-        print(f"{package:12}{version or 'missing: ' + found['missing'].get(package, 'optional')}")
-    print(f"{'cache':12}{found['cache']['path']}, {found['cache']['bytes'] / 1e6:.1f} MB")
+    print("\n".join(lines(found)))
 
 
 def version_callback(value: bool) -> None:
@@ -684,6 +893,39 @@ def next_folder(root: Path, description: str) -> Path:
     taken = [int(m[1]) for p in (root.iterdir() if root.is_dir() else ()) if (m := re.match(r"(\d{4,})-", p.name))]
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(description).name).strip("-.")
     return root / f"{max(taken, default=0) + 1:04}-{plain}"
+
+
+def names(text: str, option: str, known: Sequence[str] | None = None) -> list[str]:
+    """Names with commas, each of them known and none twice."""
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in found if known is not None and name not in known]
+    if unknown or not found:
+        raise UsageError(f"{option} {text}: expected {', '.join(known) if known else 'names'}, with commas.")
+    return found
+
+
+def print_benchmark(found: Benchmark) -> None:
+    """The runs as a table, and the verdicts."""
+    print_table(
+        [
+            {
+                "model": r.model,
+                "device": r.device,
+                "hint": r.hint,
+                "precision": f"{r.precision} ({r.effective.get('INFERENCE_PRECISION_HINT', '-')})",
+                "p50 ms": f"{r.latency_ms.p50:.4g}",
+                "p99 ms": f"{r.latency_ms.p99:.4g}",
+                "images/s": f"{r.throughput_fps:.4g}",
+                "INT8 layers": f"{r.int8_nodes}/{sum(r.compute_nodes.values())}",
+                "peak MB": f"{r.memory_bytes.peak / 1e6:.0f}" if r.memory_bytes else "-",
+                "reliable": "no" if r.unreliable else "yes",
+            }
+            for r in found.runs
+        ]
+    )
+    print()
+    for s in found.speedups:
+        print(f"{s.hint}, {s.precision}: {s.verdict}{' (unreliable)' if s.unreliable else ''}")
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:

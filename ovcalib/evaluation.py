@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,12 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.sets import Reader
 from ovcalib.errors import DataError
 from ovcalib.runtime import Runner
-from ovcalib.types import Accuracy, Agreement, Top
+from ovcalib.types import Accuracy, Agreement, ClassAccuracy, Confusion, Top
 
 Z95 = 1.959963984540054
 # Outputs of a reference are kept for the comparison; large output maps are compared on fewer items.
 MAX_KEPT_BYTES = 512 * 2**20
+MAX_CONFUSIONS = 20
 
 
 @dataclass
@@ -205,8 +206,60 @@ def agreement(reference: Outputs, other: Outputs, on: str, classification: bool 
     return Agreement(count=len(reference), top1=top1, nmse=error if math.isfinite(error) else None, on=on)
 
 
-def compare(reference: Outputs, other: Outputs, protocol: str) -> Accuracy | None:
-    """Accuracy of both models and the paired drop, in points; None without labels."""
+def per_class(
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    classes: Sequence[str] | None = None,
+) -> tuple[ClassAccuracy, ...]:
+    """Accuracy of both models on each class that has images."""
+    return tuple(
+        ClassAccuracy(
+            label=int(label),
+            name=classes[label] if classes else None,
+            count=int(own.sum()),
+            fp32_top1=float(before[own].mean()),
+            int8_top1=float(after[own].mean()),
+        )
+        for label in np.unique(labels)
+        for own in [labels == label]
+    )
+
+
+def new_confusions(
+    reference: NDArray[np.int64],
+    other: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    classes: Sequence[str] | None = None,
+) -> tuple[Confusion, ...]:
+    """The mistakes that `other` makes more often than `reference`, most added first.
+
+    reference, other   int64 [N], classes that the two models name
+    """
+    counts: dict[tuple[int, int], list[int]] = {}
+    for model, predicted in enumerate((reference, other)):
+        for pair in zip(labels.tolist(), predicted.tolist(), strict=True):
+            if pair[0] != pair[1]:
+                counts.setdefault(pair, [0, 0])[model] += 1
+    added = sorted((entry for entry in counts.items() if entry[1][1] > entry[1][0]), key=lambda e: e[1][0] - e[1][1])
+    return tuple(
+        Confusion(
+            label=label,
+            name=classes[label] if classes else None,
+            predicted=predicted,
+            predicted_name=classes[predicted] if classes else None,
+            fp32=fp32,
+            int8=int8,
+        )
+        for (label, predicted), (fp32, int8) in added[:MAX_CONFUSIONS]
+    )
+
+
+def compare(reference: Outputs, other: Outputs, protocol: str, classes: Sequence[str] | None = None) -> Accuracy | None:
+    """Accuracy of both models and the paired drop, in points; None without labels.
+
+    classes   names in class order, where they are known
+    """
     if reference.labels is None or other.labels is None:
         return None
     before, after = hits(reference.values, reference.labels), hits(other.values, other.labels)
@@ -219,4 +272,6 @@ def compare(reference: Outputs, other: Outputs, protocol: str) -> Accuracy | Non
         int8=accuracy(other.values, other.labels),
         drop_points=100 * drop,
         drop_ci95=(100 * low, 100 * high),
+        per_class=per_class(before, after, reference.labels, classes),
+        confusions=new_confusions(reference.values.argmax(1), other.values.argmax(1), reference.labels, classes),
     )

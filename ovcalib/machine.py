@@ -90,3 +90,51 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# Noise and power ------------------------------------------------------------------------------
+
+RAPL = Path("/sys/class/powercap")
+RAPL_REASON = f"no readable energy counter (RAPL) under {RAPL}"
+
+
+def load_per_cpu() -> float | None:
+    """Load average of the last minute over the CPUs of this process; None where the system has none."""
+    try:
+        return os.getloadavg()[0] / available_cpus()
+    except (AttributeError, OSError):
+        return None
+
+
+def processor_ticks() -> tuple[int, int] | None:
+    """(all, stolen by the host) processor ticks since the start, or None."""
+    try:
+        fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    return (sum(fields), fields[7]) if len(fields) == 8 else None
+
+
+def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    """Share of the processor time between two readings that the host took away, 0..1."""
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    return (after[1] - before[1]) / (after[0] - before[0])
+
+
+def throttle_count() -> int | None:
+    """How often cores were slowed down for heat since the start, or None."""
+    files = list(Path("/sys/devices/system/cpu").glob("cpu*/thermal_throttle/core_throttle_count"))
+    try:
+        return sum(int(file.read_text()) for file in files) if files else None
+    except (OSError, ValueError):
+        return None
+
+
+def package_energy_joules() -> float | None:
+    """Energy counters of all processor packages, summed; they wrap after minutes to hours. None where unreadable."""
+    try:
+        files = [zone / "energy_uj" for zone in RAPL.glob("intel-rapl:*") if zone.name.count(":") == 1]
+        return sum(int(file.read_text()) for file in files) / 1e6 if files else None
+    except (OSError, ValueError):
+        return None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import openvino as ov
 
 from ovcalib import __version__, machine
-from ovcalib.benchmark import compare_latency
+from ovcalib.benchmark import compare_latency, memory_of
 from ovcalib.calibration import CalibrationSet, Request, generate, images_wanted
 from ovcalib.calibration.sets import preflight
 from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
@@ -42,7 +42,7 @@ from ovcalib.models import Model, ModelOptions, load_model
 from ovcalib.models.weights import file_sha256
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, has_attention, quantize_default, resolve_overflow_fix
-from ovcalib.report.markdown import markdown_report
+from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
@@ -188,7 +188,9 @@ def quantize_recipe(
             )
         if agreed.nmse is None:
             warnings.append("the INT8 model gives non-finite outputs")
-        proven = compare(reference, outputs, evaluation.protocol) if evaluation is not None else None
+        proven = (
+            compare(reference, outputs, evaluation.protocol, model.spec.classes) if evaluation is not None else None
+        )
 
         latency, latency_reason = None, "left out (--benchmark-time 0)"
         if recipe.benchmark_time > 0:
@@ -196,6 +198,10 @@ def quantize_recipe(
             latency = compare_latency(
                 batch_one(fp32, model.spec), batch_one(written, model.spec), recipe.device, recipe.benchmark_time
             )
+            memory, reason = memory_of(
+                {"fp32": folder / "fp32" / "model.xml", "int8": folder / "int8" / "model.xml"}, recipe.device
+            )
+            latency = latency.model_copy(update={"memory_bytes": memory, "memory_reason": reason})
         record = Result(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ovcalib=__version__,
@@ -223,7 +229,7 @@ def quantize_recipe(
             files={},
         )
         log.close()
-        (folder / "report.md").write_text(markdown_report(record))
+        write_result_report(record, folder, preview=folder / "preview.png")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         record = record.model_copy(update={"files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}})
         write_json(folder / "result.json", record.model_dump(mode="json"))

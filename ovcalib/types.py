@@ -135,12 +135,35 @@ class Top(Frozen):
     ci95: tuple[float, float]
 
 
+class ClassAccuracy(Frozen):
+    """Accuracy on the images of one class; top-1 as fractions."""
+
+    label: int
+    name: str | None
+    count: int
+    fp32_top1: float
+    int8_top1: float
+
+
+class Confusion(Frozen):
+    """How many images of class `label` each model takes for class `predicted`."""
+
+    label: int
+    name: str | None
+    predicted: int
+    predicted_name: str | None
+    fp32: int
+    int8: int
+
+
 class Accuracy(Frozen):
     """Accuracy of the FP32 and the INT8 model on the same labelled images.
 
     protocol      names the data, the split and the preprocessing
     data_sha256   of the pixels and labels, in order
     drop_points   top-1 of FP32 minus top-1 of INT8, in percentage points; its interval is paired
+    per_class     every class of which there are images
+    confusions    the mistakes that INT8 makes more often than FP32, most added first, at most 20
     """
 
     protocol: str
@@ -150,6 +173,8 @@ class Accuracy(Frozen):
     int8: Top
     drop_points: float
     drop_ci95: tuple[float, float]
+    per_class: tuple[ClassAccuracy, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
 
 
 class Agreement(Frozen):
@@ -181,7 +206,8 @@ class Parity(Frozen):
 class Latency(Frozen):
     """Latency of one inference in milliseconds, over `n` inferences.
 
-    precision   in which the device ran the float parts, where it tells
+    precision       in which the device ran the float parts, where it tells
+    edges, counts   histogram from min to p99 in equal steps
     """
 
     p50: float
@@ -192,17 +218,35 @@ class Latency(Frozen):
     max: float
     n: int
     precision: str | None = None
+    edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+class Memory(Frozen):
+    """Resident memory of a process that ran one model and nothing else, in bytes.
+
+    baseline   OpenVINO loaded, no model
+    loaded     after compilation and the first inference
+    peak       at most
+    """
+
+    baseline: int
+    loaded: int
+    peak: int
 
 
 class LatencyComparison(Frozen):
     """Single-stream latency of both models, measured in turns at the device's defaults.
 
-    speedup   median latency of FP32 over median latency of INT8
+    speedup        median latency of FP32 over median latency of INT8
+    memory_bytes   each model in a process of its own
     """
 
     device: str
     latency_ms: dict[Literal["fp32", "int8"], Latency]
     speedup: float
+    memory_bytes: dict[Literal["fp32", "int8"], Memory] | None = None
+    memory_reason: str | None = None
 
 
 class Restored(Frozen):
@@ -302,3 +346,284 @@ class Result(Frozen):
     environment: dict[str, Any]
     warnings: tuple[str, ...]
     files: dict[str, str]
+
+
+# Diagnosis ------------------------------------------------------------------------------------
+
+
+class SignalQuality(Frozen):
+    """How near a quantized signal is to the float one.
+
+    sqnr_db   signal-to-quantization-noise ratio, limited to -200..200 dB; 200 means no difference
+    cosine    similarity of the two as vectors, -1..1
+    """
+
+    sqnr_db: float
+    cosine: float
+
+
+class ChannelRange(Frozen):
+    """One channel's quantized range, and the values that it meets on the first image set."""
+
+    channel: int
+    low: float
+    high: float
+    seen: tuple[float, float]
+    clipped_share: float
+
+
+class QuantizedInput(Frozen):
+    """The range of an activation's FakeQuantize against the values that it meets.
+
+    source          the operation that makes the activation
+    low, high       the quantized range; the widest over channels where it is per channel
+    worst_channel   where the range is per channel, the channel of which most is clipped; else None
+    seen            per image set, smallest and largest value of the FP32 network
+    clipped_share   per image set, share of the values outside the range, 0..1
+    used_share      per image set, share of the range that lies between smallest and largest value, 0..1
+    edges, counts   histogram of the FP32 values, of `worst_channel` if there is one: 65 edges, 64 counts per image set
+    """
+
+    source: str
+    low: float
+    high: float
+    seen: dict[str, tuple[float, float]]
+    clipped_share: dict[str, float]
+    used_share: dict[str, float]
+    worst_channel: ChannelRange | None
+    edges: tuple[float, ...]
+    counts: dict[str, tuple[int, ...]]
+
+
+class OperationDiagnosis(Frozen):
+    """One quantized operation.
+
+    output_nmse   error of the network's output when this operation alone is quantized, relative to its energy; None
+                  where the output is then not finite
+    cumulative    its output in the INT8 network, which inherits every error before it
+    alone         its output on float input, input and weights quantized
+    weights       only the weights quantized; None without weights
+    activations   only the input quantized; None without weights, where it is the same as `alone`
+    """
+
+    name: str
+    kind: str
+    output_nmse: float | None
+    cumulative: SignalQuality
+    alone: SignalQuality
+    weights: SignalQuality | None
+    activations: SignalQuality | None
+    inputs: tuple[QuantizedInput, ...]
+
+
+class Candidate(Frozen):
+    """A model between INT8 and FP32, and what it is worth.
+
+    in_float         operations that compute in float, worst first; names for --ignore
+    top1             accuracy, a fraction; None without labels
+    agreement        with FP32, a fraction; None for models without class logits
+    nmse             output error against FP32; None where the output is not finite
+    latency_p50_ms   single-stream, measured in turns with the others; None where it was left out
+    """
+
+    in_float: tuple[str, ...]
+    top1: float | None
+    agreement: float | None
+    nmse: float | None
+    latency_p50_ms: float | None
+
+
+class Diagnosis(Frozen):
+    """`diagnosis.json`: where the accuracy goes.
+
+    on           the images on which everything was measured; `count` of them, `signal_count` for the signals
+    sets         image sets whose ranges are compared; the first is that of `on`
+    operations   every quantized operation, most harmful first
+    candidates   more and more operations, most harmful first, back in float
+    suggested    index of the candidate to choose: the first within `max_drop` of FP32, else the best
+    faults       what is wrong with the ranges of the most harmful operations, in words
+    """
+
+    schema_version: Literal[1] = 1
+    created: str
+    ovcalib: str
+    model: str
+    fp32_sha256: str
+    int8_sha256: str
+    device: str
+    on: str
+    count: int
+    signal_count: int
+    metric: Literal["top1", "agreement", "nmse"]
+    max_drop: float
+    sets: tuple[str, ...]
+    operations: tuple[OperationDiagnosis, ...]
+    fp32: Candidate
+    int8: Candidate
+    candidates: tuple[Candidate, ...]
+    suggested: int | None
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+# Benchmark ------------------------------------------------------------------------------------
+
+
+class Distribution(Frozen):
+    """Durations in milliseconds, over every one of `n` inferences.
+
+    p999             None below 1000 inferences, which do not tell it
+    edges, counts    histogram from min to p99 in equal steps; what is slower is in `beyond`
+    """
+
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float | None
+    mean: float
+    std: float
+    min: float
+    max: float
+    n: int
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    beyond: int
+
+
+class ExecutedNode(Frozen):
+    """One node of the graph that a device really runs; `precision` and `primitive` in the device's own words."""
+
+    name: str
+    kind: str
+    precision: str
+    primitive: str
+
+
+class Power(Frozen):
+    """Energy of the whole processor package while a model ran, by RAPL."""
+
+    package_watts: float
+    joules_per_inference: float
+
+
+class BenchmarkRun(Frozen):
+    """One model on one device with one set of settings.
+
+    model              FOLDER/NAME of the file; `kind` is what its graph says
+    hint               performance hint; latency runs one request, throughput as many as the device wants
+    latency_ms         of a request, as OpenVINO measures it; under throughput, many are in flight at once
+    call_p50_ms        sync: median of the whole call, dispatch from Python included
+    throughput_fps     images a second, mean of the rounds, with the 95 % interval over them
+    round_p50_ms       median latency of each round
+    compile_ms         cold; compile_cached_ms from the device's cache
+    steady             the warm-up ended because the latency had settled, not because its time was over
+    compute_nodes      convolutions and matrix products of the executed graph, by runtime precision
+    int8_nodes         those of them that ran on 8-bit integers
+    unreliable         reasons to distrust this run
+    """
+
+    model: str
+    sha256: str
+    kind: Literal["fp32", "fp16", "int8"]
+    size_bytes: int
+    device: str
+    hint: Literal["latency", "throughput"]
+    api: Literal["sync", "async"]
+    precision: str
+    batch: int
+    requests: int
+    requested: dict[str, str]
+    effective: dict[str, str]
+    latency_ms: Distribution
+    call_p50_ms: float | None
+    round_p50_ms: tuple[float, ...]
+    throughput_fps: float
+    throughput_ci95: tuple[float, float]
+    round_fps: tuple[float, ...]
+    read_ms: float
+    compile_ms: float
+    compile_cached_ms: float | None
+    compile_cached_reason: str | None
+    first_inference_ms: float
+    warmup_inferences: int
+    steady: bool
+    memory_bytes: Memory | None
+    memory_reason: str | None
+    power: Power | None
+    power_reason: str | None
+    compute_nodes: dict[str, int]
+    int8_nodes: int
+    nodes: tuple[ExecutedNode, ...]
+    unreliable: tuple[str, ...]
+
+
+class Speedup(Frozen):
+    """How much faster one run was than another, measured in turns with it.
+
+    metric    latency: p50 of `against` over p50 of `model`; throughput: the inverse ratio of images a second
+    ci95      from the ratios of the rounds
+    verdict   in words
+    """
+
+    model: str
+    against: str
+    device: str
+    hint: Literal["latency", "throughput"]
+    precision: str
+    speedup: float
+    ci95: tuple[float, float]
+    verdict: str
+    unreliable: tuple[str, ...]
+
+
+class DeviceParity(Frozen):
+    """The outputs of a model on one device and precision against the same model on CPU in f32.
+
+    correlation     Pearson's, over all outputs of all images; None where an output is constant or not finite
+    agreement       share of the images with the same class; None without class logits
+    worst_sample    position of the image with the largest absolute difference `worst_abs`
+    effective       precision that the device says it used
+    """
+
+    model: str
+    device: str
+    precision: str
+    effective: str | None
+    on: str
+    count: int
+    correlation: float | None
+    agreement: float | None
+    worst_sample: int
+    worst_abs: float | None
+    agrees: bool
+
+
+class Noise(Frozen):
+    """What else the machine did.
+
+    load_before   load average of one minute over the number of CPUs, before anything was started
+    steal_share   share of the processor time that the host took away, during the measurement
+    throttled     how often a core was slowed down for heat
+    """
+
+    load_before: float | None
+    steal_share: float | None
+    throttled: int | None
+
+
+class Benchmark(Frozen):
+    """`benchmark.json`. Every number comes from processes that ran one model each, in turns."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    ovcalib: str
+    seconds: float
+    rounds: int
+    input: str
+    environment: dict[str, Any]
+    noise: Noise
+    runs: tuple[BenchmarkRun, ...]
+    speedups: tuple[Speedup, ...]
+    parity: tuple[DeviceParity, ...]
+    warnings: tuple[str, ...]

@@ -41,26 +41,26 @@ def markdown_report(result: Result) -> str:
         "",
         "| " + " | ".join(row) + " |",
         "|" + "---|" * len(row),
-        "| " + " | ".join(_escape(value) for value in row.values()) + " |",
+        "| " + " | ".join(escape_markdown(value) for value in row.values()) + " |",
         "",
         f"Outcome: **{result.outcome}**.",
         "",
     ]
     if result.accuracy:
         lines += [
-            f"Accuracy was measured on {_escape(result.accuracy.protocol)}. The drop has the 95 % interval "
+            f"Accuracy was measured on {escape_markdown(result.accuracy.protocol)}. The drop has the 95 % interval "
             f"{result.accuracy.drop_ci95[0]:+.2f} to {result.accuracy.drop_ci95[1]:+.2f} points (paired).",
         ]
     else:
-        lines += [f"Accuracy was not measured: {_escape(result.accuracy_reason or '')}."]
+        lines += [f"Accuracy was not measured: {escape_markdown(result.accuracy_reason or '')}."]
     lines += [
         f"Agreement is how often INT8 names the class that FP32 names, here on {result.agreement.count} images of "
-        f"{_escape(result.agreement.on)}; it is not accuracy. Output error (NMSE): "
+        f"{escape_markdown(result.agreement.on)}; it is not accuracy. Output error (NMSE): "
         f"{'-' if result.agreement.nmse is None else f'{result.agreement.nmse:.4g}'}.",
         "",
     ]
     if result.warnings:
-        lines += ["## Warnings", "", *(f"- {_escape(warning)}" for warning in result.warnings), ""]
+        lines += ["## Warnings", "", *(f"- {escape_markdown(warning)}" for warning in result.warnings), ""]
     lines += [
         "## Calibration",
         "",
@@ -81,8 +81,8 @@ def markdown_report(result: Result) -> str:
     if quantization.restoration:
         found = quantization.restoration
         lines += [
-            f"- goal: {found.metric} on {_escape(found.on)} at most {100 * found.max_drop:.2f} points under FP32; "
-            f"FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} validations",
+            f"- goal: {found.metric} on {escape_markdown(found.on)} at most {100 * found.max_drop:.2f} points under "
+            f"FP32; FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} validations",
             f"- back in float: {', '.join(quantization.reverted) or 'none'}",
         ]
     if result.benchmark:
@@ -112,7 +112,7 @@ def markdown_report(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text from outside, which must not become Markdown or HTML."""
     for mark in "\\`*_[]|":
         text = text.replace(mark, f"\\{mark}")

@@ -9,13 +9,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ovcalib.types import Recipe, Result
+from ovcalib.types import Benchmark, Diagnosis, Recipe, Result
 
-SCHEMAS: dict[str, type[BaseModel]] = {"result": Result, "recipe": Recipe}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "result": Result,
+    "recipe": Recipe,
+    "benchmark": Benchmark,
+    "diagnosis": Diagnosis,
+}
 
 
 def schema(name: str) -> dict[str, Any]:
-    """The schema of "result" (result.json) or "recipe" (request.json), as shipped."""
+    """The schema of "result", "benchmark" or "diagnosis" (the .json of that name) or "recipe" (request.json)."""
     text = importlib.resources.files(__package__).joinpath(f"{name}.schema.json").read_text()
     return json.loads(text)  # type: ignore[no-any-return]
 

@@ -1,0 +1,109 @@
+"""The pages in a browser: nothing is requested, nothing complains, nothing overflows, and a name stays a name."""
+
+import json
+
+import pytest
+
+from ovcalib.api import make_recipe
+from ovcalib.diagnosis import diagnose
+from ovcalib.report import pages
+from ovcalib.types import Benchmark, Result
+from tests.e2e.browser import CHROMIUM, Browser
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+HOSTILE = "<img src=x onerror='window.hostile=1'><script>window.hostile=1</script>" + "long_name." * 30
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = Browser()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def folder(result, benchmarked, tmp_path_factory):
+    """One page of each kind, with hostile names wherever a name can stand."""
+    root = tmp_path_factory.mktemp("pages")
+    record = Result.model_validate(json.loads((result / "result.json").read_text()))
+    record = record.model_copy(
+        update={
+            "model": record.model.model_copy(update={"name": HOSTILE}),
+            "calibration": {**record.calibration, "source": HOSTILE, "licence": HOSTILE},
+            "warnings": (HOSTILE,),
+            "recipe": record.recipe.model_copy(update={"calib": HOSTILE}),
+        }
+    )
+    measured = Benchmark.model_validate(json.loads((benchmarked[0] / "benchmark.json").read_text()))
+    runs = tuple(run.model_copy(update={"model": HOSTILE + run.model}) for run in measured.runs)
+    measured = measured.model_copy(update={"runs": runs, "warnings": (HOSTILE,)})
+    recipe = make_recipe(model=str(result / "fp32/model.xml"), num_samples=4, benchmark_time=0)
+    diagnosis = diagnose(recipe, str(result / "int8/model.xml"), ["noise"])
+    operations = tuple(o.model_copy(update={"name": HOSTILE + o.name}) for o in diagnosis.operations)
+    diagnosis = diagnosis.model_copy(update={"operations": operations, "model": HOSTILE, "faults": (HOSTILE,)})
+    for name, page in {
+        "result": pages.result_page(record, [measured], [diagnosis], result / "preview.png"),
+        "benchmark": pages.benchmark_page(measured),
+        "diagnosis": pages.diagnosis_page(diagnosis),
+    }.items():
+        (root / f"{name}.html").write_text(page)
+    (root / "comparison").mkdir()
+    pages.write_comparison([record, record.model_copy(update={"outcome": "budget"})], root / "comparison", ["html"])
+    (root / "comparison/report.html").rename(root / "comparison.html")
+    return root
+
+
+@pytest.mark.parametrize("page", ["result", "benchmark", "diagnosis", "comparison"])
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (1200, True)])
+def test_a_page_in_a_browser(browser, folder, page, width, dark):
+    path = folder / f"{page}.html"
+    browser.open(path, width, dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("window.hostile") is None
+    assert browser.evaluate("document.querySelectorAll('img[src=x]').length") == 0
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [path.as_uri()]
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(21, 22, 27)" if dark else "rgb(251, 250, 248)")
+
+
+def test_a_hostile_name_is_shown_as_it_is(browser, folder):
+    browser.open(folder / "result.html", 900)
+    assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE
+
+
+@pytest.mark.parametrize("page", ["result", "comparison"])
+def test_everything_is_reached_by_keyboard(browser, folder, page):
+    browser.open(folder / f"{page}.html", 900)
+    wanted = browser.evaluate(
+        "[...document.querySelectorAll('a, button, summary, .scroll, pre')].filter(e => e.checkVisibility()).length"
+    )
+    browser.evaluate("window.reached = new Set()")
+    for _ in range(wanted + 2):
+        browser.press("Tab")
+        browser.evaluate("document.activeElement !== document.body && reached.add(document.activeElement)")
+    assert browser.evaluate("reached.size") >= wanted
+
+
+def test_columns_sort_by_number_and_back(browser, folder):
+    browser.open(folder / "comparison.html", 900)
+    button = "document.querySelectorAll('table.sortable th button')[4]"  # outcome: done, budget
+    column = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[4].textContent)"
+    browser.evaluate(f"{button}.focus()")
+    browser.press("Enter")
+    assert browser.evaluate(column) == ["budget", "done"]
+    browser.press("Enter")
+    assert browser.evaluate(column) == ["done", "budget"]
+    assert browser.evaluate(f"{button}.parentElement.getAttribute('aria-sort')") == "descending"
+
+
+def test_charts_have_text_alternatives(browser, folder):
+    browser.open(folder / "result.html", 900)
+    charts = "[...document.querySelectorAll('svg')]"
+    assert browser.evaluate(f"{charts}.length") >= 4
+    # Ids are unique on the page, and each names its own chart.
+    labelled = f"{charts}.every(s => s.getAttribute('aria-labelledby').split(' ').every(i => s.querySelector('#' + i).textContent))"
+    assert browser.evaluate(labelled)
+    assert browser.evaluate("[...document.images].every(i => i.alt && i.naturalWidth > 0)")

@@ -1,0 +1,195 @@
+"""benchmark, diagnose, report and doctor as a user meets them."""
+
+import csv
+import json
+import shutil
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from ovcalib import cli
+from ovcalib.report.schema import schema
+from tests.e2e.test_process import ovcalib as process
+
+QUICK = ["-t", "0.1"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_the_report_of_a_run_holds_what_people_ask_for(result):
+    page = (result / "report.html").read_text()
+    for words in ("top-1 accuracy", "latency p50", "size", "memory", "Calibration statement", "licence of the images",
+                  "By class", "Do it again", "ovcalib quantize ToyNet", "data:image/png;base64"):  # fmt: skip
+        assert words in page
+    record = json.loads((result / "result.json").read_text())
+    assert {c["label"] for c in record["accuracy"]["per_class"]} == {0, 1, 2, 3}
+    assert sum(c["count"] for c in record["accuracy"]["per_class"]) == 60
+    memory = record["benchmark"]["memory_bytes"]
+    assert memory["int8"]["baseline"] < memory["int8"]["loaded"] <= memory["int8"]["peak"]
+    assert {"report.html", "report.md", "report.csv"} <= set(record["files"])
+    rows = list(csv.DictReader((result / "report.csv").open()))
+    assert float(rows[0]["top-1 INT8 %"]) == 100 * record["accuracy"]["int8"]["top1"]
+
+
+def test_an_edge_device_benchmarks(benchmarked):
+    out, stdout = benchmarked
+    found = json.loads((out / "benchmark.json").read_text())
+    jsonschema.validate(found, schema("benchmark"))
+    assert {(r["kind"], r["hint"]) for r in found["runs"]} == {
+        (kind, hint) for kind in ("fp32", "int8") for hint in ("latency", "throughput")
+    }
+    for r in found["runs"]:
+        latency = r["latency_ms"]
+        assert latency["min"] <= latency["p50"] <= latency["p99"] <= latency["max"]
+        assert sum(latency["counts"]) + latency["beyond"] == latency["n"] > 5
+        assert len(r["round_p50_ms"]) == found["rounds"] == 5
+        assert r["throughput_fps"] > 0
+        assert r["memory_bytes"]["loaded"] > r["memory_bytes"]["baseline"]
+        assert (r["power"] is None) == (r["power_reason"] is not None)
+        assert (r["compile_cached_ms"] is None) == (r["compile_cached_reason"] is not None)
+        assert r["effective"]["PERFORMANCE_HINT"] == r["requested"]["PERFORMANCE_HINT"]
+        # The proof that INT8 ran: every layer of the INT8 model, none of the other.
+        assert r["int8_nodes"] == (sum(r["compute_nodes"].values()) if r["kind"] == "int8" else 0)
+        assert r["api"] == {"latency": "sync", "throughput": "async"}[r["hint"]]
+    assert [(s["model"], s["against"]) for s in found["speedups"]] == [("int8/model", "fp32/model")] * 2
+    assert all(s["ci95"][0] <= s["speedup"] <= s["ci95"][1] for s in found["speedups"])
+    assert "5/5" in stdout
+    assert {p.name for p in out.iterdir()} == {
+        "benchmark.json",
+        "report.html",
+        "report.md",
+        "report.csv",
+        "request.json",
+    }
+
+
+def test_devices_agree_with_cpu_in_f32(benchmarked):
+    parity = json.loads((benchmarked[0] / "benchmark.json").read_text())["parity"]
+    assert [(p["model"], p["device"], p["count"], p["agrees"]) for p in parity] == [
+        ("fp32/model", "CPU", 60, True),
+        ("int8/model", "CPU", 60, True),
+    ]
+
+
+def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch):
+    monkeypatch.setattr("ovcalib.device_parity.likeness", lambda a, b: (0.2, 7, 3.5))
+    found = run("benchmark", result / "int8/model.xml", *QUICK, "--hint", "latency", "--data", result.parent / "images",
+                "--limit", 4, "-o", tmp_path / "out")  # fmt: skip
+    assert found.exit_code == 6
+    assert "disagrees with CPU in f32: correlation 0.2" in found.stderr
+    assert not json.loads((tmp_path / "out/benchmark.json").read_text())["parity"][0]["agrees"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-d", "CPU,GPU,NPU"], 6, "Unknown device 'GPU'. Available: AUTO, CPU."),
+        (["-d", "CPU,GPU,NPU"], 6, "Unknown device 'NPU'"),
+        (["--hint", "speed"], 2, "--hint speed: expected latency, throughput"),
+        (["--precision", "int8"], 2, "--precision int8"),
+        (["--api", "both"], 2, "--api both"),
+        (["--api", "sync", "--requests", "4"], 2, "--requests 4"),
+        (["-t", "0"], 2, "--time 0"),
+    ],
+)
+def test_what_cannot_be_benchmarked(result, tmp_path, arguments, code, message):
+    found = run("benchmark", result, *arguments, "-o", tmp_path / "out")
+    assert found.exit_code == code, found.stderr
+    assert message in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_benchmarked(result, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        ("no.xml", "no model file"),
+        ("empty", "holds no fp32/model.xml"),
+        ("a.bin", "no model that can"),
+    ):
+        found = run("benchmark", tmp_path / path, "-o", tmp_path / "out")
+        assert found.exit_code == 3, found.stderr
+        assert message in found.stderr
+
+
+def test_diagnose_writes_a_report(result, tmp_path):
+    found = run("diagnose", result / "fp32/model.xml", result / "int8/model.xml", "--data", result.parent / "images",
+                "--calib", f"npz:{result / 'calibration.npz'}", "--num-samples", 8, "--benchmark-time", 0, "-o",
+                tmp_path / "out")  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    diagnosis = json.loads((tmp_path / "out/diagnosis.json").read_text())
+    jsonschema.validate(diagnosis, schema("diagnosis"))
+    assert len(diagnosis["sets"]) == 2
+    assert diagnosis["int8"]["latency_p50_ms"] is None
+    # It belongs on the page of its result, and on no other.
+    attached = run("report", result, tmp_path / "out", "-o", tmp_path / "page", "--format", "html")
+    assert attached.exit_code == 0, attached.stderr
+    assert "Where the accuracy goes" in (tmp_path / "page/report.html").read_text()
+    diagnosis["int8_sha256"] = "0" * 64
+    (tmp_path / "out/diagnosis.json").write_text(json.dumps(diagnosis))
+    refused = run("report", result, tmp_path / "out", "-o", tmp_path / "page")
+    assert refused.exit_code == 2
+    assert "is about another INT8 model" in refused.stderr
+
+
+def test_the_command_of_the_report_is_the_recipe(result):
+    import shlex
+
+    from ovcalib.report.pages import quantize_command
+    from ovcalib.types import Recipe
+
+    recipe = Recipe.model_validate(json.loads((result / "request.json").read_text()))
+    words = shlex.split(quantize_command(recipe.model_copy(update={"model": "tests.toy:ToyNet"})))
+    found = run(*words[1:], "--dry-run", "--json")
+    assert found.exit_code == 0, found.stderr
+    again = json.loads(found.stdout)["recipe"]
+    assert {**again, "model": "ToyNet"} == recipe.model_dump(mode="json")
+
+
+def test_several_results_make_a_comparison(result, benchmarked, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(result, other)
+    record = json.loads((other / "result.json").read_text())
+    record["model"]["name"] = "second"
+    (other / "result.json").write_text(json.dumps(record))
+    found = run("report", result, other, "-o", tmp_path / "page")
+    assert found.exit_code == 0, found.stderr
+    assert len(list(csv.DictReader((tmp_path / "page/report.csv").open()))) == 2
+    assert "second" in (tmp_path / "page/report.html").read_text()
+    record["environment"]["cpu"] = "Other CPU"
+    (other / "result.json").write_text(json.dumps(record))
+    refused = run("report", result, other, "-o", tmp_path / "page")
+    assert refused.exit_code == 2
+    assert "different machines" in refused.stderr
+    assert run("report", result, other, "--no-latency", "-o", tmp_path / "page").exit_code == 0
+    assert run("report", result, other, benchmarked[0], "-o", tmp_path / "page").exit_code == 2
+    alone = run("report", benchmarked[0], "--format", "md", "-o", tmp_path / "alone")
+    assert alone.exit_code == 0
+    assert [p.name for p in (tmp_path / "alone").iterdir()] == ["report.md"]
+
+
+def test_writing_the_report_again_keeps_the_list_of_files_true(result, tmp_path):
+    from ovcalib.models.weights import file_sha256
+
+    shutil.copytree(result, tmp_path / "copy")
+    assert run("report", tmp_path / "copy").exit_code == 0
+    files = json.loads((tmp_path / "copy/result.json").read_text())["files"]
+    assert all(file_sha256(tmp_path / "copy" / name) == digest for name, digest in files.items())
+
+
+def test_the_doctor_says_what_is_missing_and_how_to_get_it():
+    found = process("doctor", "--json", edge=True)
+    assert found.returncode == 0, found.stderr
+    about = json.loads(found.stdout)
+    assert "FP32" in about["capabilities"]["CPU"]
+    assert set(about["absent_devices"]) | {d.split(".")[0] for d in about["devices"]} >= {"CPU", "GPU", "NPU"}
+    assert set(about["instruction_sets"]) >= {"VNNI", "AMX-INT8"}
+    assert all(
+        f["ready"] == (not f["missing"]) and (f["how"] is None) == f["ready"] for f in about["features"].values()
+    )
+    assert about["caches"]["ovcalib"] == {"path": "/nonexistent/ovcalib-cache", "bytes": 0}
+    text = run("doctor").stdout
+    assert "VNNI" in text
+    assert "cache ovcalib" in text

@@ -1,0 +1,136 @@
+"""The diagnosis finds what was planted."""
+
+import json
+
+import jsonschema
+import numpy as np
+import openvino as ov
+import pytest
+
+from ovcalib.api import make_recipe
+from ovcalib.diagnosis import diagnose, operation_signals, output_errors
+from ovcalib.errors import ModelError, UsageError
+from ovcalib.evaluation import calibration_items
+from ovcalib.export.to_openvino import write_ir
+from ovcalib.graph import WEIGHTED, instrument, layer_name, observe, quantized_operations
+from ovcalib.progress import Progress
+from ovcalib.quantization import Settings, quantize_default
+from ovcalib.report.pages import ignore_options
+from ovcalib.report.schema import schema
+
+
+@pytest.fixture(scope="module")
+def int8(toy, toy_graph):
+    return quantize_default(toy_graph, toy.calibration(), Settings())
+
+
+def plant_narrow_range(graph, name, factor):
+    """Cut the range of the activation that one operation reads to a fraction; the other readers keep theirs."""
+    graph = graph.clone()
+    op = next(op for op in graph.get_ops() if layer_name(op) == name and op.get_type_name() in WEIGHTED)
+    quantize = op.input_value(0).get_node()
+    while quantize.get_type_name() != "FakeQuantize":
+        quantize = quantize.input_value(0).get_node()
+    bounds = [
+        ov.op.Constant(np.array(v.get_node().get_data() * factor, np.float32)) for v in quantize.input_values()[1:]
+    ]
+    own = ov.opset13.fake_quantize(quantize.input_value(0), *bounds, levels=256)
+    op.input(0).replace_source_output(own.output(0))
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def write_pair(folder, fp32, int8):
+    write_ir(fp32, folder / "fp32.xml")
+    write_ir(int8, folder / "int8.xml")
+    return str(folder / "fp32.xml"), str(folder / "int8.xml")
+
+
+@pytest.mark.parametrize("planted", ["down.0", "fc"])
+def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, planted):
+    fp32, bad = write_pair(tmp_path, toy_graph, plant_narrow_range(int8, planted, 0.02))
+    toy.write_folder(tmp_path / "images", 80)
+    recipe = make_recipe(model=fp32, eval=str(tmp_path / "images"), num_samples=16, benchmark_time=0.02)
+    toy.calibration(20).save(tmp_path / "set")
+    found = diagnose(recipe, bad, [f"npz:{tmp_path / 'set' / 'calibration.npz'}"], tmp_path / "out")
+    worst = found.operations[0]
+    assert worst.name == planted
+    assert worst.activations.sqnr_db < 10 < worst.weights.sqnr_db
+    assert worst.alone.sqnr_db == pytest.approx(worst.activations.sqnr_db, abs=3)
+    assert worst.inputs[0].clipped_share[found.on] > 0.3
+    assert planted in found.faults[0]
+    assert "are clipped" in found.faults[0]
+    # The measured price list: restoring this one operation brings the accuracy back.
+    assert found.metric == "top1"
+    assert found.int8.top1 < 0.9 < found.fp32.top1
+    assert found.suggested == 0
+    assert found.candidates[0].in_float == (planted,)
+    assert found.candidates[0].top1 >= found.fp32.top1 - 0.01
+    assert found.candidates[0].latency_p50_ms > 0
+    assert ignore_options(found.candidates[0]) == f"--ignore {planted}"
+    assert len(worst.inputs[0].counts) == len(found.sets) == 2
+    jsonschema.validate(json.loads((tmp_path / "out/diagnosis.json").read_text()), schema("diagnosis"))
+    assert planted in (tmp_path / "out/report.html").read_text()
+
+
+def test_instrumented_references_are_those_of_the_float_graph(toy, toy_graph, int8):
+    names = [op.get_friendly_name() for op in quantized_operations(int8)]
+    graph, probes = instrument(int8, toy_graph, names)
+    core = ov.Core()
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    x = toy.spec.preprocessing.normalise(toy.images[0])[None]
+    values = core.compile_model(graph, "CPU", config)(x)
+    expected = core.compile_model(observe(toy_graph, names), "CPU", config)(x)
+    for i, probe in enumerate(probes):
+        assert values[probe.reference] == pytest.approx(expected[i], abs=1e-4), probe.name
+
+
+def test_weights_and_activations_are_apart(toy, toy_graph, int8):
+    names = [op.get_friendly_name() for op in quantized_operations(int8)]
+    images = [toy.calibration(8)[i] for i in range(8)]
+    found = operation_signals(toy_graph, int8, names, {"a": images}, Progress())
+    assert set(found) == set(names)
+    for name in names:
+        entry = found[name]
+        if entry["weights"] is not None:
+            # Two independent errors add up, so neither alone is larger.
+            assert entry["alone"].sqnr_db <= min(entry["weights"].sqnr_db, entry["activations"].sqnr_db) + 1
+        assert entry["cumulative"].sqnr_db <= entry["alone"].sqnr_db + 3
+        for one in entry["inputs"]:
+            assert sum(one.counts["a"]) > 0
+            assert one.clipped_share["a"] < 0.1
+
+
+def test_large_networks_are_looked_at_in_groups(toy, toy_graph, int8, monkeypatch):
+    names = [op.get_friendly_name() for op in quantized_operations(int8)]
+    images = {"a": [toy.calibration(2)[i] for i in range(2)]}
+    whole = operation_signals(toy_graph, int8, names, images, Progress())
+    monkeypatch.setattr("ovcalib.diagnosis.GROUP_BYTES", 1)
+    single = operation_signals(toy_graph, int8, names, images, Progress())
+    for name in names:
+        assert single[name]["alone"].sqnr_db == pytest.approx(whole[name]["alone"].sqnr_db, abs=0.1)
+
+
+def test_harm_is_that_of_one_operation_alone(toy, toy_graph, int8):
+    bad = plant_narrow_range(int8, "fc", 0.05)
+    names = [op.get_friendly_name() for op in quantized_operations(bad)]
+    harm = output_errors(toy_graph, bad, names, calibration_items(toy.calibration(8)), Progress())
+    worst = max(harm, key=harm.get)
+    assert layer_name(next(op for op in bad.get_ops() if op.get_friendly_name() == worst)) == "fc"
+    assert sorted(harm.values())[-2] < harm[worst] / 10
+
+
+def test_what_cannot_be_compared_is_refused(toy, toy_graph, int8, tmp_path):
+    fp32, quantized = write_pair(tmp_path, toy_graph, int8)
+    with pytest.raises(UsageError, match="No images were given"):
+        diagnose(make_recipe(model=fp32), quantized, [])
+    with pytest.raises(ModelError, match="no quantized operation"):
+        diagnose(make_recipe(model=fp32), fp32, ["noise"])
+    with pytest.raises(ModelError, match="quantized already"):
+        diagnose(make_recipe(model=quantized), quantized, ["noise"])
+    x = ov.opset13.parameter([1, 3, 16, 16], np.float32, name="x")
+    other = ov.Model([ov.opset13.relu(x)], [x], "other")
+    other.set_rt_info(toy.spec.model_dump_json(), ["ovcalib", "spec"])
+    write_ir(other, tmp_path / "other.xml")
+    with pytest.raises(ModelError, match="which the FP32 model has not"):
+        diagnose(make_recipe(model=str(tmp_path / "other.xml")), quantized, ["noise"])

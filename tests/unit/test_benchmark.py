@@ -1,0 +1,142 @@
+"""The arithmetic of the benchmark, on given durations and a scripted clock."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ovcalib import benchmark, machine
+from ovcalib.benchmark import ROUNDS, Setting, distribution, machine_doubts, mean_interval, ratio_interval, verdict
+from ovcalib.benchmark_worker import Session, is_steady
+from ovcalib.device_parity import likeness
+from ovcalib.types import Noise
+
+
+def test_percentiles_of_every_inference():
+    found = distribution(np.arange(1, 1002, dtype=np.float32))
+    assert (found.p50, found.p90, found.p99, found.p999) == (501, 901, 991, pytest.approx(1000))
+    assert (found.min, found.max, found.n) == (1, 1001, 1001)
+    assert sum(found.counts) + found.beyond == 1001
+    assert found.beyond == 10
+    assert distribution(np.ones(999)).p999 is None
+
+
+def test_students_interval_over_the_rounds():
+    # Mean 3, variance 2.5: half the interval is t * sqrt(2.5 / 5).
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 2.776 * math.sqrt(0.5), 3 + 2.776 * math.sqrt(0.5)))
+
+
+def test_pairing_by_round_cancels_drift():
+    drift = [1.0, 1.5, 2.0, 3.0, 5.0]
+    value, low, high = ratio_interval([2 * d for d in drift], drift)
+    assert (value, low, high) == pytest.approx((2, 2, 2))
+    assert len(drift) == ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((1.5, 1.2, 1.8), "INT8 is faster"),
+        ((0.8, 0.7, 0.9), "Do not ship INT8 here"),
+        ((1.1, 0.9, 1.3), "no difference shown"),
+    ],
+)
+def test_only_an_interval_on_one_side_of_one_says_anything(interval, words):
+    assert words in verdict("int8", "CPU", *interval)
+
+
+def test_a_latency_is_steady_when_two_windows_agree():
+    assert not is_steady([1.0] * 39)
+    assert is_steady([9.0] * 5 + [1.0] * 40)
+    assert not is_steady([1.0] * 20 + [2.0] * 20)
+
+
+def test_a_noisy_machine_is_named():
+    assert machine_doubts(Noise(load_before=0.1, steal_share=0.0, throttled=0)) == ()
+    doubts = machine_doubts(Noise(load_before=0.9, steal_share=0.2, throttled=3))
+    assert [word in doubt for word, doubt in zip(("90%", "20.0%", "3 times"), doubts, strict=True)] == [True] * 3
+    assert machine_doubts(Noise(load_before=None, steal_share=None, throttled=None)) == ()
+
+
+def test_stolen_time_is_a_share_of_all_time():
+    assert machine.steal_share((100, 10), (200, 35)) == 0.25
+    assert machine.steal_share(None, (1, 1)) is None
+    assert machine.steal_share((5, 1), (5, 1)) is None
+
+
+def test_energy_is_read_from_whole_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    assert machine.package_energy_joules() is None
+    for zone, energy in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 9_000_000)):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
+    assert machine.package_energy_joules() == 3.5
+
+
+def test_power_is_energy_over_time():
+    rounds = [{"joules": 6.0, "seconds": 2.0, "inferences": 3}] * 2
+    power = benchmark.power_of(rounds)
+    assert (power.package_watts, power.joules_per_inference) == (3, 2)
+    assert benchmark.power_of([{"joules": -1.0, "seconds": 1, "inferences": 1}]) is None  # the counter wrapped
+    assert benchmark.power_of([{"joules": None, "seconds": 1, "inferences": 1}]) is None
+
+
+def test_settings_become_openvino_properties():
+    assert Setting().config() == {"PERFORMANCE_HINT": "LATENCY"}
+    assert Setting(hint="throughput", precision="f32", streams=2, threads=3).config() == {
+        "PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "2", "INFERENCE_NUM_THREADS": 3,
+    }  # fmt: skip
+    assert (Setting().resolved_api, Setting(hint="throughput").resolved_api) == ("sync", "async")
+
+
+class FakeRequest:
+    """An inference that takes `durations` of a scripted clock, one after the other."""
+
+    def __init__(self, clock, durations):
+        self.clock, self.durations, self.latency = clock, iter(durations), 0.0
+
+    def infer(self):
+        self.latency = next(self.durations)
+        self.clock.now += (self.latency + 1) / 1000  # a millisecond of dispatch
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def session(durations):
+    made = Session.__new__(Session)
+    made.clock = Clock()
+    made.queue = [FakeRequest(made.clock, durations)]
+    made.synchronous = True
+    return made
+
+
+def test_the_loop_measures_the_inference_and_the_call(tmp_path):
+    found = session([1, 2, 3, 4, 99]).measure(0.013, str(tmp_path / "m.npz"))
+    assert found["inferences"] == 4  # 2 + 3 + 4 + 5 ms of calls
+    with np.load(tmp_path / "m.npz") as arrays:
+        assert arrays["latency_ms"].tolist() == [1, 2, 3, 4]
+        assert arrays["call_ms"] == pytest.approx([2, 3, 4, 5], abs=1e-3)
+
+
+def test_the_warm_up_ends_when_the_latency_has_settled():
+    assert session([50.0] * 20 + [1.0] * 100).warm_up(5.0) == {"inferences": 51, "steady": True}  # 11 of 20
+    restless = session([float(2**k) for k in range(13)]).warm_up(5.0)
+    assert restless == {"inferences": 13, "steady": False}
+
+
+def test_likeness_finds_the_worst_image():
+    reference = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    assert likeness(reference, reference) == (pytest.approx(1), 0, 0)
+    other = reference.copy()
+    other[1, 0] = 0.5
+    correlation, worst, difference = likeness(reference, other)
+    assert (worst, difference) == (1, 0.5)
+    assert 0 < correlation < 1
+    other[2, 1] = np.nan
+    assert likeness(reference, other) == (None, 2, None)
+    assert likeness(reference, np.ones_like(reference))[0] is None

@@ -1,0 +1,80 @@
+"""Tables, charts and records: what comes from outside stays text."""
+
+import json
+
+import pytest
+from markupsafe import Markup
+
+from ovcalib.errors import UsageError
+from ovcalib.report import charts
+from ovcalib.report.pages import quantize_command
+from ovcalib.report.records import read_record, read_records
+from ovcalib.report.tables import Table, shown
+from ovcalib.types import Recipe
+
+HOSTILE = "<script>alert(1)</script>|`=1+1"
+
+
+def test_what_was_not_measured_is_a_dash():
+    assert [shown(v) for v in (None, "", 0, 0.0, 1.23456)] == ["-", "-", "0", "0", "1.235"]
+
+
+def test_markdown_and_csv_keep_a_hostile_name_as_text():
+    table = Table(["name", "value"], [[HOSTILE, 1.5], ["=cmd()", None]])
+    assert "<script>" not in table.markdown()
+    assert "\\|" in table.markdown()
+    assert table.csv().splitlines()[2] == "'=cmd(),"
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        charts.bars(HOSTILE, [(HOSTILE, 1.0), ("b", 0.0)], HOSTILE),
+        charts.bars("log", [(HOSTILE, 1.0), ("b", 0.0)], "", logarithmic=True),
+        charts.intervals(HOSTILE, [(HOSTILE, 1.0, 1.0, 1.0)], HOSTILE),
+        charts.steps(HOSTILE, {HOSTILE: ((0.0, 1.0, 2.0), (3, 4), 1.0)}, HOSTILE),
+        charts.ranges(HOSTILE, (0.0, 1.0, 2.0), {HOSTILE: (0, 0), "b": (5, 1)}, -1.0, 1.0),
+    ],
+)
+def test_charts_escape_and_say_their_figures(chart):
+    assert isinstance(chart, Markup)
+    assert "<script>" not in chart
+    assert 'role="img"' in chart
+    assert "<desc" in chart
+    assert "nan" not in chart
+
+
+def test_ticks_are_round_numbers():
+    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(0.11, 0.34) == pytest.approx([0.15, 0.2, 0.25, 0.3], abs=0.05)
+    assert charts.ticks(3, 3) == [3]
+
+
+def test_the_command_says_what_differs_from_the_defaults():
+    recipe = Recipe(
+        model="a b", calib="noise", mean=(0.5, 0.25), options={"k": "v"}, ignore=("layer1.*",), allow_overlap=True,
+        validate_on="x", num_samples=7,
+    )  # fmt: skip
+    assert quantize_command(recipe) == (
+        "ovcalib quantize 'a b' --mean 0.5,0.25 --calib noise --num-samples 7 -O k=v --ignore 'layer1.*' --validate x "
+        "--allow-overlap"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"schema_version": 1, "created', "is damaged"), ("[]", "holds no object"),
+     ('{"schema_version": 9, "ovcalib": "3.0"}', "schema_version 9"), ('{"schema_version": 1}', "does not keep its schema")],
+)  # fmt: skip
+def test_damaged_results_are_refused(tmp_path, content, message):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_records([tmp_path])
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds no result"):
+        read_records([tmp_path])
+    (tmp_path / "other.json").write_text(json.dumps({}))
+    with pytest.raises(UsageError, match="no result file"):
+        read_record(tmp_path / "other.json")
