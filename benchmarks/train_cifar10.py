@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -144,6 +146,10 @@ def train(args: argparse.Namespace) -> None:
     result = {
         "model": args.model,
         "top1": accuracy(model, *to_tensors(open_data(args.test), spec, device)),
+        "test_data": args.test,
+        "data": args.train,
+        "seed": args.seed,
+        "command": shlex.join(["python", "benchmarks/train_cifar10.py", *sys.argv[1:]]),
         "sha256": file_sha256(weights),
         "recipe": {k: v for k, v in vars(args).items() if k != "output"},
         "train_seconds": round(seconds, 1),
