@@ -297,7 +297,8 @@ def _persistent_object(meta: Any) -> Record:
         )
     if meta.get("class_name") not in CLASSES:
         raise RefusedError(
-            f"It holds a {meta.get('class_name')!r}, which is no part of StyleGAN2-ADA. Expected {', '.join(sorted(CLASSES))}."
+            f"It holds a {meta.get('class_name')!r}, which is no part of StyleGAN2-ADA. "
+            f"Expected {', '.join(sorted(CLASSES))}."
         )
     return Record(meta["class_name"], meta["state"])
 
@@ -484,7 +485,7 @@ def load_generator(path: Path) -> Generator:
 
 def generator_of(path: Path, snapshot: Mapping[str, Any], key: str = "G_ema") -> Generator:
     """The generator in the content of a snapshot."""
-    from ovcalib.gan.stylegan2 import Generator, GeneratorConfig
+    from ovcalib.gan.stylegan2 import Generator
 
     try:
         record, arrays = _arrays(snapshot, key, "Generator")
