@@ -22,6 +22,8 @@ SYM6 = (
     0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
 FILTER_MARGIN = len(SYM6) // 4  # pixels around the output that the filter reaches
+# The filter is not quite symmetric; without its delay (in pixels) a mirrored image would move by half of one.
+FILTER_SHIFT = -(sum(i * h for i, h in enumerate(SYM6)) / sum(SYM6) - (len(SYM6) - 1) / 2) / 2
 
 TRANSLATION = 0.125  # of the side: bound of integer shifts, standard deviation of fractional ones
 SCALE_LOG2_STD = 0.2
@@ -113,7 +115,7 @@ def _translation(x: Tensor, y: Tensor) -> Tensor:
 
 def apply_geometry(images: Tensor, inverse: Tensor) -> Tensor:
     """Each image resampled through its map, reflected at the borders. [N, C, H, W], [N, 3, 3] on the CPU"""
-    n, c, height, width = images.shape
+    height, width = images.shape[2:]
     m = FILTER_MARGIN
     corners = torch.tensor([[x * (width / 2 + m), y * (height / 2 + m), 1.0] for x in (-1, 1) for y in (-1, 1)])
     reach = (corners @ inverse.transpose(1, 2)).abs().amax(dim=(0, 1))
@@ -124,10 +126,10 @@ def apply_geometry(images: Tensor, inverse: Tensor) -> Tensor:
     kernel = kernel / kernel.sum()
     x = F.pad(images, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
     x = _upsample(x, kernel)
-    rows = (torch.arange(2 * (height + 2 * m)) + 0.5) / 2 - m - height / 2
-    cols = (torch.arange(2 * (width + 2 * m)) + 0.5) / 2 - m - width / 2
+    rows = (torch.arange(2 * (height + 2 * m)) + 0.5) / 2 - m - height / 2 + FILTER_SHIFT
+    cols = (torch.arange(2 * (width + 2 * m)) + 0.5) / 2 - m - width / 2 + FILTER_SHIFT
     points = torch.stack([*reversed(torch.meshgrid(rows, cols, indexing="ij")), torch.ones(len(rows), len(cols))], -1)
-    source = torch.einsum("nij,hwj->nhwi", inverse[:, :2], points)
+    source = torch.einsum("nij,hwj->nhwi", inverse[:, :2], points) - FILTER_SHIFT
     grid = source / torch.tensor([width / 2 + pad_x, height / 2 + pad_y])
     x = _resample(x, grid.to(images))
     return _downsample(x[:, :, 1:-1, 1:-1], kernel)

@@ -16,7 +16,7 @@ import json
 import math
 import pickletools
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -637,11 +637,15 @@ def _filled(build: Callable[[], nn.Module], arrays: Mapping[str, NDArray[np.floa
 # Our own container ----------------------------------------------------------------------------
 
 
-def write_generator(generator: Generator, path: Path) -> None:
-    """Tensors and settings as safetensors, atomically."""
+def write_generator(generator: Generator, path: Path, classes: Sequence[str] = ()) -> None:
+    """Tensors, settings and the names of the classes, where they are known, as safetensors, atomically."""
     from safetensors.torch import save_file
 
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(generator.config))}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(asdict(generator.config)),
+        "classes": json.dumps(list(classes)),
+    }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
