@@ -7,6 +7,7 @@ the discriminator stays right about real images only as often as it should.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -53,8 +54,13 @@ def augment(images: Tensor, p: float, rng: torch.Generator) -> Tensor:
     if p <= 0:
         return images
     n, _, height, width = images.shape
-    geometry = draw_geometry(n, height, width, p, rng)
-    return apply_colour(apply_geometry(images, geometry), draw_colour(n, p, rng))
+    inverse, colour = draw_geometry(n, height, width, p, rng), draw_colour(n, p, rng)
+    # Resampling is the costly part, and while p is small most images are left where they are.
+    moved = (inverse != torch.eye(3)).any(dim=2).any(dim=1).nonzero()[:, 0]
+    if len(moved):
+        there = moved.to(images.device)
+        images = images.index_put((there,), apply_geometry(images[there], inverse[moved]))
+    return apply_colour(images, colour)
 
 
 # Geometry -------------------------------------------------------------------------------------
@@ -122,34 +128,42 @@ def apply_geometry(images: Tensor, inverse: Tensor) -> Tensor:
     pad_x = min(max(math.ceil(float(reach[0]) - width / 2) + m, 0), width - 1)
     pad_y = min(max(math.ceil(float(reach[1]) - height / 2) + m, 0), height - 1)
 
-    kernel = torch.tensor(SYM6, device=images.device, dtype=images.dtype)
-    kernel = kernel / kernel.sum()
     x = F.pad(images, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
-    x = _upsample(x, kernel)
+    x = _both_axes(x, _upsampling(height + 2 * pad_y), _upsampling(width + 2 * pad_x))
     rows = (torch.arange(2 * (height + 2 * m)) + 0.5) / 2 - m - height / 2 + FILTER_SHIFT
     cols = (torch.arange(2 * (width + 2 * m)) + 0.5) / 2 - m - width / 2 + FILTER_SHIFT
     points = torch.stack([*reversed(torch.meshgrid(rows, cols, indexing="ij")), torch.ones(len(rows), len(cols))], -1)
     source = torch.einsum("nij,hwj->nhwi", inverse[:, :2], points) - FILTER_SHIFT
     grid = source / torch.tensor([width / 2 + pad_x, height / 2 + pad_y])
     x = _resample(x, grid.to(images))
-    return _downsample(x[:, :, 1:-1, 1:-1], kernel)
+    return _both_axes(x, _downsampling(height), _downsampling(width))
 
 
-def _separable(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    c = x.shape[1]
-    x = F.conv2d(x, kernel.expand(c, 1, 1, -1), stride=(1, stride), groups=c)
-    return F.conv2d(x, kernel[:, None].expand(c, 1, -1, 1), stride=(stride, 1), groups=c)
+@functools.cache
+def _upsampling(side: int) -> Tensor:
+    """Zeros between the values, then the filter, as a matrix: [2 * side, side].
+
+    One dimension at a time a dense product is many times faster than a depthwise convolution with twelve taps.
+    """
+    spread = torch.zeros(side, 2 * side)
+    spread[:, ::2] = torch.eye(side)
+    return F.conv1d(F.pad(spread, (6, 5))[:, None], 2 * _kernel().flip(0)[None, None])[:, 0].t().contiguous()
 
 
-def _upsample(x: Tensor, kernel: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    spread = x.new_zeros(n, c, h, 2, w, 2)
-    spread[:, :, :, 0, :, 0] = x
-    return _separable(F.pad(spread.reshape(n, c, 2 * h, 2 * w), (6, 5, 6, 5)), kernel.flip(0) * 2, 1)
+@functools.cache
+def _downsampling(side: int) -> Tensor:
+    """The mirrored filter, then every second value, without the margins: [side, 2 * (side + 2 * margin)]."""
+    inputs = torch.eye(2 * (side + 2 * FILTER_MARGIN))[:, 1:-1]
+    return F.conv1d(inputs[:, None], _kernel()[None, None], stride=2)[:, 0].t().contiguous()
 
 
-def _downsample(x: Tensor, kernel: Tensor) -> Tensor:
-    return _separable(x, kernel, 2)
+def _kernel() -> Tensor:
+    kernel = torch.tensor(SYM6)
+    return kernel / kernel.sum()
+
+
+def _both_axes(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    return rows.to(x) @ x @ cols.to(x).t()
 
 
 def _resample(x: Tensor, grid: Tensor) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from ovcalib.errors import DataError
+from ovcalib.types import ModelSpec
 
 ZDistribution = Literal["gaussian", "uniform01"]
 PixelMap = Literal["affine", "minmax-per-image"]
@@ -35,6 +40,11 @@ def latent(seed: int, index: int, z_dim: int, distribution: ZDistribution = "gau
     return rng.standard_normal(z_dim, dtype=np.float32)
 
 
+def latents(seed: int, indices: Sequence[int], z_dim: int, distribution: ZDistribution = "gaussian") -> Tensor:
+    """float32 [N, z_dim], one row an index."""
+    return torch.from_numpy(np.stack([latent(seed, i, z_dim, distribution) for i in indices]))
+
+
 def one_hot(labels: NDArray[np.int64] | Tensor, classes: int) -> Tensor:
     """float32 [N, classes]"""
     return F.one_hot(torch.as_tensor(labels), classes).float()
@@ -58,21 +68,83 @@ def from_pixels(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32)) / 127.5 - 1
 
 
-def in_batches(
-    make: Callable[[Sequence[int]], NDArray[np.uint8]],
+@dataclass(frozen=True)
+class Drawer:
+    """A generator that makes image i from i alone.
+
+    what         how to call it in a message
+    resolution   of its square images
+    classes      how many it knows; 0 where it is unconditional
+    names        of the classes, where they are known
+    draw         indices and labels -> uint8 [N, H, W, C]
+    """
+
+    what: str
+    resolution: int
+    classes: int
+    names: tuple[str, ...]
+    draw: Callable[[Sequence[int], NDArray[np.int64] | None], NDArray[np.uint8]]
+
+
+def draw_images(
+    drawer: Drawer,
     count: int,
-    resolution: int,
     tick: Callable[[int, str], None] = lambda done, note: None,
-) -> NDArray[np.uint8]:
-    """Images 0 .. count-1, made in batches of one size.
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    """Images 0 .. count-1 with class-balanced labels, made in batches of one size.
 
     The last batch is filled up with images that are thrown away: kernels may sum in another order for another batch
     size, and an image must not depend on how many are made with it.
     """
-    size = max(1, BATCH_PIXELS // resolution**2)
+    size = max(1, BATCH_PIXELS // drawer.resolution**2)
+    padded = -(-count // size) * size
+    labels = balanced_labels(padded, drawer.classes) if drawer.classes else None
     made = []
     for start in range(0, count, size):
-        images = make(range(start, start + size))
+        chosen = slice(start, start + size)
+        images = drawer.draw(range(start, start + size), None if labels is None else labels[chosen])
         made.append(images[: count - start])
         tick(min(start + size, count), "")
-    return np.concatenate(made)
+    return np.concatenate(made), None if labels is None else labels[:count]
+
+
+def for_model(
+    drawer: Drawer, spec: ModelSpec, count: int, tick: Callable[[int, str], None]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    """Images of a generator at the input size of a model, and their labels as the model's classes.
+
+    raises   DataError where the generator cannot serve the model: fewer pixels, or other classes
+    """
+    _, height, width = spec.input_shape
+    if max(height, width) > drawer.resolution:
+        raise DataError(
+            f"{drawer.what} makes images of {drawer.resolution}x{drawer.resolution}, but {spec.name} takes "
+            f"{height}x{width}: scaled up they would hold nothing that its filters look for. Use a generator of that "
+            "resolution, or calibrate with fractal or real:DATA."
+        )
+    if drawer.classes and spec.num_classes not in (None, drawer.classes):
+        raise DataError(
+            f"{drawer.what} makes images of {drawer.classes} classes, but {spec.name} knows {spec.num_classes}. "
+            "Use a generator that was trained on the model's data, or calibrate with fractal or real:DATA."
+        )
+    index = _class_index(drawer, spec)
+    images, labels = draw_images(drawer, count, tick)
+    if images.shape[1:] != (height, width, spec.input_shape[0]):
+        fitted = [spec.preprocessing.fit(PIL.Image.fromarray(image.squeeze())) for image in images]
+        images = np.stack(fitted)
+    return images, None if labels is None or index is None else index[labels]
+
+
+def _class_index(drawer: Drawer, spec: ModelSpec) -> NDArray[np.int64] | None:
+    """The model's class for each of the generator's: by name where both tell, else in order."""
+    if not drawer.names or not spec.classes:
+        return np.arange(drawer.classes) if drawer.classes else None
+    own = {name.lower().replace("_", " "): i for i, name in enumerate(spec.classes)}
+    names = [name.lower().replace("_", " ") for name in drawer.names]
+    strangers = [name for name in names if name not in own]
+    if strangers:
+        raise DataError(
+            f"{drawer.what} makes images of {', '.join(drawer.names[:10])}, but {spec.name} has no class "
+            f"{strangers[0]!r}. Use a generator that was trained on the model's data."
+        )
+    return np.array([own[name] for name in names], dtype=np.int64)

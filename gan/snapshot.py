@@ -11,6 +11,7 @@ What comes out is checked - shapes against the settings, finiteness - and is wri
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -32,7 +33,8 @@ from ovcalib.rundir import write_atomically
 if TYPE_CHECKING:
     from torch import nn
 
-    from ovcalib.gan.stylegan2 import Discriminator, Generator
+    from ovcalib.gan.sampling import Drawer, ZDistribution
+    from ovcalib.gan.stylegan2 import Discriminator, Generator, NoiseMode
 
 MAX_BYTES = 4 * 2**30
 MAX_INSTRUCTIONS = 5_000_000
@@ -461,7 +463,55 @@ def network_tensors(record: Record) -> Iterator[tuple[str, LazyTensor]]:
     return walk(record, "", 0)
 
 
-def load_generator(path: Path) -> Generator:
+@dataclass(frozen=True)
+class Teacher:
+    """A generator ready to be sampled.
+
+    classes   names in label order; empty where the file does not tell
+    """
+
+    generator: Generator
+    classes: tuple[str, ...] = ()
+
+    def drawer(
+        self,
+        seed: int,
+        truncation: float = 1.0,
+        cutoff: int | None = None,
+        noise: NoiseMode = "const",
+        z: ZDistribution = "gaussian",
+    ) -> Drawer:
+        """Image i from (seed, i), its noise included."""
+        import torch
+
+        from ovcalib.gan.sampling import Drawer, latents, one_hot, to_pixels
+
+        config = self.generator.config
+        device = self.generator.mapping.w_avg.device
+
+        def own_noise(indices: Sequence[int]) -> list[torch.Tensor]:
+            sides = [side for side in config.resolutions for _ in range(1 if side == 4 else 2)]
+            drawn = []
+            for i in indices:
+                rng = np.random.default_rng((seed, i, 1))
+                drawn.append([rng.standard_normal((1, side, side), dtype=np.float32) for side in sides])
+            return [torch.from_numpy(np.stack(layer)).to(device) for layer in zip(*drawn, strict=True)]
+
+        @torch.no_grad()
+        def draw(indices: Sequence[int], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+            image = self.generator(
+                latents(seed, indices, config.z_dim, z).to(device),
+                None if labels is None else one_hot(labels, config.c_dim).to(device),
+                truncation=truncation,
+                cutoff=cutoff,
+                noise=own_noise(indices) if noise == "random" else noise,
+            )
+            return to_pixels(image)
+
+        return Drawer("This StyleGAN2-ADA generator", config.img_resolution, config.c_dim, self.classes, draw)
+
+
+def load_teacher(path: Path) -> Teacher:
     """G_ema of an official snapshot (.pkl), or a generator that ovcalib wrote (.safetensors), in eval mode.
 
     A snapshot is converted once; the safetensors file is kept in the user's cache under the snapshot's SHA-256.
@@ -470,17 +520,15 @@ def load_generator(path: Path) -> Generator:
     if not path.is_file():
         raise ModelError(f"There is no generator {str(path)!r}. Give FILE.pkl or FILE.safetensors.")
     if path.suffix == ".safetensors":
-        return read_generator(path)
+        return read_teacher(path)
     cached = cache_dir() / "stylegan2-ada" / f"{file_sha256(path)[:32]}.safetensors"
     if cached.is_file():
-        return read_generator(cached)
+        return read_teacher(cached)
     generator = generator_of(path, read_snapshot(path))
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second conversion, no more
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_generator(generator, cached)
-    except OSError:
-        pass  # a cache that cannot be written costs a second conversion, no more
-    return generator
+    return Teacher(generator)
 
 
 def generator_of(path: Path, snapshot: Mapping[str, Any], key: str = "G_ema") -> Generator:
@@ -650,7 +698,7 @@ def write_generator(generator: Generator, path: Path, classes: Sequence[str] = (
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def read_generator(path: Path) -> Generator:
+def read_teacher(path: Path) -> Teacher:
     """A generator that `write_generator` wrote, in eval mode. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
@@ -670,7 +718,8 @@ def read_generator(path: Path) -> Generator:
     try:
         config = GeneratorConfig(**json.loads(metadata["config"]))
         _check_config(config)
-        return _filled(lambda: Generator(config), arrays)  # type: ignore[return-value]
+        classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
+        return Teacher(_filled(lambda: Generator(config), arrays), classes)  # type: ignore[arg-type]
     except RefusedError as error:
         raise _refused(path, error) from None
     except (KeyError, TypeError, ValueError) as error:

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from ovcalib.errors import UnknownNameError, UsageError
 from ovcalib.gan.augment import adjust_probability, augment
 from ovcalib.gan.pictures import grid, save_png
-from ovcalib.gan.sampling import balanced_labels, from_pixels, latent, one_hot, to_pixels
-from ovcalib.gan.snapshot import write_generator
+from ovcalib.gan.sampling import balanced_labels, from_pixels, one_hot
+from ovcalib.gan.snapshot import Teacher, write_generator
 from ovcalib.gan.stylegan2 import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
 from ovcalib.gan.training import (
     Clock,
@@ -398,13 +398,9 @@ def train_teacher(
     return path
 
 
-@torch.no_grad()
 def sample_grid(generator: Generator, each: int = 8) -> Any:
     """Images of every class, one row a class (eight rows without classes)."""
-    config = generator.config
-    rows = config.c_dim or 8
+    rows = generator.config.c_dim or 8
     labels = np.sort(balanced_labels(rows * each, rows))
-    device = generator.mapping.w_avg.device
-    z = torch.from_numpy(np.stack([latent(0, i, config.z_dim) for i in range(rows * each)])).to(device)
-    c = one_hot(labels, rows).to(device) if config.c_dim else None
-    return grid(to_pixels(generator(z, c)), each, scale=2)
+    drawer = Teacher(generator).drawer(seed=0)
+    return grid(drawer.draw(range(rows * each), labels if drawer.classes else None), each, scale=2)

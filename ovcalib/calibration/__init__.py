@@ -24,6 +24,8 @@ SOURCES = Registry(
         "npz": "ovcalib.calibration.npz",
         "noise": "ovcalib.calibration.noise",
         "fractal": "ovcalib.calibration.fractal",
+        "stylegan2-ada": "ovcalib.calibration.stylegan2_ada",
+        "distylegan": "ovcalib.calibration.distylegan",
     },
 )
 DEFAULT_SOURCE = "fractal"
