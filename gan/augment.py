@@ -167,7 +167,7 @@ def _both_axes(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def _resample(x: Tensor, grid: Tensor) -> Tensor:
-    return _Resample.apply(x, grid)  # type: ignore[no-any-return,no-untyped-call]
+    return _Resample.apply(x, grid)  # type: ignore[no-any-return]
 
 
 class _Resample(torch.autograd.Function):
@@ -185,7 +185,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (grid,) = ctx.saved_tensors
-        return _Adjoint.apply(gradients[0], grid, ctx.shape), None  # type: ignore[no-untyped-call]
+        return _Adjoint.apply(gradients[0], grid, ctx.shape), None
 
 
 class _Adjoint(torch.autograd.Function):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ovcalib.cli import DebugOpt, DownloadOpt, guarded, terminal
+from ovcalib.cli import INTERRUPTED, DebugOpt, DownloadOpt, OverwriteOpt, guarded, terminal
 
 app = typer.Typer(
     help="Generators as calibration sources: train, distil, score.", no_args_is_help=True, rich_markup_mode=None
@@ -21,8 +23,18 @@ FolderOpt = Annotated[
     Path,
     typer.Option("-o", "--output", metavar="DIR", help="Output folder; continues what it holds.", show_default=False),
 ]
+OutputOpt = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default=False)]
 DeviceOpt = Annotated[str, typer.Option("-d", "--device", metavar="auto|cpu|cuda", help="Where torch computes.")]
 TorchSeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def resumable(train: Callable[[], Path]) -> Path:
+    """Run a training; an interruption says how to go on."""
+    try:
+        return train()
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command("train-teacher")
@@ -74,5 +86,126 @@ def train_teacher(
     progress = terminal()
     images = load_training_images(data, download=bool(download))
     progress.say(f"{len(images.images)} images of {len(images.classes) or 'no'} classes")
-    path = teacher.train_teacher(images, recipe, output, reference=data, device=device, progress=progress)
+    path = resumable(
+        lambda: teacher.train_teacher(images, recipe, output, reference=data, device=device, progress=progress)
+    )
+    print(f"wrote {path}")
+
+
+@app.command()
+@guarded
+def collect(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="FILE.pkl (official) or FILE.safetensors.")],
+    output: OutputOpt,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Pairs.")] = 50_000,
+    truncation: Annotated[float, typer.Option("--truncation", help="psi, 0 to 1.")] = 1.0,
+    noise: Annotated[str, typer.Option("--noise", metavar="const|random|none", help="Noise of the layers.")] = "const",
+    z: Annotated[
+        str, typer.Option("--z", metavar="gaussian|uniform01", help="uniform01 is what the publication drew.")
+    ] = "gaussian",
+    device: DeviceOpt = "auto",
+    seed: TorchSeedOpt = 0,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write pairs (z, class, image) of a teacher, which are all that a student learns from."""
+    from ovcalib.errors import UsageError, require
+    from ovcalib.rundir import REQUEST, RunDir, write_json
+
+    require("torch", "quantize", "`ovcalib gan collect`")
+    from ovcalib.gan.pairs import collect_pairs, save_pairs
+    from ovcalib.gan.snapshot import load_teacher
+    from ovcalib.gan.training import pick_device
+    from ovcalib.models.weights import file_sha256
+
+    if noise not in ("const", "random", "none") or z not in ("gaussian", "uniform01"):
+        raise UsageError(f"--noise {noise} --z {z}: expected const, random or none, and gaussian or uniform01.")
+    if count < 1 or not 0 <= truncation <= 2:
+        raise UsageError(f"--count {count} --truncation {truncation}: expected at least 1, and 0 to 2.")
+    progress = terminal()
+    loaded = load_teacher(Path(teacher))
+    loaded.generator.to(pick_device(device))
+    drawer = loaded.drawer(seed, truncation, None, noise, z)  # type: ignore[arg-type]
+    request = {
+        "command": "gan collect", "teacher": teacher, "sha256": file_sha256(Path(teacher)), "count": count,
+        "truncation": truncation, "noise": noise, "z": z, "seed": seed,
+    }  # fmt: skip
+    with RunDir(output, overwrite) as run, progress.task("collecting pairs", count) as tick:
+        write_json(run.path / REQUEST, request)
+        pairs = collect_pairs(drawer, count, seed, loaded.generator.config.z_dim, z, tick)  # type: ignore[arg-type]
+        save_pairs(pairs, run.path, request)
+        run.finish()
+    print(f"{len(pairs)} pairs of {pairs.class_count} classes; wrote {output}")
+
+
+@app.command()
+@guarded
+def distill(
+    pairs: Annotated[Path, typer.Argument(metavar="PAIRS", help="A folder of `ovcalib gan collect`, or the like.")],
+    output: FolderOpt,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="DATA", help="Real images for the adversarial term.", show_default="those of the pairs"
+        ),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option("--preset", metavar="paper|cpu", help="Length, batch and discriminator.")
+    ] = "paper",
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes.", show_default="the preset's")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Pairs a step.", show_default="the preset's")] = None,
+    pixel_decay: Annotated[
+        str,
+        typer.Option("--pixel-decay", metavar="per-epoch|per-step", help="per-step is a slip of the published code."),
+    ] = "per-epoch",
+    lr_decay_from: Annotated[
+        int | None,
+        typer.Option(
+            "--lr-decay-from", metavar="STEP", help="Learning rate falls to zero from there.", show_default="never"
+        ),
+    ] = None,
+    eval_after_epoch: Annotated[
+        bool,
+        typer.Option(
+            "--eval-after-epoch", help="Evaluation mode in each epoch's first step, as published code has it."
+        ),
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", metavar="auto|half|float32", help="Autocast.", show_default="the preset's"),
+    ] = None,
+    device: DeviceOpt = "auto",
+    seed: TorchSeedOpt = 0,
+    download: DownloadOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Train a DiStyleGAN student on the pairs of a teacher."""
+    from ovcalib.errors import UsageError, require
+
+    require("torch", "quantize", "`ovcalib gan distill`")
+    from ovcalib.gan import distillation
+    from ovcalib.gan.pairs import load_pairs
+    from ovcalib.gan.training import load_training_images
+
+    if pixel_decay not in ("per-epoch", "per-step"):
+        raise UsageError(f"--pixel-decay {pixel_decay}: expected per-epoch or per-step.")
+    if precision not in (None, "auto", "half", "float32"):
+        raise UsageError(f"--precision {precision}: expected auto, half or float32.")
+    given: dict[str, Any] = {
+        "epochs": epochs, "batch": batch, "pixel_decay": pixel_decay, "lr_decay_from": lr_decay_from,
+        "eval_after_epoch": eval_after_epoch, "precision": precision, "seed": seed,
+    }  # fmt: skip
+    recipe = dataclasses.replace(
+        distillation.preset(preset), **{key: value for key, value in given.items() if value is not None}
+    )
+    if recipe.epochs < 1 or recipe.batch < 2:
+        raise UsageError(f"--epochs {recipe.epochs} --batch {recipe.batch}: expected at least 1 and 2.")
+    progress = terminal()
+    real = load_training_images(data, download=bool(download)) if data else None
+    path = resumable(
+        lambda: distillation.distil(
+            load_pairs(pairs), recipe, output, reference=str(pairs), real=real, real_reference=data, device=device,
+            progress=progress,
+        )
+    )  # fmt: skip
     print(f"wrote {path}")

@@ -95,7 +95,7 @@ def _spectral_norm(module: nn.Module) -> nn.Module:
     # The older form of spectral normalisation: its tensors are those of the published checkpoint.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.spectral_norm(module)  # type: ignore[no-any-return]
+        return nn.utils.spectral_norm(module)
 
 
 class StudentDiscriminator(nn.Module):
@@ -170,11 +170,13 @@ class Student:
         """Image i from (seed, i)."""
         convert = to_pixels if pixels == "affine" else to_pixels_minmax
         config = self.generator.config
+        device = next(self.generator.parameters()).device
 
         @torch.no_grad()
         def draw(indices: Sequence[int], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
             assert labels is not None
-            return convert(self.generator(latents(seed, indices, config.z_dim, z), one_hot(labels, config.c_dim)))
+            c = one_hot(labels, config.c_dim)
+            return convert(self.generator(latents(seed, indices, config.z_dim, z).to(device), c.to(device)))
 
         return Drawer("DiStyleGAN", RESOLUTION, config.c_dim, self.classes, draw)
 

@@ -170,9 +170,10 @@ def interpret(
             raise RefusedError("It is damaged: something is applied that is no function.")
         return functions[function.text](*arguments)
 
-    for instructions, (opcode, argument, position) in enumerate(pickletools.genops(_Bounded(stream, size))):  # type: ignore[arg-type]
+    for instructions, (opcode, operand, position) in enumerate(pickletools.genops(_Bounded(stream, size))):  # type: ignore[arg-type]
         if instructions > MAX_INSTRUCTIONS:
             raise RefusedError(f"It has more than {MAX_INSTRUCTIONS} instructions.")
+        argument: Any = operand
         match opcode.name:
             case "PROTO":
                 if argument not in (2, 3, 4):
@@ -557,7 +558,9 @@ def discriminator_of(path: Path, snapshot: Mapping[str, Any]) -> Discriminator:
             raise RefusedError(
                 f"Its discriminator is of the kind {given.get('architecture', 'resnet')!r}; only 'orig' is known."
             )
-        kwargs = {key: given[key] for key in ("c_dim", "img_resolution", "img_channels") if key in given}
+        kwargs: dict[str, Any] = {
+            key: given[key] for key in ("c_dim", "img_resolution", "img_channels") if key in given
+        }
         kwargs |= {k: given[k] for k in ("channel_base", "channel_max", "num_fp16_res", "conv_clamp") if k in given}
         kwargs["mapping_layers"] = sum(name.startswith("mapping.fc") for name in arrays) // 2
         kwargs["mbstd_group_size"] = given.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
@@ -621,7 +624,7 @@ def generator_config(record: Record, arrays: Mapping[str, NDArray[Any]]) -> Any:
     c_dim = shape("mapping.embed.weight")[-1] if "mapping.embed.weight" in arrays else 0
     w_dim = shape("synthesis.b4.conv1.affine.weight")[1]
     widest, top = shape("synthesis.b4.conv1.weight")[0], shape(f"synthesis.b{resolution}.conv1.weight")[0]
-    sizes = {
+    sizes: dict[str, Any] = {
         "z_dim": shape("mapping.fc0.weight")[1] - (w_dim if c_dim else 0),
         "c_dim": c_dim,
         "w_dim": w_dim,

@@ -181,6 +181,8 @@ class MappingNetwork(nn.Module):
     c   float [N, c_dim], one-hot
     """
 
+    w_avg: Tensor
+
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, num_layers: int, lr_multiplier: float = 0.01, average: bool = True
     ) -> None:
@@ -294,7 +296,8 @@ class SynthesisNetwork(nn.Module):
         returns   [N, img_channels, H, W], nominally in [-1, 1] but not clipped
         """
         blocks: list[SynthesisBlock] = [getattr(self, f"b{r}") for r in self.config.resolutions]
-        x, image = blocks[0].const.expand(len(ws), -1, -1, -1), None
+        x: Tensor = blocks[0].const.expand(len(ws), -1, -1, -1)
+        image: Tensor | None = None
         index = 0
         for position, block in enumerate(blocks):
             low = half is not None and not block.first and position >= len(blocks) - self.config.num_fp16_res
@@ -303,7 +306,7 @@ class SynthesisNetwork(nn.Module):
                 x = layer(x, ws[:, index], self._noise(layer, index, len(ws), noise, rng))
                 index += 1
             # The RGB layer shares its style with the next block's first convolution.
-            rgb = block.torgb(x, ws[:, index]).float()
+            rgb: Tensor = block.torgb(x, ws[:, index]).float()
             image = rgb if image is None else upsample_image(image, block.resample_filter) + rgb
         assert image is not None
         return image
@@ -323,7 +326,7 @@ class SynthesisNetwork(nn.Module):
         if noise == "random":
             shape = (count, 1, layer.resolution, layer.resolution)
             return torch.randn(shape, generator=rng, device=layer.noise_const.device)
-        return noise[index]  # type: ignore[return-value]
+        return noise[index]
 
 
 class Generator(nn.Module):
@@ -333,7 +336,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.synthesis = SynthesisNetwork(config)
-        self.mapping = MappingNetwork(
+        self.mapping: MappingNetwork = MappingNetwork(
             config.z_dim, config.c_dim, config.w_dim, config.num_layers, config.lr_multiplier, average=True
         )
 
@@ -343,7 +346,8 @@ class Generator(nn.Module):
         truncation   psi: 1 leaves w alone, 0 is the mean of all classes
         cutoff       truncate the first so many layers only; None truncates all
         """
-        ws = self.mapping(z, c)[:, None].repeat(1, self.config.num_ws, 1)
+        w: Tensor = self.mapping(z, c)
+        ws = w[:, None].repeat(1, self.config.num_ws, 1)
         if truncation != 1:
             average = self.mapping.w_avg
             ws[:, :cutoff] = average.lerp(ws[:, :cutoff], truncation)
@@ -457,12 +461,12 @@ class Discriminator(nn.Module):
         half      dtype of the blocks that may run in half precision
         returns   float32 [N, 1]; higher is more real
         """
-        x = image
+        x: Tensor = image
         for position, resolution in enumerate(self.resolutions):
             low = half is not None and position < self.config.num_fp16_res
             x = getattr(self, f"b{resolution}")(x.to(half if low and half is not None else torch.float32))
         x = self.b4(x.float())
         if not self.config.c_dim:
-            return x  # type: ignore[no-any-return]
-        label = self.mapping(None, c)
+            return x
+        label: Tensor = self.mapping(None, c)
         return (x * label).sum(dim=1, keepdim=True) / math.sqrt(label.shape[1])

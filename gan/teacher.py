@@ -35,6 +35,7 @@ from ovcalib.gan.training import (
     batch_indices,
     half_precision,
     load_checkpoint,
+    on_device,
     open_training,
     save_checkpoint,
     step_seed,
@@ -86,7 +87,7 @@ class TeacherRecipe:
 
 
 def _narrow(base: int, widest: int, w_dim: int, mapping_layers: int, clamp: float | None) -> dict[str, Any]:
-    shared = {"channel_base": base, "channel_max": widest, "conv_clamp": clamp}
+    shared: dict[str, Any] = {"channel_base": base, "channel_max": widest, "conv_clamp": clamp}
     return {
         "generator": GeneratorConfig(w_dim=w_dim, **shared),
         "discriminator": DiscriminatorConfig(mapping_layers=mapping_layers, **shared),
@@ -155,8 +156,8 @@ def update_average(average: nn.Module, current: nn.Module, beta: float) -> None:
     """Parameters move towards the current ones; buffers are copied."""
     for mean, value in zip(average.parameters(), current.parameters(), strict=True):
         mean.lerp_(value, 1 - beta)
-    for mean, value in zip(average.buffers(), current.buffers(), strict=True):
-        mean.copy_(value)
+    for kept, buffer in zip(average.buffers(), current.buffers(), strict=True):
+        kept.copy_(buffer)
 
 
 def lazy_adam(module: nn.Module, learning_rate: float, interval: int) -> torch.optim.Adam:
@@ -186,8 +187,8 @@ class TeacherTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             generator, discriminator = Generator(recipe.generator), Discriminator(recipe.discriminator)
-        self.generator = generator.to(team.device, memory_format=torch.channels_last)
-        self.discriminator = discriminator.to(team.device, memory_format=torch.channels_last)
+        self.generator = on_device(generator, team.device)
+        self.discriminator = on_device(discriminator, team.device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.optimizer_g = lazy_adam(self.generator, recipe.learning_rate, recipe.path_interval)
         self.optimizer_d = lazy_adam(self.discriminator, recipe.learning_rate, recipe.r1_interval)
@@ -259,7 +260,8 @@ class TeacherTraining:
 
     def _fake(self, count: int, rng_host: torch.Generator, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         z, c = self._draw(count, rng_host)
-        return self.generator.synthesis(self._styles(z, c), "random", self.half, rng), c
+        image: Tensor = self.generator.synthesis(self._styles(z, c), "random", self.half, rng)
+        return image, c
 
     def _judge(self, images: Tensor, c: Tensor | None, rng_host: torch.Generator) -> Tensor:
         seen = augment(images, self.p, rng_host).contiguous(memory_format=torch.channels_last)
@@ -279,7 +281,7 @@ class TeacherTraining:
         for _ in range(self.recipe.accumulate):
             fake, c = self._fake(self.piece, rng_host, rng)
             loss = generator_loss(self._judge(fake, c, rng_host))
-            (loss / self.recipe.accumulate).backward()
+            (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / self.recipe.accumulate
         self._apply(self.generator, self.optimizer_g)
         self.discriminator.requires_grad_(True)
@@ -294,7 +296,7 @@ class TeacherTraining:
             mean = self.team.average(lengths.detach().mean())
             self.path_mean += PATH_DECAY * (float(mean) - self.path_mean)
             penalty = (lengths - self.path_mean).square().mean() * recipe.path_length_weight
-            (penalty * recipe.path_interval / recipe.accumulate).backward()
+            (penalty * recipe.path_interval / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             total += penalty.item() / recipe.accumulate
         self._apply(self.generator, self.optimizer_g)
         return total
@@ -309,7 +311,7 @@ class TeacherTraining:
                 fake, fake_c = self._fake(self.piece, rng_host, rng)
             real_logits = self._judge(real[part], None if c is None else c[part], rng_host)
             loss = discriminator_loss(real_logits, self._judge(fake, fake_c, rng_host))
-            (loss / self.recipe.accumulate).backward()
+            (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / self.recipe.accumulate
             sign += real_logits.sign().mean().item() / self.recipe.accumulate
         self._apply(self.discriminator, self.optimizer_d)
@@ -321,7 +323,7 @@ class TeacherTraining:
             part = slice(i * self.piece, (i + 1) * self.piece)
             images = real[part].detach().requires_grad_()
             penalty = r1_penalty(images, self._judge(images, None if c is None else c[part], rng_host))
-            (penalty * (recipe.r1_gamma * recipe.r1_interval / recipe.accumulate)).backward()
+            (penalty * (recipe.r1_gamma * recipe.r1_interval / recipe.accumulate)).backward()  # type: ignore[no-untyped-call]
             total += penalty.item() / recipe.accumulate
         self._apply(self.discriminator, self.optimizer_d)
         return total
