@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovcalib.cli import INTERRUPTED, DebugOpt, DownloadOpt, OverwriteOpt, guarded, terminal
+from ovcalib.cli import INTERRUPTED, DebugOpt, DownloadOpt, JsonOpt, OverwriteOpt, guarded, print_table, terminal
 
 app = typer.Typer(
     help="Generators as calibration sources: train, distil, score.", no_args_is_help=True, rich_markup_mode=None
@@ -209,3 +210,98 @@ def distill(
         )
     )  # fmt: skip
     print(f"wrote {path}")
+
+
+ClassifierOpt = Annotated[
+    str,
+    typer.Option(
+        "--classifier", metavar="MODEL", help="Its features are used where Inception's weights are not there."
+    ),
+]
+WeightsOpt = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="shipped|published|FILE", help="Of the classifier.", show_default="the model's"),
+]
+SetsArg = Annotated[
+    list[str],
+    typer.Argument(metavar="SET...", help="NAME=REFERENCE: a calibration source, or imagefolder:DIR, npz:FILE."),
+]
+
+
+@app.command()
+@guarded
+def score(
+    sets: SetsArg,
+    reference: Annotated[str, typer.Option("--reference", metavar="DATA", help="Real images to compare with.")],
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Images of each set.")] = 5_000,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option("--inception-weights", metavar="FILE", help="Of torch-fidelity.", show_default="its cache"),
+    ] = None,
+    classifier: ClassifierOpt = "resnet20-cifar10",
+    weights: WeightsOpt = None,
+    seed: TorchSeedOpt = 0,
+    download: DownloadOpt = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Score sets of images against real ones; real against real is the floor, noise the ceiling."""
+    from ovcalib.gan import studies
+
+    study = studies.prepare(sets, reference, count, classifier, weights, seed, bool(download), terminal())
+    found = studies.score_sets(study, inception_weights, terminal())
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print_table([{"set": name, **{key: f"{value:.4g}" for key, value in row.items()}} for name, row in found.items()])
+    print(f"\n{study.count} images of each set against as many of {reference}")
+
+
+@app.command()
+@guarded
+def show(
+    sets: SetsArg,
+    reference: Annotated[str, typer.Option("--reference", metavar="DATA", help="Real images to show beside them.")],
+    output: OutputOpt,
+    each: Annotated[int, typer.Option("--each", metavar="N", help="Images of a class in the grid.")] = 8,
+    tsne: Annotated[
+        int, typer.Option("--tsne", metavar="N", help="Images of each set in the t-SNE; 0 leaves it out.")
+    ] = 0,
+    classifier: ClassifierOpt = "resnet20-cifar10",
+    weights: WeightsOpt = None,
+    seed: TorchSeedOpt = 0,
+    download: DownloadOpt = None,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Draw grids of real and made images by class, and t-SNE of their features."""
+    from ovcalib.errors import UsageError
+    from ovcalib.gan import studies
+    from ovcalib.rundir import REQUEST, RunDir, write_json
+
+    if each < 1 or tsne < 0:
+        raise UsageError(f"--each {each} --tsne {tsne}: expected at least 1 and 0.")
+    progress = terminal()
+    with RunDir(output, overwrite) as run:
+        request = {
+            "command": "gan show",
+            "sets": sets,
+            "reference": reference,
+            "each": each,
+            "tsne": tsne,
+            "seed": seed,
+        }
+        write_json(run.path / REQUEST, request)
+        study = studies.prepare(
+            sets,
+            reference,
+            max(each * studies.CLASSES_SHOWN, tsne),
+            classifier,
+            weights,
+            seed,
+            bool(download),
+            progress,
+        )
+        studies.draw(study, run.path, each, tsne)
+        run.finish()
+    print(f"wrote {output}")
