@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import pickletools
+import reprlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 * 2**30
 MAX_INSTRUCTIONS = 5_000_000
 MAX_MODULES = 2_000
+MAX_TENSORS = 10_000
 MAX_DEPTH = 16
 FORMAT = "ovcalib-stylegan2-ada"
 PERSISTENCE_VERSION = 6
@@ -107,9 +110,8 @@ class LazyTensor:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def array(self) -> NDArray[Any]:
-        """The values, copied. Raises RefusedError where they lie outside the storage."""
-        storage = read_storage(self.blob.data)
+    def array(self, storage: NDArray[Any]) -> NDArray[Any]:
+        """The values, copied from the content of the blob. Raises RefusedError where they lie outside of it."""
         count = math.prod(self.size)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         # A stride of zero would let a few bytes claim any size.
@@ -162,12 +164,19 @@ def interpret(
 
     def name(text: str) -> Name:
         if text not in functions and text not in STORAGES:
-            raise RefusedError(f"It refers to {text!r}, which no snapshot of StyleGAN2-ADA needs.{_advice(text)}")
+            raise RefusedError(f"It refers to {_shown(text)}, which no snapshot of StyleGAN2-ADA needs.{_advice(text)}")
         return Name(text)
 
+    spent = 0
+
     def call(function: Any, arguments: Any) -> Any:
+        nonlocal spent
         if not isinstance(function, Name) or function.text not in functions or not isinstance(arguments, tuple):
             raise RefusedError("It is damaged: something is applied that is no function.")
+        # Applied again and again to the same large value, even harmless functions take for ever.
+        spent += sum(len(a) for a in arguments if isinstance(a, str | bytes | list | tuple | dict))
+        if spent > 8 * size:
+            raise RefusedError("It works on more data than it holds.")
         return functions[function.text](*arguments)
 
     for instructions, (opcode, operand, position) in enumerate(pickletools.genops(_Bounded(stream, size))):  # type: ignore[arg-type]
@@ -277,9 +286,15 @@ def _container(stack: list[Any], kind: type[Any]) -> Any:
 
 
 def _key(value: Any) -> Any:
-    if not isinstance(value, str | int | float | bool | None):
+    # Large integers and floats could be chosen so that all of them collide.
+    if not (value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**31)):
         raise RefusedError(f"It uses a {type(value).__name__} as a key.")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value of the file in a message: short, whatever it is."""
+    return reprlib.repr(value)
 
 
 def _advice(text: str) -> str:
@@ -296,11 +311,11 @@ def _persistent_object(meta: Any) -> Record:
         raise RefusedError("It holds a network that is not described as one.")
     if meta.get("version") != PERSISTENCE_VERSION:
         raise RefusedError(
-            f"It describes its networks in version {meta.get('version')!r}; expected {PERSISTENCE_VERSION}."
+            f"It describes its networks in version {_shown(meta.get('version'))}; expected {PERSISTENCE_VERSION}."
         )
-    if meta.get("class_name") not in CLASSES:
+    if not isinstance(meta.get("class_name"), str) or meta["class_name"] not in CLASSES:
         raise RefusedError(
-            f"It holds a {meta.get('class_name')!r}, which is no part of StyleGAN2-ADA. "
+            f"It holds a {_shown(meta.get('class_name'))}, which is no part of StyleGAN2-ADA. "
             f"Expected {', '.join(sorted(CLASSES))}."
         )
     return Record(meta["class_name"], meta["state"])
@@ -340,8 +355,8 @@ def _blob(data: Any) -> Blob:
 
 
 def _dtype(code: Any, *rest: Any) -> _DType:
-    if code not in SCALARS:
-        raise RefusedError(f"It holds numbers of the type {code!r}; expected one of {', '.join(SCALARS)}.")
+    if not isinstance(code, str) or code not in SCALARS:
+        raise RefusedError(f"It holds numbers of the type {_shown(code)}; expected one of {', '.join(SCALARS)}.")
     return _DType(code)
 
 
@@ -356,7 +371,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise RefusedError(f"It encodes text as {encoding!r}.")
+        raise RefusedError(f"It encodes text as {_shown(encoding)}.")
     return text.encode("latin-1")  # how protocol 2 writes bytes
 
 
@@ -395,7 +410,7 @@ def read_storage(data: bytes) -> NDArray[Any]:
     if not isinstance(reference, StorageReference) or keys != [reference.key] or system.get("little_endian") is False:
         raise RefusedError("It holds a storage that does not describe itself, or is big-endian.")
     dtype = np.dtype(reference.dtype)
-    rest = data[stream.tell() :]
+    rest = memoryview(data)[stream.tell() :]
     if len(rest) != 8 + reference.count * dtype.itemsize or struct.unpack("<q", rest[:8])[0] != reference.count:
         raise RefusedError(
             f"It holds a storage of {reference.count} values in {max(len(rest) - 8, 0)} bytes: truncated or damaged."
@@ -458,6 +473,8 @@ def network_tensors(record: Record) -> Iterator[tuple[str, LazyTensor]]:
                 raise RefusedError(f"It holds a {type(tensor).__name__} in place of the tensor {prefix}{name}.")
             yield f"{prefix}{name}", tensor
         for name, child in children.items():
+            if not isinstance(name, str):
+                raise RefusedError(f"It holds a network with a part called {_shown(name)}.")
             if child is not None:
                 yield from walk(child, f"{prefix}{name}.", depth + 1)
 
@@ -543,7 +560,7 @@ def generator_of(path: Path, snapshot: Mapping[str, Any], key: str = "G_ema") ->
         return _filled(lambda: Generator(config), arrays)  # type: ignore[return-value]
     except RefusedError as error:
         raise _refused(path, error) from None
-    except (TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
         raise ModelError(f"The settings in {str(path)!r} make no sense ({error}).") from error
 
 
@@ -556,7 +573,7 @@ def discriminator_of(path: Path, snapshot: Mapping[str, Any]) -> Discriminator:
         given = _settings(record)
         if given.get("architecture", "resnet") != "orig":
             raise RefusedError(
-                f"Its discriminator is of the kind {given.get('architecture', 'resnet')!r}; only 'orig' is known."
+                f"Its discriminator is of the kind {_shown(given.get('architecture', 'resnet'))}; only 'orig' is known."
             )
         kwargs: dict[str, Any] = {
             key: given[key] for key in ("c_dim", "img_resolution", "img_channels") if key in given
@@ -569,23 +586,27 @@ def discriminator_of(path: Path, snapshot: Mapping[str, Any]) -> Discriminator:
         return _filled(lambda: Discriminator(config), arrays)  # type: ignore[return-value]
     except RefusedError as error:
         raise _refused(path, error) from None
-    except (TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
         raise ModelError(f"The settings in {str(path)!r} make no sense ({error}).") from error
 
 
 def _arrays(snapshot: Mapping[str, Any], key: str, class_name: str) -> tuple[Record, dict[str, NDArray[np.float32]]]:
     record = snapshot.get(key)
     if not isinstance(record, Record) or record.class_name != class_name:
-        held = ", ".join(str(name) for name in list(snapshot)[:8]) or "nothing"
+        held = ", ".join(map(_shown, list(snapshot)[:8])) or "nothing"
         raise RefusedError(f"It has no network {key!r} of the class {class_name!r}; it holds {held}.")
-    tensors = dict(network_tensors(record))
+    tensors = dict(itertools.islice(network_tensors(record), MAX_TENSORS + 1))
+    if len(tensors) > MAX_TENSORS:
+        raise RefusedError(f"It has more than {MAX_TENSORS} tensors.")
     claimed = sum(math.prod(tensor.size) for tensor in tensors.values())
     stored = sum(len(blob) for blob in {tensor.blob.data for tensor in tensors.values()})
     if claimed > stored:
         raise RefusedError(f"It claims {claimed} values in {stored} bytes.")
+    blobs = {id(tensor.blob): tensor.blob for tensor in tensors.values()}
+    storages = {key: read_storage(blob.data) for key, blob in blobs.items()}
     arrays = {}
     for name, tensor in tensors.items():
-        array = tensor.array()
+        array = tensor.array(storages[id(tensor.blob)])
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise RefusedError(f"Its tensor {name} holds {array.dtype} values that are not all finite numbers.")
         arrays[name] = array.astype(np.float32)
@@ -610,7 +631,7 @@ def generator_config(record: Record, arrays: Mapping[str, NDArray[Any]]) -> Any:
         (synthesis, "resample_filter", [1, 3, 3, 1]),
     ):  # fmt: skip
         if where.get(key, expected) != expected:
-            raise RefusedError(f"Its generator has {key} {where[key]!r}; only {expected!r} is known.")
+            raise RefusedError(f"Its generator has {key} {_shown(where[key])}; only {expected!r} is known.")
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in arrays:
@@ -633,7 +654,7 @@ def generator_config(record: Record, arrays: Mapping[str, NDArray[Any]]) -> Any:
     }
     for key, found in sizes.items():
         if given.get(key, found) != found:
-            raise RefusedError(f"It says that {key} is {given[key]!r}, but its tensors say {found}.")
+            raise RefusedError(f"It says that {key} is {_shown(given[key])}, but its tensors say {found}.")
     config = GeneratorConfig(**sizes)
     clamp = synthesis.get("conv_clamp", None)
     return GeneratorConfig(
@@ -658,9 +679,9 @@ def _check_config(config: Any) -> None:
         value = getattr(config, field.name)
         low, high = bounds.get(field.name, (None, None))
         if low is not None and high is not None and (type(value) is not int or not low <= value <= high):
-            raise RefusedError(f"Its {field.name} is {value!r}; expected a whole number of {low} to {high}.")
+            raise RefusedError(f"Its {field.name} is {_shown(value)}; expected a whole number of {low} to {high}.")
         if isinstance(value, float) and not math.isfinite(value):
-            raise RefusedError(f"Its {field.name} is {value!r}.")
+            raise RefusedError(f"Its {field.name} is {_shown(value)}.")
     if config.img_resolution & (config.img_resolution - 1):
         raise RefusedError(f"Its img_resolution is {config.img_resolution}; expected a power of two.")
     if config.channels(config.img_resolution) < 1:
