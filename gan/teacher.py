@@ -359,7 +359,9 @@ def train_teacher(
                "classes": list(data.classes), **asdict(recipe)}  # fmt: skip
     path = folder / "generator.safetensors"
     with workers(device) as team:
-        open_training(folder, request, team.main)
+        if team.main:
+            open_training(folder, request)
+        team.average(torch.zeros(1, device=team.device))  # the others wait until the folder is there
         training = TeacherTraining(recipe, data, team)
         earlier = load_checkpoint(folder, team.device)
         if earlier is not None:

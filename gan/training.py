@@ -177,7 +177,7 @@ def workers(device: str) -> Iterator[Workers]:
 # Folders that a training can be taken up in again ---------------------------------------------
 
 
-def open_training(folder: Path, request: Mapping[str, Any], main: bool = True) -> None:
+def open_training(folder: Path, request: Mapping[str, Any]) -> None:
     """Make the folder of a training, or find that it belongs to this very one.
 
     raises   UsageError where another training has been started in it
@@ -199,12 +199,11 @@ def open_training(folder: Path, request: Mapping[str, Any], main: bool = True) -
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{str(folder)!r} is not empty and holds no training. Choose another output folder with -o.")
-    if main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, request)
-        except OSError as error:
-            raise UsageError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, request)
+    except OSError as error:
+        raise UsageError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
