@@ -29,6 +29,22 @@ DeviceOpt = Annotated[str, typer.Option("-d", "--device", metavar="auto|cpu|cuda
 TorchSeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
+ClassifierOpt = Annotated[
+    str,
+    typer.Option(
+        "--classifier", metavar="MODEL", help="Its features are used where Inception's weights are not there."
+    ),
+]
+WeightsOpt = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="shipped|published|FILE", help="Of the classifier.", show_default="the model's"),
+]
+InceptionOpt = Annotated[
+    Path | None,
+    typer.Option("--inception-weights", metavar="FILE", help="Of torch-fidelity.", show_default="its cache"),
+]
+
+
 def resumable(train: Callable[[], Path]) -> Path:
     """Run a training; an interruption says how to go on."""
     try:
@@ -62,6 +78,13 @@ def train_teacher(
         float, typer.Option("--path-length-weight", help="Weight of the path length penalty; the paper has none.")
     ] = 0.0,
     r1_gamma: Annotated[float, typer.Option("--r1-gamma", help="Weight of the R1 penalty.")] = 0.01,
+    score_every: Annotated[
+        float, typer.Option("--score-every", metavar="KIMG", help="Between points of the FID curve; 0 leaves it out.")
+    ] = 50.0,
+    score_count: Annotated[int, typer.Option("--score-count", metavar="N", help="Images of each point.")] = 2_000,
+    inception_weights: InceptionOpt = None,
+    classifier: ClassifierOpt = "resnet20-cifar10",
+    weights: WeightsOpt = None,
     device: DeviceOpt = "auto",
     seed: TorchSeedOpt = 0,
     download: DownloadOpt = None,
@@ -71,7 +94,7 @@ def train_teacher(
     from ovcalib.errors import UsageError, require
 
     require("torch", "quantize", "`ovcalib gan train-teacher`")
-    from ovcalib.gan import teacher
+    from ovcalib.gan import studies, teacher
     from ovcalib.gan.training import load_training_images
 
     recipe = teacher.preset(preset)
@@ -87,9 +110,19 @@ def train_teacher(
     progress = terminal()
     images = load_training_images(data, download=bool(download))
     progress.say(f"{len(images.images)} images of {len(images.classes) or 'no'} classes")
+    if score_every < 0 or score_count < 10:
+        raise UsageError(f"--score-every {score_every} --score-count {score_count}: expected at least 0 and 10.")
+    score = None
+    if score_every:
+        score = studies.progress_score(
+            images.images, images.labels, score_count, classifier, weights, inception_weights, progress
+        )
     path = resumable(
-        lambda: teacher.train_teacher(images, recipe, output, reference=data, device=device, progress=progress)
-    )
+        lambda: teacher.train_teacher(
+            images, recipe, output, reference=data, device=device, score=score, score_every=score_every or 50.0,
+            progress=progress,
+        )
+    )  # fmt: skip
     print(f"wrote {path}")
 
 
@@ -212,16 +245,6 @@ def distill(
     print(f"wrote {path}")
 
 
-ClassifierOpt = Annotated[
-    str,
-    typer.Option(
-        "--classifier", metavar="MODEL", help="Its features are used where Inception's weights are not there."
-    ),
-]
-WeightsOpt = Annotated[
-    str | None,
-    typer.Option("--weights", metavar="shipped|published|FILE", help="Of the classifier.", show_default="the model's"),
-]
 SetsArg = Annotated[
     list[str],
     typer.Argument(metavar="SET...", help="NAME=REFERENCE: a calibration source, or imagefolder:DIR, npz:FILE."),
@@ -234,10 +257,7 @@ def score(
     sets: SetsArg,
     reference: Annotated[str, typer.Option("--reference", metavar="DATA", help="Real images to compare with.")],
     count: Annotated[int, typer.Option("--count", metavar="N", help="Images of each set.")] = 5_000,
-    inception_weights: Annotated[
-        Path | None,
-        typer.Option("--inception-weights", metavar="FILE", help="Of torch-fidelity.", show_default="its cache"),
-    ] = None,
+    inception_weights: InceptionOpt = None,
     classifier: ClassifierOpt = "resnet20-cifar10",
     weights: WeightsOpt = None,
     seed: TorchSeedOpt = 0,
@@ -305,3 +325,39 @@ def show(
         studies.draw(study, run.path, each, tsne)
         run.finish()
     print(f"wrote {output}")
+
+
+@app.command()
+@guarded
+def sample(
+    generator: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="stylegan2-ada:FILE or distylegan[:FILE].", show_default=False)
+    ],
+    output: OutputOpt,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Images.")] = 100,
+    seed: TorchSeedOpt = 0,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write images of a generator at its own resolution: class-<k>/image-<i>.png, and a grid."""
+    from ovcalib.errors import UsageError, require
+    from ovcalib.rundir import REQUEST, RunDir, write_json
+
+    require("torch", "quantize", "`ovcalib gan sample`")
+    from ovcalib.gan import distylegan, snapshot, studies
+    from ovcalib.gan.sampling import draw_images
+
+    name, _, file = generator.partition(":")
+    if count < 1 or name not in ("stylegan2-ada", "distylegan") or (name == "stylegan2-ada" and not file):
+        raise UsageError(
+            f"{generator} --count {count}: expected stylegan2-ada:FILE or distylegan[:FILE], and 1 or more."
+        )
+    if name == "stylegan2-ada":
+        drawer = snapshot.load_teacher(Path(file)).drawer(seed)
+    else:
+        drawer = (distylegan.load_student(Path(file)) if file else distylegan.shipped_student()).drawer(seed)
+    with RunDir(output, overwrite) as run, terminal().task("drawing", count) as tick:
+        write_json(run.path / REQUEST, {"command": "gan sample", "source": generator, "count": count, "seed": seed})
+        studies.write_images(*draw_images(drawer, count, tick), run.path)
+        run.finish()
+    print(f"{count} images of {drawer.resolution}x{drawer.resolution}; wrote {output}")

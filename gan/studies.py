@@ -75,15 +75,7 @@ def prepare(
     if len({name for name, _ in named}) < len(named):
         raise UsageError("Two sets have the same name. Write NAME=REFERENCE to tell them apart.")
     sets = {name: _make(text, spec, half, seed, download, progress) for name, text in named}
-
-    def extractor() -> Extractor:
-        from ovcalib.models.load import ModelOptions, load_model
-
-        loaded = load_model(classifier, ModelOptions(weights=weights), progress.say)
-        assert loaded.module is not None
-        return classifier_extractor(classifier.rpartition("-")[0], loaded.module, loaded.spec)
-
-    return Study(spec, real, other, sets, extractor)
+    return Study(spec, real, other, sets, lambda: _extractor(classifier, weights, progress))
 
 
 def score_sets(study: Study, inception: Path | None, progress: Progress) -> dict[str, dict[str, float]]:
@@ -99,6 +91,48 @@ def score_sets(study: Study, inception: Path | None, progress: Progress) -> dict
         "noise (ceiling)": noise_images(study.count, height, width, seed=0),
     }
     return {name: reference.score(images) for name, images in arms.items()}
+
+
+def progress_score(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    count: int,
+    classifier: str,
+    weights: str | None,
+    inception: Path | None,
+    progress: Progress,
+) -> Callable[[Any], dict[str, float]] | None:
+    """What a training calls for its curve: the Frechet distance of `count` images from real ones.
+
+    returns   None, with a line for the user, where neither Inception's weights nor the classifier's are there
+    """
+    from ovcalib.gan.sampling import draw_images
+    from ovcalib.gan.snapshot import Teacher
+    from ovcalib.models import builtin
+
+    chosen = images[choose(labels, len(images), 0)[:count]]
+    found = find_inception(inception)
+    if found is not None:
+        reference = Reference(chosen, None, found)
+    elif images.shape[1:] != (32, 32, 3) or not (weights or builtin.shipped_weights(classifier)):
+        progress.say("no curve of distances: Inception's weights are not there, and no classifier that fits the images")
+        return None
+    else:
+        reference = Reference(chosen, _extractor(classifier, weights, progress))
+
+    def measure(generator: Any) -> dict[str, float]:
+        made, _ = draw_images(Teacher(generator).drawer(seed=1), len(chosen))
+        return {name: value for name, value in reference.score(made).items() if name.startswith("fid")}
+
+    return measure
+
+
+def _extractor(classifier: str, weights: str | None, progress: Progress) -> Extractor:
+    from ovcalib.models.load import ModelOptions, load_model
+
+    loaded = load_model(classifier, ModelOptions(weights=weights), progress.say)
+    assert loaded.module is not None
+    return classifier_extractor(classifier.rpartition("-")[0], loaded.module, loaded.spec)
 
 
 def draw(study: Study, folder: Path, each: int, tsne: int) -> None:
@@ -117,6 +151,15 @@ def draw(study: Study, folder: Path, each: int, tsne: int) -> None:
         features = [extractor.features(arm.images[:tsne])[0] for arm in arms.values()]
         groups = [name for name, found in zip(arms, features, strict=True) for _ in found]
         save_png(scatter(embed(np.concatenate(features)), groups), folder / "tsne.png")
+
+
+def write_images(images: NDArray[np.uint8], labels: NDArray[np.int64] | None, folder: Path) -> None:
+    """class-<k>/image-<i>.png (image-<i>.png without classes), and grid.png of the first hundred."""
+    for i, image in enumerate(images):
+        place = folder if labels is None else folder / f"class-{labels[i]}"
+        place.mkdir(exist_ok=True)
+        save_png(image, place / f"image-{i}.png")
+    save_png(grid(images[:100], 10, scale=2), folder / "grid.png")
 
 
 def _named(text: str) -> tuple[str, str]:
