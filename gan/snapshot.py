@@ -50,6 +50,13 @@ CLASSES = frozenset(
     "Generator MappingNetwork SynthesisNetwork SynthesisBlock SynthesisLayer ToRGBLayer FullyConnectedLayer "
     "Discriminator DiscriminatorBlock DiscriminatorEpilogue Conv2dLayer MinibatchStdLayer AugmentPipe".split()
 )
+INSTRUCTIONS = frozenset(
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+    "BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS "
+    "EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL "
+    "REDUCE NEWOBJ BUILD BINPERSID".split()
+)
+OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 STORAGES = {
     "torch FloatStorage": "<f4",
     "torch HalfStorage": "<f2",
@@ -179,11 +186,10 @@ def interpret(
             raise RefusedError("It works on more data than it holds.")
         return functions[function.text](*arguments)
 
-    for instructions, (opcode, operand, position) in enumerate(pickletools.genops(_Bounded(stream, size))):  # type: ignore[arg-type]
-        if instructions > MAX_INSTRUCTIONS:
+    for executed, (instruction, argument, position) in enumerate(_instructions(_Bounded(stream, size))):
+        if executed > MAX_INSTRUCTIONS:
             raise RefusedError(f"It has more than {MAX_INSTRUCTIONS} instructions.")
-        argument: Any = operand
-        match opcode.name:
+        match instruction:
             case "PROTO":
                 if argument not in (2, 3, 4):
                     raise RefusedError(f"It is a pickle of protocol {argument}; expected 2, 3 or 4.")
@@ -195,7 +201,7 @@ def interpret(
             case "MARK":
                 stack.append(MARK)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction])
             case (
                 "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE"
                 | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
@@ -204,7 +210,7 @@ def interpret(
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
+                count = int(instruction[-1])
                 values = tuple(stack[-count:])
                 del stack[-count:]
                 stack.append(values)
@@ -259,6 +265,19 @@ def interpret(
             case other:
                 raise RefusedError(f"It has the instruction {other} at byte {position}, which no snapshot needs.")
     raise RefusedError("It ends in the middle.")
+
+
+def _instructions(stream: _Bounded) -> Iterator[tuple[str, Any, int]]:
+    """Name, argument and position of each instruction. Arguments of unknown instructions are not even decoded."""
+    while True:
+        position, code = stream.tell(), stream.read(1)
+        if not code:
+            return
+        opcode = OPCODES.get(code.decode("latin-1"))
+        if opcode is None or opcode.name not in INSTRUCTIONS:
+            name = f"0x{code.hex()}" if opcode is None else opcode.name
+            raise RefusedError(f"It has the instruction {name} at byte {position}, which no snapshot needs.")
+        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(stream), position
 
 
 class _Bounded:
