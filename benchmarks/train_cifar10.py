@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"resumed after epoch {start}", flush=True)
 
     steps = len(keep) // args.batch
-    for epoch in range(start, args.epochs):
+    for epoch in range(start, args.stop_after or args.epochs):
         began = time.perf_counter()
         rng = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
         shuffled = keep[torch.randperm(len(keep), generator=rng)]
@@ -133,6 +133,9 @@ def train(args: argparse.Namespace) -> None:
             flush=True,
         )
 
+    if args.stop_after and args.stop_after < args.epochs:
+        print(f"stopped after epoch {args.stop_after}; run again without --stop-after to go on")
+        return
     if args.holdout:
         print(f"held-out top-1 {accuracy(model, inputs[held], labels[held]):.4f}")
         return
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--holdout", type=int, default=0, help="train without N images and score on them")
+    parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)

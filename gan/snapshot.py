@@ -277,7 +277,7 @@ def _instructions(stream: _Bounded) -> Iterator[tuple[str, Any, int]]:
         if opcode is None or opcode.name not in INSTRUCTIONS:
             name = f"0x{code.hex()}" if opcode is None else opcode.name
             raise RefusedError(f"It has the instruction {name} at byte {position}, which no snapshot needs.")
-        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(stream), position
+        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(stream), position  # type: ignore[arg-type]
 
 
 class _Bounded:

@@ -25,6 +25,7 @@ from ovcalib.pipeline import (
     model_options,
     open_evaluation,
     quantize_recipe,
+    with_calibration,
 )
 from ovcalib.progress import Progress
 from ovcalib.rundir import REQUEST, RunDir, write_json
@@ -79,10 +80,11 @@ def quantize(
 def generate(
     source: str,
     model: str | nn.Module,
-    count: int = 300,
+    count: int | None = None,
     output: str | Path | None = None,
     *,
     form: Format = "npz",
+    score: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **recipe: Any,
@@ -90,18 +92,21 @@ def generate(
     """Make a calibration set for a model, and write it where `output` says.
 
     source   a calibration source, such as `fractal` or `real:DATA`
+    count    images; None: what the source suggests
     form     npz keeps the images exactly; imagefolder and datumaro hold them as 8-bit PNG
+    score    compare the set with the model's BatchNorm statistics; the result is in its provenance
     recipe   fields of ovcalib.Recipe that describe the model and the source: seed, options, weights, ...
     """
     progress = progress or Progress()
     name, module = (model, None) if isinstance(model, str) else (type(model).__name__, model)
     resolved = make_recipe(model=name, calib=source, num_samples=count, **recipe)
     loaded = load_model(module if module is not None else name, model_options(resolved), progress.say)
+    resolved = with_calibration(resolved, loaded, progress)
     if output is None:
-        return calibrate(resolved, loaded, progress)
+        return calibrate(resolved, loaded, progress, score=score)
     with RunDir(Path(output), overwrite) as run:
         write_json(run.path / REQUEST, resolved.model_dump(mode="json"))
-        calibration = calibrate(resolved, loaded, progress)
+        calibration = calibrate(resolved, loaded, progress, run.checkpoint, score)
         if form == "npz":
             calibration.save(run.path)
         else:

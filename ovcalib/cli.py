@@ -71,7 +71,9 @@ OptionsOpt = Annotated[
 ]
 CountOpt = Annotated[
     int | None,
-    typer.Option("--num-samples", metavar="N", help="Calibration images (never batches).", show_default="300"),
+    typer.Option(
+        "--num-samples", metavar="N", help="Calibration images (never batches).", show_default="the source's own"
+    ),
 ]
 DownloadOpt = Annotated[bool | None, typer.Option("--download", help="Allow the CIFAR-10 data set to be downloaded.")]
 LimitOpt = Annotated[
@@ -131,7 +133,7 @@ def quantize(
             "--calib",
             metavar="SOURCE",
             help="Where calibration images come from; see `ovcalib sources`.",
-            show_default="fractal",
+            show_default="bn-inversion, or fractal where the model has no BatchNorm",
         ),
     ] = None,
     num_samples: CountOpt = None,
@@ -303,7 +305,7 @@ def quantize(
     if dry_run:
         show_plan(resolved, progress, as_json)
         return
-    name = f"{resolved.model}-{resolved.calib.split(':')[0]}-{resolved.mode}"
+    name = f"{resolved.model}-{(resolved.calib or 'default').split(':')[0]}-{resolved.mode}"
     target = output or next_folder(Path("runs"), name)
     result = api.quantize_recipe(resolved, target, overwrite=overwrite, progress=progress)
     for warning in result.record.warnings:
@@ -328,7 +330,12 @@ def generate(
         str, typer.Argument(metavar="SOURCE", help="A calibration source; see `ovcalib sources`.", show_default=False)
     ],
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP, show_default=False)],
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Images.")] = 300,
+    count: Annotated[
+        int | None, typer.Option("--count", metavar="N", help="Images.", show_default="the source's own")
+    ] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Compare the set with what the model's BatchNorm layers remember.")
+    ] = False,
     form: Annotated[
         str,
         typer.Option(
@@ -363,7 +370,7 @@ def generate(
     target = output or next_folder(Path("runs"), f"{source.split(':')[0]}-{model}")
     progress = terminal()
     calibration = api.generate(
-        source, model, count, target, form=form, overwrite=overwrite, progress=progress,  # type: ignore[arg-type]
+        source, model, count, target, form=form, score=score, overwrite=overwrite, progress=progress,  # type: ignore[arg-type]
         **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
     for warning in calibration.provenance.warnings:
@@ -373,6 +380,11 @@ def generate(
     else:
         made = calibration.provenance
         print(f"{made.num_samples} images from {made.source} in {made.seconds:.1f} s; wrote {target}")
+        if made.score is not None:
+            for key, value in made.score.model_dump().items():
+                print(f"{key}: {value:.4g}")
+        elif score:
+            print(f"not scored: {made.score_reason}")
 
 
 @app.command()

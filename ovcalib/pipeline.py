@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import tempfile
@@ -17,10 +18,10 @@ import openvino as ov
 
 from ovcalib import __version__, machine
 from ovcalib.benchmark import compare_latency
-from ovcalib.calibration import CalibrationSet, Request, generate
+from ovcalib.calibration import CalibrationSet, Request, generate, images_wanted
 from ovcalib.calibration.sets import preflight
 from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
-from ovcalib.errors import DataError
+from ovcalib.errors import DataError, ModelError
 from ovcalib.evaluation import (
     Items,
     Outputs,
@@ -54,6 +55,7 @@ from ovcalib.types import (
     Recipe,
     Restored,
     Result,
+    SetScore,
     SizeBytes,
 )
 
@@ -116,12 +118,13 @@ def quantize_recipe(
         log = stack.enter_context((folder / "logs" / "run.log").open("w"))
 
         model = load_model(module if module is not None else recipe.model, model_options(recipe), progress.say)
+        recipe = with_calibration(recipe, model, progress)
         warnings = list(model.warnings)
         evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
         settings = resolve_settings(recipe, fp32)
 
-        calibration = calibrate(recipe, model, progress)
+        calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
         warnings += calibration.provenance.warnings
         calibration.save(folder)
 
@@ -288,28 +291,63 @@ def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
     )
 
 
-def calibrate(recipe: Recipe, model: Model, progress: Progress) -> CalibrationSet:
-    """The calibration set of a recipe, checked."""
+def with_calibration(recipe: Recipe, model: Model, progress: Progress) -> Recipe:
+    """The recipe with its source and number of images decided."""
+    calib = recipe.calib
+    if calib is None:
+        missing = inversion_obstacle(model)
+        calib = "fractal" if missing else "bn-inversion"
+        if missing:
+            progress.say(f"calibrating with fractal: {missing}")
+    count = recipe.num_samples if recipe.num_samples is not None else images_wanted(calib, model.spec)
+    return recipe.model_copy(update={"calib": calib, "num_samples": count})
+
+
+def inversion_obstacle(model: Model) -> str | None:
+    """Why the BatchNorm statistics of a model cannot be inverted; None where they can."""
+    if model.module is None:
+        return "the BatchNorm layers of a graph are folded away"
+    from ovcalib.calibration.bn_taps import find_layers
+
+    try:
+        find_layers(model.module, model.spec.name)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def calibrate(
+    recipe: Recipe, model: Model, progress: Progress, checkpoint: Path | None = None, score: bool = True
+) -> CalibrationSet:
+    """The calibration set of a recipe whose source is decided, checked and scored.
+
+    checkpoint   a folder from which an interrupted generation goes on
+    """
+    assert recipe.calib is not None
+    assert recipe.num_samples is not None
     with progress.task(f"making {recipe.calib} images", recipe.num_samples) as tick:
-        calibration = generate(
-            recipe.calib,
-            Request(
-                count=recipe.num_samples,
-                seed=recipe.seed,
-                spec=model.spec,
-                module=model.module,
-                tick=tick,
-                download=recipe.download,
-            ),
-            recipe.options,
-        )
-    found = (*calibration.provenance.warnings, *preflight(calibration))
-    return CalibrationSet(
-        calibration.images,
-        calibration.labels,
-        calibration.preprocessing,
-        calibration.provenance.model_copy(update={"warnings": found}),
-    )
+        try:
+            calibration = generate(
+                recipe.calib,
+                Request(
+                    count=recipe.num_samples,
+                    seed=recipe.seed,
+                    spec=model.spec,
+                    module=model.module,
+                    tick=tick,
+                    checkpoint=checkpoint,
+                    download=recipe.download,
+                ),
+                recipe.options,
+            )
+        except KeyboardInterrupt:
+            if checkpoint is not None and checkpoint.is_dir():
+                progress.say(f"the images so far are kept in {checkpoint}; the same command goes on from there")
+            raise
+    found: dict[str, Any] = {"warnings": (*calibration.provenance.warnings, *preflight(calibration))}
+    if score:
+        found["score"], found["score_reason"] = score_calibration(model, calibration)
+    return dataclasses.replace(calibration, provenance=calibration.provenance.model_copy(update=found))
 
 
 def calibration_hashes(calibration: CalibrationSet) -> frozenset[bytes]:
@@ -413,6 +451,17 @@ def restore_to_goal(
         value=found.metric, validations=found.validations,
         ranking=tuple((name.removesuffix("/WithoutBiases"), value) for name, value in found.ranking),
     )  # fmt: skip
+
+
+def score_calibration(model: Model, calibration: CalibrationSet) -> tuple[SetScore | None, str | None]:
+    """The score of a calibration set, or the reason why there is none."""
+    obstacle = inversion_obstacle(model)
+    if obstacle:
+        return None, obstacle
+    from ovcalib.calibration.score import score_set
+
+    assert model.module is not None
+    return score_set(model.module, calibration, model.spec.name), None
 
 
 def calibration_record(calibration: CalibrationSet) -> dict[str, Any]:

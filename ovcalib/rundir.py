@@ -16,6 +16,8 @@ from ovcalib.errors import UsageError
 
 # Written first into every output folder: what was asked for.
 REQUEST = "request.json"
+# A disk with less than this is full: a library keeps what it could write of its last block.
+NO_SPACE_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -55,6 +57,8 @@ class RunDir:
                     "Choose another with -o."
                 )
         self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        # Where a source keeps what it has made, so that an interrupted run goes on; gone when the run is done.
+        self.checkpoint = target.parent / f".{target.name}.checkpoint"
         # Parents that this run makes go with it if it fails.
         self.made = [parent for parent in target.parents if not parent.exists()]
         try:
@@ -66,15 +70,22 @@ class RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        full = error is not None and self.no_space_left(error)
         shutil.rmtree(self.path, ignore_errors=True)
         if error is not None:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for parent in self.made:
                     parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full:
             raise UsageError(
                 f"No space is left for the output folder {str(self.target)!r}. Free some, or use another disk."
             ) from error
+
+    def no_space_left(self, error: BaseException) -> bool:
+        """Whether a full disk is behind an error; libraries in C++ say no more than that a stream failed."""
+        if isinstance(error, OSError):
+            return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return isinstance(error, RuntimeError) and shutil.disk_usage(self.path.parent).free < NO_SPACE_BYTES
 
     def finish(self) -> None:
         """Move the finished folder to its place; an old one is replaced only now."""
@@ -85,3 +96,4 @@ class RunDir:
             shutil.rmtree(old)
         else:
             self.path.rename(self.target)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)

@@ -52,8 +52,9 @@ class Recipe(Frozen):
     """Everything a run of `quantize` needs; written beside its result, and run again with -c.
 
     model            reference (see ovcalib.models); for a module that was passed in, its class name
-    calib            calibration source; `options` are its -O key=value
-    num_samples      images, never batches
+    calib            calibration source; `options` are its -O key=value. None: bn-inversion where the model has
+                     BatchNorm statistics, else fractal
+    num_samples      images, never batches; None: what the source suggests
     metric           None: top1 where the validation images have labels, else agreement
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
     max_time         accuracy-aware: seconds for the whole run
@@ -73,8 +74,8 @@ class Recipe(Frozen):
     trust_remote_code: bool = False
     dynamic_batch: bool = False
 
-    calib: str = "fractal"
-    num_samples: int = Field(default=300, ge=1)
+    calib: str | None = None
+    num_samples: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     options: dict[str, str] = {}
 
@@ -101,6 +102,25 @@ class Recipe(Frozen):
 
 
 # Results: numbers as numbers, the unit in the name, null with a reason for what was not measured --------------
+
+
+class SetScore(Frozen):
+    """How a calibration set looks to the model, told without real data.
+
+    images                  that were read
+    bn_distance             from the BatchNorm statistics, mean over layers; 0 is equal, 1 a standard deviation off
+    range_coverage          0..1, overlap of activation ranges with those that the statistics let expect
+    diversity               between images, in standard deviations of the activations; 0 where all images are alike
+    output_range            largest minus smallest output, mean over images
+    output_range_distance   |ln| of its ratio to the range that the last BatchNorm layer lets expect
+    """
+
+    images: int
+    bn_distance: float
+    range_coverage: float
+    diversity: float
+    output_range: float
+    output_range_distance: float
 
 
 class Top(Frozen):

@@ -4,7 +4,9 @@ A source is a module with three things:
 
     Options     a frozen dataclass; its fields are what `-O key=value` sets
     NEEDS       what must be there: "argument" (after the colon of the reference), "checkpoint" (the torch module)
-    generate    (Request, Options) -> CalibrationSet
+    generate    (Request, Options) -> Generated
+
+and, where 300 images are not what it should make if the user does not say, `images_wanted(spec, argument) -> int`.
 
 To add one, write its file and its line in SOURCES; the command line, `-O`, `ovcalib sources` and the contract tests
 follow by themselves. Installed packages add theirs through the entry-point group `ovcalib.sources`.
@@ -14,6 +16,7 @@ from ovcalib.calibration.sets import CalibrationSet as CalibrationSet
 from ovcalib.calibration.sets import Provenance as Provenance
 from ovcalib.calibration.sources import Request as Request
 from ovcalib.calibration.sources import generate as generate
+from ovcalib.calibration.sources import images_wanted as images_wanted
 from ovcalib.registry import Registry
 
 SOURCES = Registry(
@@ -24,8 +27,13 @@ SOURCES = Registry(
         "npz": "ovcalib.calibration.npz",
         "noise": "ovcalib.calibration.noise",
         "fractal": "ovcalib.calibration.fractal",
+        "bn-inversion": "ovcalib.calibration.bn_inversion",
+        "zeroq": "ovcalib.calibration.zeroq",
+        "dsg": "ovcalib.calibration.dsg",
+        "intraq": "ovcalib.calibration.intraq",
+        "genie": "ovcalib.calibration.genie",
+        "dgh": "ovcalib.calibration.dgh",
         "stylegan2-ada": "ovcalib.calibration.stylegan2_ada",
         "distylegan": "ovcalib.calibration.distylegan",
     },
 )
-DEFAULT_SOURCE = "fractal"

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ovcalib.calibration.inversion import InversionOptions, invert
+from ovcalib.calibration.inversion_options import InversionOptions
+from ovcalib.calibration.inversion_options import images_wanted as images_wanted
 from ovcalib.calibration.sources import Generated, Request
 
 NEEDS = frozenset({"checkpoint"})
@@ -43,4 +44,6 @@ class Options(InversionOptions):
 
 def generate(request: Request, options: Options) -> Generated:
     """Whole-set statistics, smoothed and augmented images, stretched outputs."""
+    from ovcalib.calibration.inversion import invert
+
     return invert(request, options)

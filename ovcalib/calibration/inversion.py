@@ -18,11 +18,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import pickle
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large_blocks_kept, tapped
+from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.data.preprocessing import Preprocessing
@@ -38,117 +41,17 @@ from ovcalib.errors import ModelError
 from ovcalib.rundir import write_atomically
 
 CHECKPOINT_EVERY_S = 20.0
+INPUT = "(input)"
 
 # Gaussian of sigma 1.25 on 3x3 positions, as DGH smooths.
 _ONE_DIMENSION = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * 1.25**2))
 SMOOTHING = torch.outer(_ONE_DIMENSION, _ONE_DIMENSION) / _ONE_DIMENSION.sum() ** 2
 
 
-@dataclass(frozen=True)
-class InversionOptions:
-    """
-    budget          quick, standard or paper: fills in what is None below
-    steps           optimisation steps of every image
-    batch           images that go through the network together
-
-    scope           statistics of each sample, of each batch, or of the whole set
-    spread          what is compared beside the mean: standard deviation or variance
-    unbiased        spread with n - 1 in the denominator
-    reduction       sum or mean over the channels of a layer
-    spread_weight   weight of the spread against the mean
-    input_layer     compare the images themselves with mean 0 and std 1, as one more layer
-    slack           share of channels (0..1) whose deviation, measured on noise, costs nothing in each layer
-    enhance         count layer j twice for image j
-
-    pipeline        what images go through at every step: nothing, smooth-augment (blur, flip, crop), or local-object
-                    (a random enlarged part, flipped)
-    extra_pixels    how much larger than the network's input the optimised images are, for the crop
-    enlarge         local-object: smallest share of the area that is enlarged
-    clip            keep what the network sees between black and white, straight through for the gradient
-
-    output          output loss: none, stretch (widen the range of the outputs), or labels (soft inception)
-    output_weight   weight of the output loss against the statistics
-    delta           stretch: deviation at the last BatchNorm that costs nothing
-    confidence      labels: smallest target probability of the label
-    lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
-    distance_weight labels: weight of that distance
-
-    init            where images start: gaussian noise, uniform noise, or fractal pictures
-    optimizer       adam or radam
-    rate            learning rate, in units of the normalised input
-    schedule        plateau, plateau-reset (as DGH: forgets the best loss at every cut), or cosine
-    patience        plateau: steps without improvement before the rate is cut
-    factor          plateau: what the rate is multiplied with
-    refresh         after a step, measure the batch again for the statistics of the set (the paper's algorithm) instead
-                    of keeping what was measured before the step (the authors' code)
-    """
-
-    budget: Literal["quick", "standard", "paper"] = "quick"
-    steps: int | None = None
-    batch: int | None = None
-
-    scope: Literal["sample", "batch", "set"] = "set"
-    spread: Literal["std", "var"] = "std"
-    unbiased: bool = False
-    reduction: Literal["sum", "mean"] = "mean"
-    spread_weight: float = 1.0
-    input_layer: bool = True
-    slack: float = 0.0
-    enhance: bool = False
-
-    pipeline: Literal["none", "smooth-augment", "local-object"] = "none"
-    extra_pixels: int | None = None
-    enlarge: float = 0.5
-    clip: bool = False
-
-    output: Literal["none", "stretch", "labels"] = "none"
-    output_weight: float = 1.0
-    delta: float = 0.5
-    confidence: float = 0.95
-    lower: float = 0.05
-    upper: float = 0.8
-    distance_weight: float = 1.0
-
-    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
-    optimizer: Literal["adam", "radam"] = "adam"
-    rate: float | None = None
-    schedule: Literal["plateau", "plateau-reset", "cosine"] = "plateau"
-    patience: int | None = None
-    factor: float = 0.1
-    refresh: bool = False
-
-    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
-        if not 0 <= self.slack < 1:
-            raise ValueError(f"slack is {self.slack}, but must lie in [0, 1)")
-        if self.extra_pixels is not None and self.extra_pixels < 0:
-            raise ValueError(f"extra_pixels is {self.extra_pixels}, but must not be negative")
-
-
-Options = TypeVar("Options", bound=InversionOptions)
-
-
-def resolve(options: Options, side: int) -> Options:
-    """The options with what the budget and the image size decide filled in.
-
-    side   shorter side of the network's input, pixels
-    """
-    values = options.BUDGETS[options.budget]
-    filled = {name: value for name, value in values.items() if getattr(options, name) is None}
-    if options.extra_pixels is None:
-        # 32 pixels at 224, as published; in proportion elsewhere.
-        filled["extra_pixels"] = round(side / 7) if options.pipeline == "smooth-augment" else 0
-    return dataclasses.replace(options, **filled)
-
-
-def invert(request: Request, options: InversionOptions) -> Generated:
+def invert(request: Request, options: InversionOptions, kind: type[Run] | None = None) -> Generated:
     """Images of the network's domain whose statistics are those of its training data.
 
+    kind     how a batch of images is optimised: Run optimises pixels
     raises   ModelError for a network without usable BatchNorm layers
     """
     assert request.module is not None
@@ -165,12 +68,12 @@ def invert(request: Request, options: InversionOptions) -> Generated:
                 f"{request.spec.name} has no class logits, which this method needs. Use dgh or bn-inversion."
             )
         labels = torch.arange(request.count) % request.spec.num_classes
-    with large_blocks_kept(), tapped(layers) as taps, torch.enable_grad():
-        run = Run(request, options, module, layers, taps, labels, device)
+    with large_blocks_kept(), tapped(layers) as taps, swinging(module, options.swing) as swing, torch.enable_grad():
+        run = (kind or Run)(request, options, module, layers, taps, swing, labels, device)
         images = run.all_steps()
         with torch.no_grad():
             argmax = pseudo_labels(request, module, images, options.batch or 1, device) if labels is None else None
-    module.cpu()
+    run.forget()
     given = labels if labels is not None else argmax
     return Generated(
         images=images.numpy(),
@@ -178,7 +81,6 @@ def invert(request: Request, options: InversionOptions) -> Generated:
         labels=None if given is None else given.numpy().astype(np.int64),
         label_origin="method" if labels is not None else None if argmax is None else "pseudo",
         options=dataclasses.asdict(options),
-        warnings=run.warnings(),
     )
 
 
@@ -259,6 +161,43 @@ def _fractals(request: Request, shape: tuple[int, int, int], indices: Sequence[i
     return larger.normalise(pixels)
 
 
+class Swing:
+    """Shifts the inputs of strided convolutions by up to a pixel while numbers are drawn from a generator."""
+
+    def __init__(self) -> None:
+        self.rng: np.random.Generator | None = None
+
+    @contextmanager
+    def drawn_from(self, rng: np.random.Generator) -> Iterator[None]:
+        self.rng = rng
+        try:
+            yield
+        finally:
+            self.rng = None
+
+    def shift(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x = inputs[0]
+        if self.rng is None or min(x.shape[-2:]) < 2:
+            return None
+        top, left = (int(v) for v in self.rng.integers(0, 3, 2))
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return (padded[..., top : top + x.shape[-2], left : left + x.shape[-1]], *inputs[1:])
+
+
+@contextmanager
+def swinging(module: nn.Module, wanted: bool) -> Iterator[Swing]:
+    """Swing convolution (GENIE, Jeon et al. 2023, section 3.2): strided convolutions of an image that is optimised
+    through them see only every second pixel and leave a checkerboard; moved at random they see all."""
+    swing = Swing()
+    strided = [m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1] if wanted else []
+    hooks = [conv.register_forward_pre_hook(swing.shift) for conv in strided]
+    try:
+        yield swing
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 # Optimisers: Adam and RAdam with a learning rate for each image ----------------------------------------------
 
 
@@ -281,8 +220,12 @@ class Batch:
     stale: Tensor
     step: int = 0
 
+    @staticmethod
+    def tensor_names() -> tuple[str, ...]:
+        return "images", "first", "second", "rate", "best", "stale"
+
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("indices", "step")}
+        return {name: getattr(self, name) for name in self.tensor_names()}
 
 
 def new_batch(images: Tensor, indices: list[int], rate: float, per_image: bool) -> Batch:
@@ -386,11 +329,11 @@ class Run:
     module: nn.Module
     layers: list[Layer]
     taps: Taps
+    swing: Swing
     labels: Tensor | None
     device: torch.device
     batches: dict[int, Batch] = field(default_factory=dict)
     finished: dict[int, Tensor] = field(default_factory=dict)
-    history: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -405,7 +348,7 @@ class Run:
         self.statistics = SetStatistics(self.request.count)
         self.margins = self.noise_margins() if o.slack > 0 else None
         self.centres: dict[int, tuple[Tensor, int]] = {}
-        self.saved = time.monotonic()
+        self.save_at = time.monotonic() + CHECKPOINT_EVERY_S
 
     def all_steps(self) -> Tensor:
         """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
@@ -417,45 +360,51 @@ class Run:
                 self.joint_steps(o.steps)
             else:
                 for number in range(len(self.groups)):
-                    if number in self.finished:
-                        continue
-                    self.open(number)
-                    while self.batches[number].step < o.steps:
-                        self.advance(number, number * o.steps + self.batches[number].step)
-                    self.close(number)
+                    if number not in self.finished:
+                        self.steps_alone(number, o.steps)
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
         return torch.cat([self.finished[number] for number in range(len(self.groups))])
 
+    def steps_alone(self, number: int, steps: int) -> None:
+        """All steps of one batch, which knows nothing of the others."""
+        self.open(number)
+        while self.batches[number].step < steps:
+            self.advance(number, number * steps + self.batches[number].step)
+        self.close(number)
+
     def joint_steps(self, steps: int) -> None:
         """Every batch once an iteration, in a new random order; statistics are those of all of them."""
         count = len(self.groups)
         for number in range(count):
-            if number not in self.batches:
+            if number not in self.finished:
                 self.open(number)
-        for number in range(count):
-            with torch.no_grad():
-                self.measure(self.final(self.batches[number].images))
-                self.statistics.put(number, self.taps.moments)
-        first = min(batch.step for batch in self.batches.values())
+            if number not in self.statistics.parts:
+                with torch.no_grad():
+                    self.measure(self.final(self.batches[number].images))
+                    self.statistics.put(number, self.taps.moments)
+        first = min((batch.step for batch in self.batches.values()), default=steps)
         for iteration in range(first, steps):
             order = np.random.default_rng((self.request.seed, 1, iteration)).permutation(count)
             for place, number in enumerate(order):
                 if self.batches[int(number)].step == iteration:  # else done before an interruption
                     self.advance(int(number), iteration * count + place)
-        for number in range(count):
+        for number in sorted(self.batches):
             self.close(number)
 
     def open(self, number: int) -> None:
         if number in self.batches:  # from a checkpoint
             return
-        o = self.options
-        assert o.rate is not None
-        images = start(o, self.request, self.groups[number]).to(self.device)
+        images = start(self.options, self.request, self.groups[number]).to(self.device)
         if self.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        self.batches[number] = new_batch(images, self.groups[number], o.rate, o.scope == "sample")
+        self.batches[number] = self.batch_of(self.groups[number], images)
+
+    def batch_of(self, indices: list[int], images: Tensor) -> Batch:
+        o = self.options
+        assert o.rate is not None
+        return new_batch(images, indices, o.rate, o.scope == "sample")
 
     def close(self, number: int) -> None:
         """Keep what the network will see of a batch, and drop the rest."""
@@ -473,7 +422,8 @@ class Run:
         assert o.steps is not None
         rng = np.random.default_rng((self.request.seed, 2, batch.step, number))
         images = batch.images.detach().requires_grad_()
-        outputs = self.measure(self.view(images, rng))
+        with self.swing.drawn_from(rng):
+            outputs = self.measure(self.view(images, rng))
         value = self.loss(number, batch, outputs, rng)
         (gradient,) = torch.autograd.grad(value.sum(), images)
         scale = 0.5 * (1 + np.cos(np.pi * batch.step / o.steps)) if o.schedule == "cosine" else 1.0
@@ -488,17 +438,23 @@ class Run:
             if o.scope == "set" and o.refresh:
                 self.measure(self.final(batch.images))
                 self.statistics.put(number, self.taps.moments)
-        mean = float(value.detach().sum()) / (len(value) if o.scope == "sample" else 1)
-        if not np.isfinite(mean):
+        self.check(value, batch.step)
+        self.report(done, float(value.detach().mean()))
+        if time.monotonic() > self.save_at:
+            self.save_checkpoint()
+
+    def check(self, loss: Tensor, step: int) -> None:
+        if not torch.isfinite(loss).all():
             raise ModelError(
-                f"The loss of {self.request.spec.name} became {mean} at step {batch.step}. "
+                f"The loss of {self.request.spec.name} became {loss.sum().item()} at step {step}. "
                 "Lower the rate with -O rate=..."
             )
-        self.history.append((time.monotonic(), mean))
-        total = len(self.groups) * o.steps
-        self.request.tick(round(self.request.count * (done + 1) / total), f"loss {mean:.4g}")
-        if time.monotonic() - self.saved > CHECKPOINT_EVERY_S:
-            self.save_checkpoint()
+
+    def report(self, done: int, loss: float) -> None:
+        """Progress, in images: `done` steps of all batches are behind us."""
+        assert self.options.steps is not None
+        total = len(self.groups) * self.options.steps
+        self.request.tick(self.request.count * (done + 1) // total, f"loss {loss:.4g}")
 
     def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """What the network sees of the images at a step."""
@@ -522,11 +478,7 @@ class Run:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = network_outputs(self.module, images)
         if self.options.input_layer:
-            c = images.shape[1]
-            one, zero = torch.ones(c, device=self.device), torch.zeros(c, device=self.device)
-            layer = Layer("(input)", nn.Identity(), zero, one, one, zero)
-            mean, square = images.mean((2, 3)), images.square().mean((2, 3))
-            self.taps.moments.append(Moments(layer, mean, square, images.shape[2] * images.shape[3]))
+            self.taps.moments.append(image_moments(images))
         return outputs
 
     def loss(self, number: int, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
@@ -556,7 +508,7 @@ class Run:
     def output_loss(self, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
         o = self.options
         if o.output == "stretch":
-            last = next(m for m in reversed(self.taps.moments) if m.positions > 1 and m.layer.name != "(input)")
+            last = next(m for m in reversed(self.taps.moments) if m.positions > 1 and m.layer.name != INPUT)
             std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
             std0 = losses.standard_deviation(last.layer.var0)
             values = sum(
@@ -641,34 +593,50 @@ class Run:
 
     def save_checkpoint(self) -> None:
         file = self.file()
-        self.saved = time.monotonic()
         if file is None:
             return
+        began = time.monotonic()
         state = {
             "key": self.key(),
             "finished": self.finished,
             "batches": {n: {**b.tensors(), "step": b.step} for n, b in self.batches.items()},
             "centres": {label: (mean, count) for label, (mean, count) in self.centres.items()},
             "parts": self.statistics.parts,
+            "sums": self.statistics.sums,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda partial: torch.save(state, partial))
+        now = time.monotonic()
+        # Large sets take long to write: at most a twentieth of the time goes into it.
+        self.save_at = now + max(CHECKPOINT_EVERY_S, 20 * (now - began))
 
     def load_checkpoint(self) -> None:
         file = self.file()
         if file is None or not file.is_file():
             return
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+            return  # damaged: begin again
         if state["key"] != self.key():
             return
-        self.finished = state["finished"]
-        self.centres = {label: (mean.to(self.device), count) for label, (mean, count) in state["centres"].items()}
+        self.finished = {number: images.cpu() for number, images in state["finished"].items()}
+        self.centres = state["centres"]
+        self.statistics.parts, self.statistics.sums = state["parts"], state["sums"]
         for number, values in state["batches"].items():
-            tensors = {k: v.to(self.device) if v.ndim == 4 else v for k, v in values.items() if k != "step"}
+            tensors = {name: values[name] for name in Batch.tensor_names()}
             self.batches[number] = Batch(self.groups[number], **tensors, step=values["step"])
 
-    def warnings(self) -> tuple[str, ...]:
-        return ()
+    def forget(self) -> None:
+        """Leave nothing behind in the network or on the device."""
+        self.module.cpu()
+
+
+def image_moments(images: Tensor) -> Moments:
+    """Moments of the images themselves, as of one more layer that remembers mean 0 and variance 1."""
+    one, zero = images.new_ones(images.shape[1]), images.new_zeros(images.shape[1])
+    layer = Layer(INPUT, nn.Identity(), zero, one, one, zero)
+    return Moments(layer, images.mean((2, 3)), images.square().mean((2, 3)), images.shape[2] * images.shape[3])
 
 
 def spreads(
@@ -689,10 +657,3 @@ def alignment(
     reduce = losses.sum_over_channels if options.reduction == "sum" else losses.mean_over_channels
     gap = reduce(losses.slack_gap(mean, layer.mean0, slack[0]))
     return gap + options.spread_weight * reduce(losses.slack_gap(spread, spread0, slack[1]))
-
-
-def loss_history(run: Run) -> Iterator[tuple[float, float]]:
-    """(seconds since the first step, loss) of every step."""
-    if run.history:
-        began = run.history[0][0]
-        yield from ((moment - began, loss) for moment, loss in run.history)

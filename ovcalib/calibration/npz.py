@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ovcalib.calibration.sets import load_calibration
-from ovcalib.calibration.sources import Generated, Request
+from ovcalib.calibration.sources import DEFAULT_IMAGES, Generated, Request
 from ovcalib.errors import UsageError
+from ovcalib.types import ModelSpec
 
 NEEDS = frozenset({"argument"})
 
@@ -15,6 +19,17 @@ NEEDS = frozenset({"argument"})
 @dataclass(frozen=True)
 class Options:
     pass
+
+
+def images_wanted(spec: ModelSpec, argument: str) -> int:
+    """All images of the file, as far as its header tells; reading it is what reports a broken one."""
+    try:
+        with zipfile.ZipFile(argument) as archive, archive.open("images.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        return max(1, shape[0])
+    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
+        return DEFAULT_IMAGES
 
 
 def generate(request: Request, options: Options) -> Generated:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ovcalib.data.preprocessing import Preprocessing
 from ovcalib.errors import DataError
 from ovcalib.rundir import write_atomically, write_json
-from ovcalib.types import Frozen, ModelSpec
+from ovcalib.types import Frozen, ModelSpec, SetScore
 
 Domain = Literal["pixels", "network"]
 
@@ -33,6 +33,7 @@ class Provenance(Frozen):
     requested      images asked for
     labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
     warnings       what the user should know about the set
+    score          how the set looks to the model; where it was not scored, `score_reason` says why
     """
 
     source: str
@@ -46,6 +47,8 @@ class Provenance(Frozen):
     licence: str | None = None
     model: str | None = None
     warnings: tuple[str, ...] = ()
+    score: SetScore | None = None
+    score_reason: str | None = "not asked for"
 
 
 @dataclass(frozen=True)

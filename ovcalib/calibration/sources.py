@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+DEFAULT_IMAGES = 300
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of a source.
@@ -119,6 +122,15 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
             warnings=made.warnings,
         ),
     )
+
+
+def images_wanted(reference: str, spec: ModelSpec) -> int:
+    """How many images a source makes where the user does not say; NNCF's own default but for dear ones."""
+    from ovcalib.calibration import SOURCES
+
+    name, _, argument = reference.partition(":")
+    suggest = getattr(SOURCES[name], "images_wanted", None)
+    return suggest(spec, argument) if suggest is not None else DEFAULT_IMAGES
 
 
 def usage(name: str, source: Source) -> str:

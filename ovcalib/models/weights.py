@@ -72,7 +72,12 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, name: str) -> None:
-    """load_state_dict(strict=True) with an error that names what does not fit."""
+    """load_state_dict(strict=True) with an error that names what does not fit.
+
+    BatchNorm's batch counters, which checkpoints before PyTorch 0.4.1 do not hold and inference does not use, may miss.
+    """
+    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
+    state = {**counters, **state}
     own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())

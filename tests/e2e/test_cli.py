@@ -93,15 +93,15 @@ def test_the_command_line_beats_the_recipe(done, tmp_path):
 
 
 def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path):
-    found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--num-samples", 20, "-O", "points=20000",
-                "-O", "systems=2", "-o", tmp_path / "out", *FAST)  # fmt: skip
+    found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--num-samples", 20, "-O", "steps=3",
+                "-O", "init=gaussian", "-o", tmp_path / "out", *FAST)  # fmt: skip
     assert found.exit_code == 0, found.stderr
     assert "agreement" in found.stdout
     assert "top-1" not in found.stdout
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["accuracy"] is None
     assert "--eval" in result["accuracy_reason"]
-    assert result["agreement"]["on"] == "the calibration set (fractal)"
+    assert result["agreement"]["on"] == "the calibration set (bn-inversion)"
     assert "Accuracy was not measured" in (tmp_path / "out/report.md").read_text()
 
 

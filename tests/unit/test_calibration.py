@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ovcalib.calibration import SOURCES, CalibrationSet, Provenance, Request, generate
+from ovcalib.calibration import SOURCES, CalibrationSet, Provenance, Request, generate, images_wanted
 from ovcalib.calibration.sets import load_calibration, preflight
 from ovcalib.calibration.sources import parse_options
 from ovcalib.errors import DataError, UnknownNameError, UsageError
@@ -212,5 +212,8 @@ def test_an_npz_set_is_taken_in_its_order(tmp_path, rng):
     np.savez(tmp_path / "x.npz", images=images)
     made = generate(f"npz:{tmp_path / 'x.npz'}", Request(count=4, seed=5, spec=SPEC))
     assert np.array_equal(made.images, images[:4])
+    assert images_wanted(f"npz:{tmp_path / 'x.npz'}", SPEC) == 6
+    assert images_wanted(f"npz:{tmp_path / 'none.npz'}", SPEC) == images_wanted("fractal", SPEC) == 300
+    assert images_wanted("bn-inversion", SPEC) == 128
     with pytest.raises(UsageError, match="more than the 6 images"):
         generate(f"npz:{tmp_path / 'x.npz'}", Request(count=7, seed=0, spec=SPEC))

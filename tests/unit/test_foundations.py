@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,16 @@ def test_a_file_is_no_output_folder(tmp_path):
 def test_a_full_disk_is_said_plainly(tmp_path):
     with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
         raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_stream_on_a_full_disk_is_called_a_full_disk(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="iostream"), RunDir(tmp_path / "out"):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
+        raise RuntimeError("basic_ios::clear: iostream error")
     assert not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,9 @@ HEAVY = {
 }
 # Files that are themselves reached only when torch is wanted.
 LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mobilenetv2.py",
-        "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py"}  # fmt: skip
+        "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py",
+        *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
+                                                        "genie_generator"))}  # fmt: skip
 FILES = sorted(
     p.relative_to(ROOT).as_posix()
     for folder in ("ovcalib", "export", "gan")

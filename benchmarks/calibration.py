@@ -1,0 +1,127 @@
+"""Compare calibration sources on one model: what does INT8 lose with each, and does the score without data foresee it?
+
+    python benchmarks/calibration.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --count 128 --seeds 3 \
+        --arm real:imagefolder:cifar10-jpeg/train --arm fractal --arm noise --arm bn-inversion --arm "dgh output=none" \
+        -o benchmarks/results/calibration-resnet20.json
+
+An arm is a source with its options. All arms have the same images to make, the same NNCF settings (`--deploy-isa vnni`,
+the instruction set of the machine of the committed results) and the same evaluation images. Finished cells are kept in
+the output file, and a run that is started again goes on after them. Agreement is with FP32; NMSE is the squared error
+of the logits over the squared logits of FP32. Rank correlations over all cells tell how each part of the score orders
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ovcalib import api, machine, pipeline
+from ovcalib.calibration import Request, generate
+from ovcalib.calibration.score import score_set
+from ovcalib.evaluation import accuracy, agreement, collect
+from ovcalib.models import load_model
+from ovcalib.progress import Progress
+from ovcalib.quantization import quantize_default
+from ovcalib.runtime import OpenVINORunner
+
+SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
+
+
+def measure(args: argparse.Namespace) -> None:
+    out = Path(args.output)
+    cells: list[dict[str, Any]] = json.loads(out.read_text())["cells"] if out.exists() else []
+    fields = {key: getattr(args, key) for key in ("weights", "input_shape", "mean", "std") if getattr(args, key)}
+    for key, kind in (("input_shape", int), ("mean", float), ("std", float)):
+        if key in fields:
+            fields[key] = tuple(kind(part) for part in fields[key].split(","))
+    recipe = api.make_recipe(model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni", **fields)
+    model = load_model(args.model, pipeline.model_options(recipe), print)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32, _ = pipeline.export(model, Path(folder), Progress())
+    evaluation = pipeline.open_evaluation(recipe, args.eval, model.spec)
+    items = evaluation.items()
+    reference = collect(OpenVINORunner(fp32), items)
+    baseline = accuracy(reference.values, reference.labels).top1 if reference.labels is not None else None
+    settings = pipeline.resolve_settings(recipe, fp32)
+    for seed in range(args.seeds):
+        for arm in args.arm:
+            if any(cell["arm"] == arm and cell["seed"] == seed for cell in cells):
+                continue
+            source, *options = arm.split()
+            request = Request(count=args.count, seed=seed, spec=model.spec, module=model.module)
+            began, cpu = time.perf_counter(), time.process_time()
+            made = generate(source, request, dict(option.split("=", 1) for option in options))
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+            int8 = quantize_default(fp32, made, settings, lambda done, note="": None, io.StringIO())
+            outputs = collect(OpenVINORunner(int8), items)
+            agreed = agreement(reference, outputs, args.eval, True)
+            score = score_set(model.module, made, model.spec.name) if model.module is not None else None
+            cells.append({
+                "arm": arm, "seed": seed, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+                "top1": accuracy(outputs.values, outputs.labels).top1 if outputs.labels is not None else None,
+                "agreement": agreed.top1, "nmse": agreed.nmse, **(score.model_dump() if score else {}),
+            })  # fmt: skip
+            print(json.dumps(cells[-1]), flush=True)
+            out.write_text(json.dumps({
+                "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
+                "fp32_top1": baseline, "environment": machine.environment(),
+                "torch_threads": os.environ.get("OMP_NUM_THREADS"), "cells": cells,
+            }, indent=1) + "\n")  # fmt: skip
+    print(table(args.arm, cells, baseline))
+
+
+def table(arms: Iterable[str], cells: list[dict[str, Any]], baseline: float | None) -> str:
+    """Mean and, over seeds, the largest distance from it."""
+    lines = [
+        f"FP32 top-1 {'-' if baseline is None else f'{100 * baseline:.2f} %'}", "",
+        "| calibration | top-1 INT8 % | agreement % | NMSE | CPU s | seeds |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in arms:
+        own = [cell for cell in cells if cell["arm"] == arm]
+        if own:
+            columns = [spread([100 * c[k] for c in own], 2) for k in ("top1", "agreement")]
+            columns += [spread([c["nmse"] for c in own], 4), spread([c["cpu_seconds"] for c in own], 0), str(len(own))]
+            lines.append(f"| {arm} | " + " | ".join(columns) + " |")
+    lines += ["", "Spearman rank correlation with the NMSE of the logits, over all cells:", ""]
+    for key in SCORES:
+        if len(cells) > 2 and all(key in cell for cell in cells):
+            rho = spearmanr([cell[key] for cell in cells], [cell["nmse"] for cell in cells]).statistic
+            lines.append(f"- {key}: {rho:+.2f}")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    mean = float(np.mean(values))
+    far = max(abs(v - mean) for v in values)
+    return f"{mean:.{digits}f}" + (f" ±{far:.{digits}f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights")
+    parser.add_argument("--input-shape")
+    parser.add_argument("--mean")
+    parser.add_argument("--std")
+    parser.add_argument("--eval", required=True, help="data reference of the evaluation images")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--count", type=int, default=128, help="images of every arm")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value key=value"')
+    parser.add_argument("-o", "--output", required=True)
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

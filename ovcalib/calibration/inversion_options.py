@@ -1,0 +1,129 @@
+"""The axes along which the methods of BatchNorm inversion differ; read without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from ovcalib.types import ModelSpec
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """
+    budget          quick, standard or paper: fills in what is None below
+    steps           optimisation steps of every image
+    batch           images that go through the network together
+
+    scope           statistics of each sample, of each batch, or of the whole set
+    spread          what is compared beside the mean: standard deviation or variance
+    unbiased        spread with n - 1 in the denominator
+    reduction       sum or mean over channels and layers
+    spread_weight   weight of the spread against the mean
+    input_layer     compare the images themselves with mean 0 and std 1, as one more layer
+    slack           share of channels (0..1) whose deviation, measured on noise, costs nothing in each layer
+    enhance         count layer j twice for image j
+
+    pipeline        what images go through at every step: nothing, smooth-augment (blur, flip, crop), or local-object
+                    (a random enlarged part, flipped)
+    extra_pixels    how much larger than the network's input the optimised images are, for the crop
+    enlarge         local-object: smallest share of the area that is enlarged
+    clip            keep what the network sees between black and white, straight through for the gradient
+    swing           read the input of every strided convolution shifted by up to a pixel, at random, at every step
+
+    output          output loss: none, stretch (widen the range of the outputs), or labels (soft inception)
+    output_weight   weight of the output loss against the statistics
+    delta           stretch: deviation at the last BatchNorm that costs nothing
+    confidence      labels: smallest target probability of the label
+    lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
+    distance_weight labels: weight of that distance
+
+    init            where images start: gaussian noise, uniform noise, or fractal pictures
+    optimizer       adam or radam
+    rate            learning rate, in units of the normalised input
+    schedule        plateau, plateau-reset (as DGH: forgets the best loss at every cut), or cosine
+    patience        plateau: steps without improvement before the rate is cut
+    factor          plateau: what the rate is multiplied with
+    refresh         after a step, measure the batch again for the statistics of the set (the paper's algorithm) instead
+                    of keeping what was measured before the step (the authors' code)
+    """
+
+    budget: Literal["quick", "standard", "paper"] = "quick"
+    steps: int | None = None
+    batch: int | None = None
+
+    scope: Literal["sample", "batch", "set"] = "set"
+    spread: Literal["std", "var"] = "std"
+    unbiased: bool = False
+    reduction: Literal["sum", "mean"] = "mean"
+    spread_weight: float = 1.0
+    input_layer: bool = True
+    slack: float = 0.0
+    enhance: bool = False
+
+    pipeline: Literal["none", "smooth-augment", "local-object"] = "none"
+    extra_pixels: int | None = None
+    enlarge: float = 0.5
+    clip: bool = False
+    swing: bool = False
+
+    output: Literal["none", "stretch", "labels"] = "none"
+    output_weight: float = 1.0
+    delta: float = 0.5
+    confidence: float = 0.95
+    lower: float = 0.05
+    upper: float = 0.8
+    distance_weight: float = 1.0
+
+    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
+    optimizer: Literal["adam", "radam"] = "adam"
+    rate: float | None = None
+    schedule: Literal["plateau", "plateau-reset", "cosine"] = "plateau"
+    patience: int | None = None
+    factor: float = 0.1
+    refresh: bool = False
+
+    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.rate is not None and not self.rate > 0:
+            raise ValueError(f"rate is {self.rate}, but must be positive")
+        if not 0 <= self.slack < 1:
+            raise ValueError(f"slack is {self.slack}, but must lie in [0, 1)")
+        if not 0 < self.enlarge <= 1:
+            raise ValueError(f"enlarge is {self.enlarge}, but must lie in (0, 1]")
+        if self.extra_pixels is not None and self.extra_pixels < 0:
+            raise ValueError(f"extra_pixels is {self.extra_pixels}, but must not be negative")
+        if self.extra_pixels and self.pipeline != "smooth-augment":
+            raise ValueError("extra_pixels is for the crop of pipeline=smooth-augment")
+        if self.enhance and self.scope != "sample":
+            raise ValueError("enhance weighs layers by image, which needs scope=sample")
+        if self.refresh and self.scope != "set":
+            raise ValueError("refresh is about the statistics of the whole set, which needs scope=set")
+
+
+Options = TypeVar("Options", bound=InversionOptions)
+
+
+def resolve(options: Options, side: int) -> Options:
+    """The options with what the budget and the image size decide filled in.
+
+    side   shorter side of the network's input, pixels
+    """
+    values = options.BUDGETS[options.budget]
+    filled = {name: value for name, value in values.items() if getattr(options, name) is None}
+    if options.extra_pixels is None:
+        # 32 pixels at 224, as published; in proportion elsewhere.
+        filled["extra_pixels"] = round(side / 7) if options.pipeline == "smooth-augment" else 0
+    return dataclasses.replace(options, **filled)
+
+
+def images_wanted(spec: ModelSpec, argument: str) -> int:
+    """How many images are made where the user does not say: optimised ones are dear, and a few dozen are enough."""
+    _, height, width = spec.input_shape
+    return 32 if height * width > 96 * 96 else 128
