@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import signal
@@ -934,6 +935,9 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
         print("  ".join(line[column].ljust(width) for column, width in zip(columns, widths, strict=True)).rstrip())
+
+
+app.add_typer(importlib.import_module("ovcalib.gan.commands").app, name="gan")  # light; it needs the names above
 
 
 def main() -> None:

@@ -33,5 +33,7 @@ SOURCES = Registry(
         "intraq": "ovcalib.calibration.intraq",
         "genie": "ovcalib.calibration.genie",
         "dgh": "ovcalib.calibration.dgh",
+        "stylegan2-ada": "ovcalib.calibration.stylegan2_ada",
+        "distylegan": "ovcalib.calibration.distylegan",
     },
 )

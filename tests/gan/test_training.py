@@ -1,0 +1,328 @@
+"""Augmentation, losses, schedules, and that an interrupted training ends where an uninterrupted one does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ovcalib import cli
+from ovcalib.errors import DataError, UsageError
+from ovcalib.gan import augment, distillation, teacher
+from ovcalib.gan.distillation import StudentRecipe, StudentTraining, pixel_weight
+from ovcalib.gan.pairs import Pairs, load_pairs
+from ovcalib.gan.stylegan2 import DiscriminatorConfig
+from ovcalib.gan.teacher import TeacherRecipe, TeacherTraining, ema_beta
+from ovcalib.gan.training import TrainingImages, Workers, batch_indices, load_training_images
+from tests.conftest import toy_images
+from tests.gan.snapshots import tiny_config
+
+CPU = torch.device("cpu")
+ALONE = Workers(0, 1, CPU)
+
+
+# Augmentation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture():
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    return torch.stack([torch.sin(x / 6), torch.cos(y / 7), torch.sin((x + y) / 9)])[None]
+
+
+def test_the_controller_moves_one_fixed_step():
+    assert augment.adjust_probability(0.1, 0.7, 256) == pytest.approx(0.1 + 256 / 500_000)
+    assert augment.adjust_probability(0.1, 0.5, 256) == pytest.approx(0.1 - 256 / 500_000)
+    assert augment.adjust_probability(0.0, 0.5, 256) == 0
+    assert augment.adjust_probability(1.0, 0.9, 256) == 1
+    assert augment.adjust_probability(0.3, 0.6, 256) == 0.3
+
+
+def test_geometry_moves_pixels_where_it_says(picture):
+    def move(**entries):
+        matrix = torch.eye(3)[None].clone()
+        for key, value in entries.items():
+            matrix[0, int(key[1]), int(key[2])] = value
+        return augment.apply_geometry(picture, matrix)
+
+    assert (move() - picture).abs().max() < 1e-5
+    assert (move(m02=3.0)[..., :29] - picture[..., 3:]).abs().max() < 1e-5
+    assert (move(m00=-1.0) - picture.flip(3)).abs()[..., 4:-4].max() < 0.02
+    turned = move(m00=0.0, m01=-1.0, m10=1.0, m11=0.0)
+    assert (turned - picture.rot90(1, (2, 3))).abs()[..., 4:-4, 4:-4].max() < 0.02
+
+
+def test_colour_keeps_what_each_step_keeps(picture):
+    colour = augment.draw_colour(200, 1.0, torch.Generator().manual_seed(0))
+    grey = torch.full((200, 3, 1, 1), 0.3)
+    changed = augment.apply_colour(grey, colour)
+    assert (changed - changed.mean(1, keepdim=True)).abs().max() < 1e-5  # grey stays grey
+    assert augment.draw_colour(1, 0.0, torch.Generator()).tolist() == [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]]
+
+
+def test_as_many_images_change_as_p_says(picture):
+    batch = picture.repeat(400, 1, 1, 1)
+    assert augment.augment(batch, 0.0, torch.Generator()) is batch
+    changed = augment.augment(batch, 0.05, torch.Generator().manual_seed(0))
+    share = ((changed - batch).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean().item()
+    assert 0.25 < share < 0.55  # twelve gates, of which a few may draw what changes nothing: 1 - 0.95^12 = 0.46
+
+
+def test_augmentation_can_be_differentiated_twice(picture):
+    small = picture[:, :, :8, :8].double().repeat(2, 1, 1, 1)
+
+    def run(x):
+        return augment.augment(x, 0.9, torch.Generator().manual_seed(3))
+
+    x = small.clone().requires_grad_()
+    weight = torch.randn(run(x).shape, dtype=torch.double)
+    (gradient,) = torch.autograd.grad((run(x) * weight).sum(), x, create_graph=True)
+    assert torch.autograd.gradcheck(run, (small[:1].requires_grad_(),), eps=1e-3, atol=1e-4, nondet_tol=1e-8)
+    # The map is linear, so moving the image does not change the gradient.
+    y = (small + 1).requires_grad_()
+    assert torch.allclose(torch.autograd.grad((run(y) * weight).sum(), y)[0], gradient)
+
+
+# Teacher --------------------------------------------------------------------------------------
+
+
+def toy_data(count=64):
+    images, labels = toy_images(count, 0)
+    return TrainingImages(images, labels, ("a", "b", "c", "d"))
+
+
+def tiny_recipe(**changed):
+    return TeacherRecipe(**{
+        "generator": tiny_config(), "kimg": 0.1, "batch": 8, "precision": "float32", "path_length_weight": 2.0,
+        "discriminator": DiscriminatorConfig(channel_base=64, channel_max=4, mapping_layers=1), **changed,
+    })  # fmt: skip
+
+
+def tiny_teacher(team=ALONE, **changed):
+    return TeacherTraining(teacher.fitted(tiny_recipe(**changed), 16, 4), toy_data(), team)
+
+
+def test_losses_have_known_values():
+    zero = torch.zeros(4, 1)
+    assert teacher.generator_loss(zero).item() == pytest.approx(np.log(2))
+    assert teacher.discriminator_loss(zero, zero).item() == pytest.approx(2 * np.log(2))
+    images = torch.randn(5, 3, 4, 4, requires_grad=True)
+    assert teacher.r1_penalty(images, 2 * images.sum(dim=(1, 2, 3))).item() == pytest.approx(4 * 48 / 2)
+
+
+def test_averaging_follows_the_half_life():
+    assert ema_beta(64, 10**9, 500, 0.05) == pytest.approx(0.5 ** (64 / 500_000))
+    assert ema_beta(64, 10_000, 500, 0.05) == pytest.approx(0.5 ** (64 / 500))
+
+
+def test_every_image_is_seen_once_a_pass():
+    seen = np.concatenate([batch_indices(10, 4, step, 0) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(batch_indices(10, 4, 3, 0)) == list(seen[12:16])
+
+
+def test_a_resumed_teacher_equals_an_uninterrupted_one():
+    straight, first = tiny_teacher(), tiny_teacher()
+    reports = [straight.step() for _ in range(6)]
+    for _ in range(3):
+        first.step()
+    second = tiny_teacher()
+    second.restore(first.state())
+    again = [second.step() for _ in range(3)]
+    assert again == reports[3:]
+    for name in ("generator", "discriminator", "average"):
+        for one, other in zip(
+            getattr(straight, name).state_dict().values(), getattr(second, name).state_dict().values(), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_the_published_settings():
+    paper = teacher.preset("paper")
+    assert (paper.batch, paper.learning_rate, paper.r1_gamma, paper.path_length_weight) == (64, 0.0025, 0.01, 0)
+    optimizer = teacher.lazy_adam(torch.nn.Linear(1, 1), 0.0025, 16)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0025 * 16 / 17)
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.0, 0.99 ** (16 / 17)))
+
+
+def test_accumulation_sees_the_same_number_of_images():
+    parts = tiny_teacher(accumulate=2)
+    assert parts.piece == 4
+    assert set(parts.step()) == {"loss_g", "loss_d", "path_length", "r1", "sign_real", "p"}
+    with pytest.raises(UsageError, match="cannot be split"):
+        tiny_teacher(accumulate=3)
+
+
+def write_folder(root, count=24):
+    images, labels = toy_images(count, 0)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = root / "abcd"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    monkeypatch.setitem(teacher.PRESETS, "cpu", tiny_recipe(kimg=0.032))
+    small = dataclasses.replace(distillation.PRESETS["cpu"], epochs=1, batch=8, ndf=4, precision="float32")
+    monkeypatch.setitem(distillation.PRESETS, "cpu", small)
+
+
+def run(*arguments):
+    found = CliRunner().invoke(cli.app, ["gan", *map(str, arguments)])
+    return found.exit_code, found.output + (found.stderr or "")
+
+
+def test_the_commands_from_data_to_a_trained_teacher(tmp_path, tiny_presets):
+    data, out = write_folder(tmp_path / "data"), tmp_path / "teacher"
+    command = ("train-teacher", f"imagefolder:{data}", "--preset", "cpu", "-o", out, "-d", "cpu")
+    assert run(*command)[0] == 0
+    assert {"request.json", "result.json", "log.jsonl", "checkpoint.pt", "generator.safetensors", "curves.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert json.loads((out / "result.json").read_text())["kimg"] == pytest.approx(0.032)
+    assert run(*command, "--kimg", "0.064")[0] == 0  # taken further
+    assert [json.loads(line)["kimg"] for line in (out / "log.jsonl").read_text().splitlines()] == [0.032, 0.064]
+    code, output = run(*command, "--seed", "1")
+    assert code == 2
+    assert "holds a training with seed = 0, but 1 was asked for" in output
+    code, output = run("collect", out / "generator.safetensors", "-o", tmp_path / "pairs", "--count", 9, "-d", "cpu")
+    assert code == 0, output
+    pairs = load_pairs(tmp_path / "pairs")
+    assert (pairs.z.shape, pairs.images.shape, pairs.classes) == ((9, 8), (9, 16, 16, 3), ("a", "b", "c", "d"))
+    assert pairs.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert run("distill", tmp_path / "pairs", "-o", tmp_path / "s", "--preset", "cpu")[0] == 4  # 16x16
+
+
+def test_bad_images_are_named(tmp_path):
+    root = write_folder(tmp_path / "data", 4)
+    PIL.Image.new("RGB", (20, 16)).save(root / "a" / "odd.png")
+    with pytest.raises(DataError, match="different sizes"):
+        load_training_images(f"imagefolder:{root}")
+    (tmp_path / "flat").mkdir()
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "x.png")
+    with pytest.raises(DataError, match="20x20"):
+        load_training_images(f"imagefolder:{tmp_path / 'flat'}")
+
+
+# Student --------------------------------------------------------------------------------------
+
+
+def toy_pairs(count=24):
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % 3
+    base = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]], np.uint8)[labels]
+    return Pairs(rng.standard_normal((count, 8), dtype=np.float32), labels,
+                 np.broadcast_to(base[:, None, None], (count, 32, 32, 3)).copy(), ("r", "g", "b"))  # fmt: skip
+
+
+def tiny_student(**changed):
+    return StudentTraining(StudentRecipe(**{"epochs": 4, "batch": 8, "ndf": 4, **changed}), toy_pairs(), None, CPU)
+
+
+def test_the_published_weights_of_the_objectives():
+    recipe = StudentRecipe()
+    assert sum(distillation.FEATURE_WEIGHTS) == 1.4375
+    assert recipe.own_share * recipe.adversarial_weight == pytest.approx(0.002)
+    assert (recipe.pixel_weight, recipe.adversarial_weight, recipe.real_weight) == (0.2, 0.01, 0.2)
+
+
+def test_the_pixel_weight_ends_at_zero_exactly():
+    recipe = StudentRecipe()
+    assert [pixel_weight(recipe, e, 400 * e) for e in (0, 1, 19, 20, 21)] == [0.2, 0.19, 0.01, 0, 0]
+    slip = dataclasses.replace(recipe, pixel_decay="per-step")
+    assert pixel_weight(slip, 0, 20) == 0
+
+
+def test_the_learning_rate_decays_only_when_asked():
+    assert distillation.learning_rate(StudentRecipe(), 10**6, 100) == 2e-4
+    late = StudentRecipe(lr_decay_from=50)
+    assert [distillation.learning_rate(late, s, 100) for s in (49, 50, 75, 100)] == pytest.approx([2e-4, 2e-4, 1e-4, 0])
+    assert distillation.learning_rate(StudentRecipe(lr_decay_from=350_000), 10, 20) == 2e-4
+
+
+def test_equal_images_cost_nothing():
+    maps = [torch.randn(2, 3, 4, 4) for _ in range(4)]
+    assert distillation.feature_loss(maps, maps) == 0
+    assert distillation.feature_loss([m + 1 for m in maps], maps).item() == pytest.approx(1.4375)
+    assert distillation.hinge_real(torch.zeros(3)) == distillation.hinge_fake(torch.zeros(3)) == 1
+
+
+@pytest.mark.parametrize("changed", [{}, {"eval_after_epoch": True, "pixel_decay": "per-step", "adversarial_every": 2}])
+def test_a_resumed_student_equals_an_uninterrupted_one(changed):
+    straight, first, second = (tiny_student(**changed) for _ in range(3))
+    reports = [straight.step() for _ in range(5)]
+    for _ in range(2):
+        first.step()
+    second.restore(first.state())
+    assert [second.step() for _ in range(3)] == reports[2:]
+    for one, other in zip(
+        straight.generator.state_dict().values(), second.generator.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_the_slip_of_the_published_code_changes_the_training():
+    plain, slipped = tiny_student(), tiny_student(eval_after_epoch=True)
+    for _ in range(5):
+        one, other = plain.step(), slipped.step()
+    assert one != other
+
+
+def test_published_pair_folders_are_read(tmp_path):
+    for label in range(2):
+        folder = tmp_path / f"class_{label}"
+        folder.mkdir()
+        for i in range(2):
+            PIL.Image.new("RGB", (32, 32), (label * 200, 0, i)).save(folder / f"image_{i}.png")
+            torch.save(torch.full((5,), float(10 * label + i)), folder / f"noise_{i}.pt")
+    pairs = load_pairs(tmp_path)
+    assert pairs.labels.tolist() == [0, 0, 1, 1]
+    assert pairs.z[:, 0].tolist() == [0, 1, 10, 11]
+    assert pairs.images[:, 0, 0, 0].tolist() == [0, 0, 200, 200]
+    (tmp_path / "class_1" / "noise_1.pt").unlink()
+    with pytest.raises(DataError, match="no latent beside it"):
+        load_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": np.zeros((3, 4), np.float32)}, "'z' of the pairs"),
+        ({"labels": np.zeros(4)}, "'labels' of the pairs"),
+        ({"images": np.zeros((4, 3, 8, 8), np.float32)}, "'images' of the pairs"),
+        ({"z": np.full((4, 4), np.nan, np.float32)}, "not finite"),
+    ],
+)
+def test_pairs_that_do_not_fit_say_so(tmp_path, change, message):
+    arrays = {"z": np.zeros((4, 4), np.float32), "labels": np.zeros(4, int), "images": np.zeros((4, 8, 8, 3), np.uint8)}
+    np.savez(tmp_path / "pairs.npz", **{**arrays, **change})
+    with pytest.raises(DataError, match=message):
+        load_pairs(tmp_path)
+
+
+@pytest.mark.slow
+def test_teacher_and_student_learn_colours_of_classes():
+    """300 steps bring the mean colour of each class within 40 grey levels of the data's."""
+    pairs = toy_pairs(48)
+    data = TrainingImages(pairs.images[:, ::2, ::2].copy(), pairs.labels, pairs.classes)
+    recipe = tiny_recipe(generator=tiny_config(channel_max=16), batch=16, path_length_weight=0.0, ema_kimg=0.5)
+    training = TeacherTraining(teacher.fitted(recipe, 16, 3), data, ALONE)
+    for _ in range(300):
+        training.step()
+    student = StudentTraining(StudentRecipe(epochs=100, batch=16, ndf=8), pairs, None, CPU)
+    for _ in range(300):
+        student.step()
+    from ovcalib.gan.distylegan import Student
+    from ovcalib.gan.snapshot import Teacher
+
+    labels = np.arange(30) % 3
+    for drawer in (Teacher(training.average).drawer(0), Student(student.generator.eval()).drawer(0)):
+        images = drawer.draw(range(30), labels).astype(float)
+        for label in range(3):
+            expected = pairs.images[pairs.labels == label].mean(axis=(0, 1, 2))
+            assert np.abs(images[labels == label].mean(axis=(0, 1, 2)) - expected).max() < 40
