@@ -1,8 +1,10 @@
 """BatchNorm inversion: fractal pictures, optimised for the network's own statistics.
 
 Fractal pictures already have the colours and the spectrum of photographs; a few steps of whole-set matching give them
-the statistics that this very network remembers, in every layer. Of the methods here it measures best in the least time,
-and is what ovcalib calibrates with where nothing else is asked for.
+the statistics that this very network remembers, in every layer, and DGH's stretching gives the outputs their range:
+matched means and spreads alone leave the tails too short, and INT8 clips what is longer. Many images with few steps
+measured better than few images with many. Of the methods here it measures best in the least time, and is what ovcalib
+calibrates with where nothing else is asked for (benchmarks/results/calibration.md).
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ class Options(InversionOptions):
     scope: Literal["sample", "batch", "set"] = "set"
     input_layer: bool = False
     init: Literal["gaussian", "uniform", "fractal"] = "fractal"
+    output: Literal["none", "stretch", "labels"] = "stretch"
+    output_weight: float = 1e-3
     schedule: Literal["plateau", "plateau-reset", "cosine"] = "cosine"
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 60, "batch": 8, "rate": 0.05},
-        "standard": {"steps": 200, "batch": 16, "rate": 0.05},
+        "quick": {"steps": 30, "batch": 8, "rate": 0.08},
+        "standard": {"steps": 120, "batch": 16, "rate": 0.05},
         "paper": {"steps": 1000, "batch": 32, "rate": 0.05},
     }
 

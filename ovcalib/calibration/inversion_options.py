@@ -126,4 +126,4 @@ def resolve(options: Options, side: int) -> Options:
 def images_wanted(spec: ModelSpec, argument: str) -> int:
     """How many images are made where the user does not say: optimised ones are dear, and a few dozen are enough."""
     _, height, width = spec.input_shape
-    return 32 if height * width > 96 * 96 else 128
+    return 64 if height * width > 96 * 96 else 128
