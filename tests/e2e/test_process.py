@@ -79,6 +79,7 @@ def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number):
         [sys.executable, "-m", "ovcalib", "quantize", "tests.toy:ToyNet", "--input-shape", "3,96,96", "--calib",
          "fractal", "--num-samples", "100000", "-O", "systems=2", "-o", str(tmp_path / "out")],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:  # plain progress lines appear while images are made
