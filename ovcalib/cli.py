@@ -320,7 +320,7 @@ def quantize(
         print(result.record.model_dump_json(indent=2))
     else:
         print_table([summary(result.record)])
-        print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.md'}")
+        print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.html'}")
     raise typer.Exit(OUTCOME_CODES[result.record.outcome])
 
 
