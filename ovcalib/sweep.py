@@ -124,7 +124,7 @@ class SweepRecipe(Frozen):
     common                          other fields of Recipe, the same for every cell
     benchmark_time                  seconds of latency measurement of each model, one cell after the other when all are
                                     done; 0 leaves it out
-    devices                         on which that is measured
+    devices                         on which that is measured; None: CPU
     """
 
     models: tuple[SweepModel, ...] = Field(min_length=1)
@@ -134,7 +134,7 @@ class SweepRecipe(Frozen):
     eval: str | None = None
     limit: int | None = Field(default=None, ge=1)
     common: dict[str, Any] = Field(default={})
-    devices: tuple[str, ...] = Field(default=("CPU",), min_length=1)
+    devices: tuple[str, ...] | None = Field(default=None, min_length=1)
     benchmark_time: float = Field(default=0.0, ge=0)
 
     @field_validator("modes", "seeds")
@@ -153,16 +153,25 @@ class SweepRecipe(Frozen):
         for field in value:
             if field in OWN_FIELDS:
                 raise ValueError(f"{field!r} is no common field: a sweep sets it by cell")
-        Recipe.model_validate({"model": "any", **value})
+        try:
+            Recipe.model_validate({"model": "any", **value})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         return value
 
     @model_validator(mode="after")
     def _devices_are_measured(self) -> SweepRecipe:
-        if "devices" in self.model_fields_set and self.benchmark_time == 0:
+        if self.devices is not None and self.benchmark_time == 0:
             raise ValueError(
                 "'devices' says where latency is measured: set 'benchmark_time' to seconds, or leave it out"
             )
         return self
+
+    @property
+    def timed_devices(self) -> tuple[str, ...]:
+        """The devices on which latency is measured."""
+        return (self.devices or ("CPU",)) if self.benchmark_time > 0 else ()
 
 
 def _refuse_twice(values: tuple[Any, ...], labels: Sequence[Any]) -> tuple[Any, ...]:
@@ -367,7 +376,7 @@ def run_sweep(
     with _own(folder, recipe, resume):
         with open_engine(engine, jobs) as opened:
             sweep = _Run(recipe, folder, cells, opened, progress).run()
-        if recipe.benchmark_time > 0:
+        if recipe.timed_devices:
             _measure(recipe, folder, sweep, progress)
             write_tables(folder, sweep)
         results = list(read_results(folder, sweep).values())
@@ -508,7 +517,7 @@ def _measure(recipe: SweepRecipe, folder: Path, sweep: Sweep, progress: Progress
     """Write benchmark.json into every finished cell that has none, one after the other, while nothing else runs."""
     from ovcalib.benchmark import all_settings, benchmark
 
-    settings = all_settings(recipe.devices, ("latency",), ("default",))
+    settings = all_settings(recipe.timed_devices, ("latency",), ("default",))
     cells = [folder / "cells" / cell.key for cell in sweep.cells if cell.state == "done"]
     left = [cell for cell in cells if not (cell / "benchmark.json").is_file()]
     with progress.task("sweep: latency", len(left)) as tick:

@@ -46,7 +46,13 @@ def t95(freedom: int) -> float:
         return T95[freedom - 1]
     # Abramowitz and Stegun 26.7.5
     z = Z95
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    series = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / float(freedom) ** i for i, term in enumerate(series))
 
 
 def estimate(values: Sequence[float], half_widths: Sequence[float] = ()) -> Estimate:
@@ -156,9 +162,7 @@ def metrics_of(sweep: Sweep, mode: str) -> list[Metric]:
     chosen += [AGREEMENT, NMSE]
     if mode == "accuracy-aware":
         chosen += [REVERTED, SECONDS]
-    if sweep.recipe.benchmark_time > 0:
-        chosen += [speedup(device) for device in sweep.recipe.devices]
-    return chosen
+    return chosen + [speedup(device) for device in sweep.recipe.timed_devices]
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -228,12 +232,13 @@ NOTES = (
 def markdown_report(sweep: Sweep, results: Results, benchmarks: Benchmarks) -> str:
     """`report.md` of a sweep."""
     done = sum(cell.state == "done" for cell in sweep.cells)
+    recipe = sweep.recipe
     lines = [
         "# Sweep",
         "",
-        f"{len(sweep.recipe.models)} models x {len(sweep.recipe.sources)} calibration sources x "
-        f"{len(sweep.recipe.modes)} modes x {len(sweep.recipe.seeds)} seeds: {done} of {len(sweep.cells)} cells are done, "
-        f"{len(sweep.failed)} failed. Seeds: {', '.join(map(str, sweep.recipe.seeds))}.",
+        f"{len(recipe.models)} models x {len(recipe.sources)} calibration sources x "
+        f"{len(recipe.modes)} modes x {len(recipe.seeds)} seeds: {done} of {len(sweep.cells)} cells are done, "
+        f"{len(sweep.failed)} failed. Seeds: {', '.join(map(str, recipe.seeds))}.",
         "",
         NOTES,
     ]
