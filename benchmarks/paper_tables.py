@@ -136,12 +136,17 @@ def document(sweep: Sweep | None, results: Mapping[str, Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="folder of `ovcalib sweep benchmarks/paper.yaml`")
+    parser.add_argument(
+        "sweep",
+        type=Path,
+        nargs="?",
+        help="folder of `ovcalib sweep benchmarks/paper.yaml`; without it nothing was run",
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "paper_tables.md")
     args = parser.parse_args()
-    sweep = read_sweep(args.sweep)
+    sweep = read_sweep(args.sweep) if args.sweep else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(document(sweep, read_results(args.sweep, sweep)))
+    args.output.write_text(document(sweep, read_results(args.sweep, sweep) if sweep else {}))
     print(f"wrote {args.output}")
 
 

@@ -432,6 +432,7 @@ class _Run:
                     task = self.cell_task(work) if isinstance(work, Cell) else self.set_task(waiting[work][0])
                     running[self.engine.submit(task)] = work
                 finished, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                self.engine.check()  # what a lost cluster cancelled has not failed
                 for future in finished:
                     work = running.pop(future)
                     answer = answer_of(future)

@@ -23,6 +23,10 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Engine(Protocol):
+    def check(self) -> None:
+        """Raise DeviceError where nothing can run any more."""
+        ...
+
     def slots(self) -> int:
         """How many tasks can run at once now, at least 1."""
         ...
@@ -74,6 +78,9 @@ class LocalEngine:
         self.workers: dict[int, LocalWorker] = {}
         self.lock = threading.Lock()
         self.stopped = False
+
+    def check(self) -> None:
+        """A process that is lost is replaced."""
 
     def slots(self) -> int:
         return self.jobs
@@ -175,20 +182,23 @@ class DaskEngine:
         self.address, self.client = address, client
         self.executor = client.get_executor(pure=False)
 
+    def check(self) -> None:
+        self.slots()
+
     def slots(self) -> int:
-        self._check()
-        return max(1, len(self.client.nthreads()))
+        try:
+            if self.client.status == "running":
+                return max(1, len(self.client.nthreads()))
+            reason = f"the client is {self.client.status}"
+        except (OSError, TimeoutError) as error:
+            reason = str(error)
+        raise DeviceError(
+            f"The dask scheduler at {self.address} went away ({reason}). Finished cells are kept: start it and the "
+            "same sweep again."
+        )
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
-        self._check()
         return self.executor.submit(run_task, task)  # type: ignore[no-any-return]
-
-    def _check(self) -> None:
-        if self.client.status != "running":
-            raise DeviceError(
-                f"The dask scheduler at {self.address} went away. Finished cells are kept: start it and the same "
-                "sweep again."
-            )
 
 
 @contextlib.contextmanager
