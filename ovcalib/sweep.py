@@ -16,8 +16,9 @@ import contextlib
 import datetime
 import hashlib
 import json
+import shutil
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from itertools import product
@@ -145,7 +146,14 @@ class SweepRecipe(Frozen):
     @field_validator("models", "sources")
     @classmethod
     def _named_apart(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _refuse_twice(values, [value.label for value in values])
+        _refuse_twice(values, [value.label for value in values])
+        labels: dict[str, str] = {}  # by what makes a cell
+        for value in values:
+            fields = value.model_dump_json(exclude={"name", "command"})
+            if fields in labels:
+                raise ValueError(f"{labels[fields]!r} and {value.label!r} are the same but for their names")
+            labels[fields] = value.label
+        return values
 
     @field_validator("common")
     @classmethod
@@ -378,10 +386,10 @@ def run_sweep(
             sweep = _Run(recipe, folder, cells, opened, progress).run()
         if recipe.timed_devices:
             _measure(recipe, folder, sweep, progress)
-            write_tables(folder, sweep)
-        results = list(read_results(folder, sweep).values())
+        results = read_results(folder, sweep)
+        write_tables(folder, sweep, results)
         if results:
-            write_comparison(results, folder, ("html",), latency=False)
+            write_comparison(list(results.values()), folder, ("html",), latency=False)
     return sweep
 
 
@@ -401,6 +409,7 @@ class _Run:
             )
             for cell in cells
         }  # fmt: skip
+        self.results = read_results(folder, self.state())
 
     def result(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.key / "result.json"
@@ -474,13 +483,14 @@ class _Run:
         else:
             record = read_record(self.result(cell))
             assert isinstance(record, Result)
+            self.results[cell.key] = record
             outcome = outcome_line(record)
         self.progress.say(f"{count}/{len(self.states)} {cell}: {outcome}")
         self.note()
 
     def note(self) -> None:
         write_json(self.folder / STATE, self.state().model_dump(mode="json"))
-        write_tables(self.folder, self.state())
+        write_tables(self.folder, self.state(), self.results)
 
 
 def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:
@@ -504,9 +514,9 @@ def outcome_line(result: Result) -> str:
     return ", ".join([*words, *([result.outcome] if result.outcome != "done" else [])])
 
 
-def write_tables(folder: Path, sweep: Sweep) -> None:
-    """report.md and report.csv."""
-    results, benchmarks = read_results(folder, sweep), read_benchmarks(folder, sweep)
+def write_tables(folder: Path, sweep: Sweep, results: Mapping[str, Result]) -> None:
+    """report.md and report.csv, with the latencies that there are."""
+    benchmarks = read_benchmarks(folder, sweep)
     for name, text in (
         ("report.md", markdown_report(sweep, results, benchmarks)),
         ("report.csv", csv_report(sweep, results, benchmarks)),
@@ -535,6 +545,7 @@ def _own(folder: Path, recipe: SweepRecipe, resume: bool) -> Iterator[None]:
     raises   UsageError where it holds something else, the sweep of another recipe, or a sweep that is at work
     """
     request = recipe.model_dump(mode="json")
+    new = not folder.exists()
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         try:
             earlier = SweepRecipe.model_validate_json((folder / REQUEST).read_text())
@@ -567,13 +578,15 @@ def _own(folder: Path, recipe: SweepRecipe, resume: bool) -> Iterator[None]:
         _clear(folder)
         try:
             yield
+        except BaseException:
+            if new and not any((folder / name).exists() for name in ("sets", "cells")):
+                shutil.rmtree(folder, ignore_errors=True)  # an engine that was not there, for example
+            raise
         finally:
             _clear(folder)
 
 
 def _clear(folder: Path) -> None:
     """Remove what workers that were killed had begun; nobody else writes here."""
-    import shutil
-
     for partial in folder.glob("*/.*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -367,3 +367,4 @@ def test_there_is_no_scheduler(data, tmp_path, monkeypatch):
     monkeypatch.setattr("ovcalib.sweep_engines.CONNECT_S", 0.5)
     with pytest.raises(DeviceError, match="no dask scheduler at 'tcp://127.0.0.1:9'"):
         sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine="dask:tcp://127.0.0.1:9")
+    assert not list(tmp_path.iterdir())

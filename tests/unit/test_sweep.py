@@ -36,6 +36,7 @@ def recipe(**changes):
         ({"models": [{"model": "a", "wieghts": "b"}]}, ["unknown field 'models[0].wieghts'", "weights"]),
         ({"models": [{"model": "a", "input_shape": [3, 32]}]}, ["models[0].input_shape", "required"]),
         ({"models": ["a", "a"]}, ["'a' is there twice", "'name'"]),
+        ({"sources": ["noise", {"calib": "noise", "name": "b"}]}, ["'noise' and 'b' are the same"]),
         ({"sources": ["fractals"]}, ["sources[0].calib is 'fractals'", "Did you mean 'fractal'"]),
         ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples is 0", "greater than or equal to 1"]),
         ({"modes": ["fast"]}, ["modes[0] is 'fast'", "'default' or 'accuracy-aware'"]),
