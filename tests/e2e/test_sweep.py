@@ -264,6 +264,7 @@ def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path):
     assert nothing_half_written(out)
 
 
+@pytest.mark.slow  # the sweep killed midway loses a worker too
 def test_a_task_whose_process_is_killed_runs_again(tmp_path):
     engine = LocalEngine(1)
     try:
