@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo tables test test-slow lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ovcalib quantize resnet20-cifar10 -o runs/demo --overwrite
+
+# Hours for all five models. Cells that fail (5), for want of weights for example, are in the tables as such.
+tables: $(STAMP)
+	$(BIN)/ovcalib sweep benchmarks/paper.yaml -o runs/paper --resume || test $$? -eq 5
+	$(BIN)/python benchmarks/paper_tables.py runs/paper
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

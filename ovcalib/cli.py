@@ -702,6 +702,52 @@ def report(
 
 @app.command()
 @guarded
+def sweep(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE.yaml",
+            help="Names models, sources, modes, seeds, eval; see ovcalib.sweep.SweepRecipe.",
+            show_default=False,
+        ),
+    ],
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", metavar="N", help="Cells at once, on shares of the CPUs.", min=1, show_default="1"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="local|dask:ADDRESS", help="Processes here, or workers of a cluster.")
+    ] = "local",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of another recipe; cells that both have are kept.")
+    ] = False,
+    output: OutputOpt = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Quantize every model with every source, mode and seed; the same command goes on after an interruption."""
+    from ovcalib.sweep import make_sweep_recipe, run_sweep
+
+    content = make_sweep_recipe(read_recipe(recipe), f"The sweep recipe {str(recipe)!r}")
+    target = output or next_folder(Path("runs"), f"sweep-{recipe.stem}")
+    try:
+        found = run_sweep(content, target, jobs=jobs, engine=engine, resume=resume, progress=terminal())
+    except KeyboardInterrupt:
+        print(f"interrupted; finished cells are kept in {target}, and the same sweep goes on there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    print(found.model_dump_json(indent=2) if as_json else (target / "report.md").read_text())
+    if not as_json:
+        print(f"wrote {target / 'report.html' if len(found.failed) < len(found.cells) else target / 'report.md'}")
+    if found.failed:
+        print(
+            f"error: {len(found.failed)} of {len(found.cells)} cells failed; the same sweep tries them again",
+            file=sys.stderr,
+        )
+        raise typer.Exit(OUTCOME_CODES["goal-missed"])
+
+
+@app.command()
+@guarded
 def models(
     pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'resnet*-cifar10'.")] = "*",
     as_json: JsonOpt = False,

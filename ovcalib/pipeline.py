@@ -92,15 +92,17 @@ def quantize_recipe(
     output: Path | None = None,
     *,
     module: nn.Module | None = None,
+    calibration: CalibrationSet | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationResult:
     """Quantize a model to INT8 and prove the result.
 
-    recipe     what to do
-    output     a folder that appears whole when all is done; None keeps nothing but the returned value
-    module     the torch module itself, instead of the one that the recipe's reference names
-    raises     OvcalibError
+    recipe        what to do
+    output        a folder that appears whole when all is done; None keeps nothing but the returned value
+    module        the torch module itself, instead of the one that the recipe's reference names
+    calibration   the set itself, where it was made before by the recipe's source, options, count and seed
+    raises        OvcalibError
     """
     progress = progress or Progress()
     began = time.monotonic()
@@ -124,7 +126,8 @@ def quantize_recipe(
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
         settings = resolve_settings(recipe, fp32)
 
-        calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
+        if calibration is None:
+            calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
         warnings += calibration.provenance.warnings
         calibration.save(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,6 +99,24 @@ class CalibrationSet:
         # Not compressed: photographs and noise hardly shrink, and deflate would take longer than NNCF.
         write_atomically(folder / "calibration.npz", lambda partial: _savez(partial, arrays))
         write_description(self, folder)
+
+
+def read_set(folder: Path) -> CalibrationSet:
+    """The set that `CalibrationSet.save` wrote into a folder, with its provenance.
+
+    raises   DataError where the folder holds none
+    """
+    try:
+        description = json.loads((folder / "calibration.json").read_text())
+        with np.load(folder / "calibration.npz", allow_pickle=False) as archive:
+            return CalibrationSet(
+                images=archive["images"],
+                labels=archive["labels"] if "labels" in archive.files else None,
+                preprocessing=Preprocessing.model_validate(description["preprocessing"]),
+                provenance=Provenance.model_validate(description["provenance"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{str(folder)!r} holds no readable calibration set: {error}") from error
 
 
 def clipped_share(calibration: CalibrationSet) -> float:

@@ -332,7 +332,7 @@ def data_uri(image: Path) -> str:
 # Several results ------------------------------------------------------------------------------
 
 RESULT_COLUMNS = (
-    "model", "source", "images", "mode", "outcome", "top-1 FP32 %", "top-1 INT8 %", "drop, points", "drop from",
+    "model", "source", "images", "mode", "outcome", "seed", "top-1 FP32 %", "top-1 INT8 %", "drop, points", "drop from",
     "drop to", "agreement %", "NMSE", "FP32 MB", "INT8 MB", "FP32 p50 ms", "INT8 p50 ms", "speed-up",
 )  # fmt: skip
 
@@ -345,6 +345,7 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
         cells.append(
             [
                 r.model.name, r.calibration["source"], r.calibration["num_samples"], r.quantization.mode, r.outcome,
+                r.calibration["seed"],
                 *((100 * a.fp32.top1, 100 * a.int8.top1, a.drop_points, *a.drop_ci95) if a else (None,) * 5),
                 None if r.agreement.top1 is None else 100 * r.agreement.top1, r.agreement.nmse,
                 r.size_bytes.fp32 / 1e6, r.size_bytes.int8 / 1e6,

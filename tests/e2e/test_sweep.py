@@ -1,0 +1,371 @@
+"""Sweeps of a tiny network: whatever ends them, no finished cell is lost and the table is the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from ovcalib import cli, sweep
+from ovcalib.errors import DeviceError, UsageError
+from ovcalib.progress import Progress
+from ovcalib.sweep_engines import LocalEngine
+from ovcalib.sweep_worker import run_task
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+class Inline:
+    """Runs every task in this process, which has imported all that is heavy, and counts them."""
+
+    def __init__(self):
+        self.tasks = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def check(self):
+        pass
+
+    def slots(self):
+        return 1
+
+    def submit(self, task):
+        self.tasks.append(task)
+        future = Future()
+        future.set_result(run_task(task))
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    engine = Inline()
+    monkeypatch.setattr(sweep, "open_engine", lambda reference, jobs: engine)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def data(toy, tmp_path_factory):
+    root = tmp_path_factory.mktemp("sweep")
+    torch.save(toy.net.state_dict(), root / "toy.pt")
+    toy.write_folder(root / "images", 40)
+    return root
+
+
+def content(data, **changes):
+    """Two sources x two seeds."""
+    toy = {"name": "toy", "model": "tests.toy:ToyNet", "weights": str(data / "toy.pt"), "input_shape": [3, 16, 16],
+           "mean": [0.5] * 3, "std": [0.25] * 3}  # fmt: skip
+    sources = [{"calib": "noise", "num_samples": 4}, {"calib": "fractal", "num_samples": 4, "options": {"systems": 2}}]
+    return {"models": [toy], "sources": sources, "seeds": [0, 1], "eval": str(data / "images"), **changes}
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    """A sweep that nothing interrupted."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "open_engine", lambda engine, jobs: Inline())
+        patch.chdir(ROOT)
+        found = sweep.run_sweep(sweep.make_sweep_recipe(content(data)), out)
+    assert [cell.state for cell in found.cells] == ["done"] * 4, found.failed
+    return out
+
+
+def tables(folder):
+    return [(folder / name).read_text() for name in ("report.md", "report.csv")]
+
+
+def results(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("cells/*/result.json")}
+
+
+def nothing_half_written(folder):
+    return not list(folder.glob("*/.*.partial"))
+
+
+def test_a_result_says_where_its_images_came_from(reference):
+    found = sweep.read_results(reference, sweep.read_sweep(reference))
+    assert {r.calibration["source"] for r in found.values()} == {"noise", "fractal"}
+    assert {r.calibration["seed"] for r in found.values()} == {0, 1}
+    for key, result in found.items():
+        assert result.recipe.calib == result.calibration["source"]  # so `quantize -c` makes the same images
+        assert result.benchmark is None
+        folder = reference / "cells" / key
+        shared = sweep.read_sweep(reference)
+        own = next(cell for cell in shared.cells if cell.key == key)
+        made = (reference / "sets" / own.set_key / "calibration.npz").read_bytes()
+        assert (folder / "calibration.npz").read_bytes() == made
+
+
+def test_the_comparison_page_has_every_cell(reference):
+    page = (reference / "report.html").read_text()
+    assert "4 results side by side" in page
+    assert "fractal" in page
+
+
+def test_a_finished_sweep_has_nothing_to_do(reference, data, inline):
+    before = results(reference)
+    sweep.run_sweep(sweep.make_sweep_recipe(content(data)), reference)
+    assert inline.tasks == []
+    assert results(reference) == before
+
+
+def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, data, inline, tmp_path):
+    import shutil
+
+    shutil.copytree(reference, tmp_path / "out")
+    larger = sweep.make_sweep_recipe(
+        content(data, modes=["default", "accuracy-aware"], seeds=[0], common={"max_iterations": 1})
+    )
+    with pytest.raises(UsageError, match="another recipe.*--resume"):
+        sweep.run_sweep(larger, tmp_path / "out")
+    sets = {path.name for path in (reference / "sets").iterdir()}
+    found = sweep.run_sweep(larger, tmp_path / "out", resume=True)
+    assert not found.failed
+    assert {path.name for path in (tmp_path / "out" / "sets").iterdir()} == sets
+    assert "Operations given back to float" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    toy = content(data)["models"][0]
+    late = {**toy, "name": "late", "weights": str(tmp_path / "late.pt"), "command": "python train.py late"}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        yaml.safe_dump(content(data, models=[late, toy], seeds=[0], sources=[{"calib": "noise", "num_samples": 4}]))
+    )
+    arguments = ["sweep", str(recipe), "-o", str(tmp_path / "out")]
+    found = CliRunner().invoke(cli.app, arguments)
+    assert found.exit_code == 5, found.stderr
+    assert "1 of 2 cells failed" in found.stderr
+    assert "late.pt'. Make it with: python train.py late" in found.stderr
+    assert "| noise x 4 | failed | 0.00 |" in found.stdout
+    first = results(tmp_path / "out")
+    assert len(first) == 1
+
+    late_weights = data / "toy.pt"
+    (tmp_path / "late.pt").write_bytes(late_weights.read_bytes())
+    found = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert found.exit_code == 0, found.stderr
+    state = json.loads(found.stdout)
+    assert [cell["state"] for cell in state["cells"]] == ["done", "done"]
+    assert first.items() <= results(tmp_path / "out").items()
+    assert len(inline.tasks) == 5  # a set that failed; a set and its cell, twice
+
+
+def test_folders_of_others_are_left_alone(data, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(UsageError, match="not empty and holds no sweep"):
+        sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_two_sweeps_do_not_share_a_folder(reference, data):
+    import fcntl
+
+    with (reference / sweep.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="Another sweep is at work"):
+            sweep.run_sweep(sweep.make_sweep_recipe(content(data)), reference)
+
+
+def test_latency_is_measured_alone_and_afterwards(reference, data, inline, tmp_path):
+    import shutil
+
+    shutil.copytree(reference, tmp_path / "out")
+    timed = sweep.make_sweep_recipe(content(data, seeds=[0], benchmark_time=0.05))
+    sweep.run_sweep(timed, tmp_path / "out", resume=True)
+    assert inline.tasks == []
+    assert len(list((tmp_path / "out").glob("cells/*/benchmark.json"))) == 2
+    assert "Speed-up on CPU" in (tmp_path / "out" / "report.md").read_text()
+
+
+def start(recipe, out, *options):
+    return subprocess.Popen([sys.executable, "-m", "ovcalib", "sweep", str(recipe), "-o", str(out), *options], cwd=ROOT,
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def until(process, text):
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r}")
+
+
+def children(pid):
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        pytest.skip("this system does not tell the children of a process")
+
+
+def alive(pid):
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sweep_killed_midway_goes_on_to_the_same_table(reference, data, tmp_path):
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(content(data)))
+    process = start(recipe, out, "--jobs", "2")
+    until(process, "1/4 toy")
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    done = results(out)
+    assert 1 <= len(done) < 4
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)):  # workers never outlive their sweep
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    process = start(recipe, out, "--jobs", "2")
+    until(process, "of 4 cells are done already")
+    while not (started := children(process.pid)):
+        time.sleep(0.01)
+    os.kill(started[0], signal.SIGKILL)  # and a worker of the second run is lost as well
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert done.items() <= results(out).items()
+    assert tables(out) == tables(reference)
+    assert nothing_half_written(out)
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path):
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(content(data, sources=[{"calib": "fractal", "num_samples": 100000}], seeds=[0])))
+    process = start(recipe, out)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("sets/.*.partial")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same sweep goes on there" in errors
+    assert "Traceback" not in errors
+    assert nothing_half_written(out)
+
+
+@pytest.mark.slow  # the sweep killed midway loses a worker too
+def test_a_task_whose_process_is_killed_runs_again(tmp_path):
+    engine = LocalEngine(1)
+    try:
+        recipe = {"model": "resnet20-cifar10", "weights": "none.pt", "calib": "noise", "num_samples": 1}
+        task = {
+            "kind": "set",
+            "recipe": recipe,
+            "target": str(tmp_path / "set"),
+            "folder": str(tmp_path),
+            "command": "make it",
+        }
+        future = engine.submit(task)
+        while 0 not in engine.workers:
+            time.sleep(0.01)
+        killed = engine.workers[0].process
+        killed.kill()
+        assert "There is no weights file 'none.pt'. Make it with: make it" in future.result(120)["error"]
+        assert engine.workers[0].process is not killed
+    finally:
+        engine.stop()
+
+
+# A cluster ------------------------------------------------------------------------------------
+
+
+def spawn(*arguments):
+    return subprocess.Popen([sys.executable, "-m", *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The address of a scheduler, its process, and those of its two workers by the address that dask knows them by."""
+    pytest.importorskip("distributed")
+    from distributed import Client
+
+    file = tmp_path / "scheduler.json"
+    started = [spawn("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+                     "--scheduler-file", str(file))]  # fmt: skip
+    try:
+        while not file.exists():
+            assert started[0].poll() is None
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"]
+        started += [spawn("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
+                          "--name", name, "--local-directory", str(tmp_path)) for name in "ab"]  # fmt: skip
+        with Client(address) as client:
+            client.wait_for_workers(2, timeout=120)
+        yield address, started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+class AtFirstCell(Progress):
+    """Does something when the first cell is finished."""
+
+    def __init__(self, action):
+        self.action, self.lines = action, []
+
+    def say(self, line):
+        self.lines.append(line)
+        if line.startswith("1/"):
+            self.action()
+
+
+def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path):
+    address, (_, _, worker) = cluster
+    progress = AtFirstCell(worker.kill)
+    found = sweep.run_sweep(
+        sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine=f"dask:{address}", progress=progress
+    )
+    assert worker.wait(10) == -signal.SIGKILL
+    assert not found.failed
+    assert tables(tmp_path / "out") == tables(reference)
+    assert nothing_half_written(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
+    reference, data, cluster, inline, tmp_path, monkeypatch
+):
+    from ovcalib.sweep_engines import open_engine
+
+    address, (scheduler, *_) = cluster
+    recipe = sweep.make_sweep_recipe(content(data))
+    monkeypatch.setattr(sweep, "open_engine", open_engine)
+    with pytest.raises(DeviceError, match="went away"):
+        sweep.run_sweep(recipe, tmp_path / "out", engine=f"dask:{address}", progress=AtFirstCell(scheduler.kill))
+    done = results(tmp_path / "out")
+    assert len(done) >= 1
+    monkeypatch.setattr(sweep, "open_engine", lambda reference, jobs: inline)
+    assert not sweep.run_sweep(recipe, tmp_path / "out").failed
+    assert done.items() <= results(tmp_path / "out").items()
+    assert tables(tmp_path / "out") == tables(reference)
+
+
+def test_there_is_no_scheduler(data, tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("ovcalib.sweep_engines.CONNECT_S", 0.5)
+    with pytest.raises(DeviceError, match="no dask scheduler at 'tcp://127.0.0.1:9'"):
+        sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine="dask:tcp://127.0.0.1:9")
+    assert not list(tmp_path.iterdir())

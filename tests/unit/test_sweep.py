@@ -1,0 +1,293 @@
+"""Recipes, keys and tables of a sweep; nothing here quantizes."""
+
+import csv
+import io
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from ovcalib.errors import DeviceError, UsageError
+from ovcalib.sweep import SweepCell, content_of, make_sweep_recipe, plan, read_sweep
+from ovcalib.sweep_engines import LocalEngine, open_engine, share_of_cpus
+from ovcalib.sweep_tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
+
+SMALL = {
+    "models": ["resnet20-cifar10"],
+    "sources": ["noise", {"calib": "dgh", "options": {"steps": 3}}],
+    "seeds": [0, 1],
+}
+
+
+def recipe(**changes):
+    return make_sweep_recipe({**SMALL, **changes})
+
+
+# The recipe -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": []}, ["models is []", "at least 1"]),
+        ({"model": "x"}, ["unknown field 'model'", "models, sources"]),
+        ({"models": [{"model": "a", "wieghts": "b"}]}, ["unknown field 'models[0].wieghts'", "weights"]),
+        ({"models": [{"model": "a", "input_shape": [3, 32]}]}, ["models[0].input_shape", "required"]),
+        ({"models": ["a", "a"]}, ["'a' is there twice", "'name'"]),
+        ({"sources": ["noise", {"calib": "noise", "name": "b"}]}, ["'noise' and 'b' are the same"]),
+        ({"sources": ["fractals"]}, ["sources[0].calib is 'fractals'", "Did you mean 'fractal'"]),
+        ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples is 0", "greater than or equal to 1"]),
+        ({"modes": ["fast"]}, ["modes[0] is 'fast'", "'default' or 'accuracy-aware'"]),
+        ({"seeds": [-1]}, ["seeds[0] is -1", "greater than or equal to 0"]),
+        ({"seeds": [1, 1]}, ["seeds", "1 is there twice"]),
+        ({"common": {"seed": 3}}, ["common", "'seed' is no common field"]),
+        ({"common": {"max_dorp": 3}}, ["common", "max_dorp"]),
+        ({"common": {"max_drop": 3}}, ["common", "max_drop", "less than or equal to 1"]),
+        ({"devices": ["CPU"]}, ["'benchmark_time'"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_said_with_field_value_and_what_was_expected(changes, said):
+    with pytest.raises(UsageError) as error:
+        recipe(**changes)
+    for text in said:
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_are_text_whatever_yaml_made_of_them():
+    found = recipe(sources=[yaml.safe_load("{calib: dgh, options: {steps: 3, output: none, a: 0.5}}")])
+    assert found.sources[0].options == {"steps": "3", "output": "none", "a": "0.5"}
+    assert found.sources[0].label == "dgh steps=3 output=none a=0.5"
+
+
+def test_the_plan_is_the_whole_matrix_and_shares_sets_between_modes():
+    cells = plan(recipe(modes=["default", "accuracy-aware"], common={"max_drop": 0.02}))
+    assert len(cells) == 8
+    assert len({cell.key for cell in cells}) == 8
+    assert len({cell.set_key for cell in cells}) == 4
+    assert {cell.recipe.benchmark_time for cell in cells} == {0}
+    assert {cell.recipe.max_drop for cell in cells} == {0.02}
+    assert [cell.recipe.seed for cell in cells[:2]] == [0, 1]
+
+
+def test_a_key_depends_on_everything_that_its_result_does_and_on_nothing_else():
+    base = plan(recipe())[0]
+    same = plan(recipe(sources=["fractal", {"calib": "noise", "name": "other name"}], seeds=[1, 0]))
+    assert base.key in {cell.key for cell in same}
+    proven = plan(recipe(limit=10))[0]
+    assert proven.key != base.key
+    assert proven.set_key == base.set_key
+    counted = plan(recipe(sources=[{"calib": "noise", "num_samples": 5}]))[0]
+    assert counted.set_key != base.set_key
+
+
+def test_a_key_follows_the_content_of_files(tmp_path):
+    weights = tmp_path / "w.pt"
+    keys = set()
+    for content in (b"a", b"b"):
+        weights.write_bytes(content)
+        cell = plan(recipe(models=[{"model": "resnet20-cifar10", "weights": str(weights)}]))[0]
+        keys |= {cell.key, cell.set_key}
+    assert len(keys) == 4
+
+
+def test_content_is_found_at_the_end_of_a_reference(tmp_path):
+    (tmp_path / "images").mkdir()
+    empty = content_of(f"real:imagefolder:{tmp_path / 'images'}")
+    (tmp_path / "images" / "a.png").write_bytes(b"1")
+    assert empty is not None
+    assert content_of(f"real:imagefolder:{tmp_path / 'images'}") not in (None, empty)
+    assert content_of("noise") is None
+    (tmp_path / "m.xml").write_text("x")
+    alone = content_of(str(tmp_path / "m.xml"))
+    (tmp_path / "m.bin").write_text("x")
+    assert content_of(str(tmp_path / "m.xml")) != alone
+
+
+# Engines --------------------------------------------------------------------------------------
+
+
+def test_shares_of_the_cpus_do_not_overlap():
+    shares = [share_of_cpus([0, 2, 4, 6, 8], i, 2) for i in range(2)]
+    assert shares == [[0, 4, 8], [2, 6]]
+    assert [share_of_cpus([3, 5], i, 3) for i in range(3)] == [[3], [5], [3]]
+
+
+@pytest.mark.parametrize("reference", ["dask", "dask:", "ray:x", ""])
+def test_an_unknown_engine(reference):
+    with pytest.raises(UsageError, match="expected local or dask:ADDRESS"), open_engine(reference, None):
+        pass
+
+
+def test_jobs_belong_to_the_local_engine():
+    with pytest.raises(UsageError, match="--jobs 3"), open_engine("dask:tcp://127.0.0.1:1", 3):
+        pass
+
+
+def test_a_task_that_ends_every_process_is_given_up(monkeypatch):
+    monkeypatch.setattr("ovcalib.sweep_engines.sys.executable", "/bin/false")
+    engine = LocalEngine(1)
+    try:
+        with pytest.raises(DeviceError, match=r"ended 4 times \(exit code 1\)"):
+            engine.submit({}).result(60)
+    finally:
+        engine.stop()
+
+
+# Numbers --------------------------------------------------------------------------------------
+
+
+def test_mean_spread_and_interval_have_their_closed_forms():
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.std, found.count) == (2.0, 1.0, 3)
+    assert found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3))
+    assert estimate([5.0]) == Estimate(5.0, None, None, None, 1)
+    assert estimate([5.0], [0.5]) == Estimate(5.0, None, 4.5, 5.5, 1)
+    assert estimate([5.0, 5.0], [0.4, 0.6]).high == pytest.approx(5.5)
+    both = estimate([1.0, 2.0, 3.0], [1.0] * 3)
+    assert both.high - both.mean == pytest.approx(math.hypot(1.0, 4.3027 / math.sqrt(3)))
+
+
+def test_students_t_agrees_with_scipy():
+    from scipy.stats import t
+
+    for freedom in (*range(1, len(T95) + 5), 30, 100):
+        assert t95(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=1e-3)
+
+
+def at(low, high):
+    return Estimate((low + high) / 2, None, low, high, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "better", "winner"),
+    [
+        ([at(0, 1), at(2, 3)], "less", 0),
+        ([at(0, 1), at(2, 3)], "more", 1),
+        ([at(0, 2), at(2, 3)], "less", None),
+        ([at(0, 9), at(1, 2), at(3, 4)], "less", None),
+        ([at(3, 4), None, at(1, 2)], "less", 2),
+        ([at(0, 1)], "less", None),
+        ([at(0, 1), Estimate(5, None, None, None, 1)], "less", None),
+        ([], "less", None),
+    ],
+)
+def test_the_best_is_marked_only_where_it_stands_apart(column, better, winner):
+    assert best(column, better) == winner
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def result(drop, agreement=0.9, nmse=0.1):
+    accuracy = SimpleNamespace(
+        drop_points=drop, drop_ci95=(drop - 0.2, drop + 0.2), fp32=SimpleNamespace(top1=0.8), protocol="p*"
+    )
+    return SimpleNamespace(
+        accuracy=accuracy, agreement=SimpleNamespace(top1=agreement, count=1000, nmse=nmse),
+        quantization=SimpleNamespace(reverted=(), seconds=1.0),
+    )  # fmt: skip
+
+
+def swept(results, errors=None, **changes):
+    """A sweep whose cells are done where they have a result, by (source, seed)."""
+    from ovcalib.sweep import Sweep
+
+    chosen = recipe(eval="images", **changes)
+    found, cells = {}, []
+    for cell in plan(chosen):
+        place = (cell.recipe.calib, cell.seed)
+        error = (errors or {}).get(place)
+        state = "done" if place in results else "failed" if error else "pending"
+        if state == "done":
+            found[cell.key] = results[place]
+        cells.append(SweepCell(model=cell.model, source=cell.source, mode=cell.mode, seed=cell.seed, key=cell.key,
+                               set_key=cell.set_key, state=state, error=error))  # fmt: skip
+    return Sweep(created="now", ovcalib="0", recipe=chosen, cells=tuple(cells)), found
+
+
+def rows(markdown, title):
+    lines = markdown.split(f"### {title}\n")[1].split("###")[0].split("##")[0].strip().splitlines()
+    return {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:]}
+
+
+def test_a_table_shows_mean_and_spread_and_marks_the_best():
+    sweep, results = swept({("noise", 0): result(5.0), ("noise", 1): result(5.1), ("dgh", 0): result(1.0),
+                            ("dgh", 1): result(1.1)})  # fmt: skip
+    text = markdown_report(sweep, results, {})
+    assert rows(text, "Drop of top-1 accuracy, points") == {"noise": "5.05 ± 0.071", "dgh steps=3": "**1.05 ± 0.071**"}
+    assert rows(text, "Drop of top-1 accuracy, % of FP32") == {
+        "noise": "6.31 ± 0.088",
+        "dgh steps=3": "**1.31 ± 0.088**",
+    }
+    assert rows(text, "Output error (NMSE)") == {"noise": "0.10 ± 0.00", "dgh steps=3": "0.10 ± 0.00"}
+    assert r"p\*" in text
+
+
+def test_what_was_not_measured_has_no_number():
+    sweep, results = swept({("noise", 0): result(1.0)}, {("dgh", 0): "no *weights*"})
+    text = markdown_report(sweep, results, {})
+    assert rows(text, "Drop of top-1 accuracy, points") == {"noise": "1.00 (1 of 2 seeds)", "dgh steps=3": "failed"}
+    assert r"no \*weights\*" in text
+    assert "not run" in markdown_report(*swept({}), {})
+
+
+def test_a_seed_that_broke_is_not_averaged_away():
+    sweep, results = swept({("noise", 0): result(1.0), ("noise", 1): result(1.0, nmse=None)})
+    assert rows(markdown_report(sweep, results, {}), "Output error (NMSE)")["noise"] == "-"
+
+
+def test_the_csv_holds_every_digit_and_empty_cells():
+    sweep, results = swept({("noise", 0): result(1.0), ("noise", 1): result(4 / 3)})
+    first, second = csv.DictReader(io.StringIO(csv_report(sweep, results, {})))
+    assert float(first["Drop of top-1 accuracy, points: mean"]) == pytest.approx(7 / 6, abs=1e-12)
+    assert (first["seeds"], first["done"], second["done"]) == ("2", "2", "0")
+    assert second["Drop of top-1 accuracy, points: mean"] == ""
+
+
+def test_a_folder_without_a_sweep(tmp_path):
+    with pytest.raises(UsageError, match="holds no sweep"):
+        read_sweep(tmp_path)
+
+
+# The paper's tables ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paper():
+    import importlib.util
+
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_tables.py"
+    spec = importlib.util.spec_from_file_location("paper_tables", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_published_cells_stand_alone_where_nothing_was_run(paper):
+    text = paper.drop_table(None, {}, "default", paper.TABLE_1A)
+    assert "| Fractal | not run | 1.10 | not run | 0.69 | not run | 0.54 | not run | 87.21 | not run | 41.73 |" in text
+    assert "| ShuffleNetV2 | paper |" in text
+
+
+def test_our_cells_stand_beside_the_published_ones(paper):
+    sweep, results = swept({("noise", 0): result(0.4), ("noise", 1): result(0.4)}, {("fractal", 0): "no"},
+                           models=[{"name": "ResNet20", "model": "resnet20-cifar10"}],
+                           sources=[{"name": "CIFAR-10", "calib": "noise"}, {"name": "Fractal", "calib": "fractal"},
+                                    {"name": "Own", "calib": "dgh"}])  # fmt: skip
+    lines = paper.drop_table(sweep, results, "default", paper.TABLE_1A).splitlines()
+    assert lines[2].startswith("| CIFAR-10 | 0.40 ± 0.00 (0.50 %) | 0.28 | not run | 0.05 |")
+    assert lines[3].startswith("| StyleGAN2-ADA | not run | 0.43 |")
+    assert lines[5].startswith("| Fractal | failed | 1.10 |")
+    assert lines[6].startswith("| Own | not run | - | not run | - |")
+
+
+@pytest.mark.parametrize("name", ["paper", "paper_published"])
+def test_the_papers_recipes_are_valid_and_name_its_rows_and_columns(paper, name):
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.yaml"
+    found = make_sweep_recipe(yaml.safe_load(path.read_text()))
+    assert tuple(model.label for model in found.models) == paper.MODELS
+    assert {"CIFAR-10", "Fractal"} <= {source.label for source in found.sources}
+    assert all(model.command or model.weights in (None, "published") for model in found.models)
