@@ -6,10 +6,8 @@
 SGD with Nesterov momentum, one-epoch warm-up and a cosine to zero, random crop and flip; bfloat16
 autocast and channels-last, which on a CPU with AVX512-BF16 take half the time of float32. Every
 epoch draws its order and augmentation from (seed, epoch), so a run that is stopped and started
-again continues exactly where it would have been. With `--swa N`, N more epochs at a constant rate follow, and the
-result is the mean of the weights at their ends (stochastic weight averaging, Izmailov et al. 2018), with BatchNorm
-statistics measured anew. The last epoch is the result: nothing is chosen on the test set, which is read once, at the
-end. To choose an option, compare runs with `--holdout`.
+again continues exactly where it would have been. The last epoch is the result: nothing is chosen
+on the test set, which is read once, at the end. To choose an option, compare runs with `--holdout`.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, update_bn
 
 from ovcalib.data.sets import ImageData, load_images, open_data
 from ovcalib.models import builtin
@@ -95,20 +92,17 @@ def train(args: argparse.Namespace) -> None:
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": free, "weight_decay": 0.0}],
         lr=args.lr, momentum=0.9, nesterov=True,
     )  # fmt: skip
-    averaged = AveragedModel(model)
     start, seconds = 0, 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if "averaged" in state:
-            averaged.load_state_dict(state["averaged"])
         start, seconds = state["epoch"], state["seconds"]
         print(f"resumed after epoch {start}", flush=True)
 
     steps = len(keep) // args.batch
-    for epoch in range(start, args.stop_after or args.epochs + args.swa):
+    for epoch in range(start, args.stop_after or args.epochs):
         began = time.perf_counter()
         rng = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
         shuffled = keep[torch.randperm(len(keep), generator=rng)]
@@ -119,8 +113,7 @@ def train(args: argparse.Namespace) -> None:
             x = augment(inputs[index], rng).contiguous(memory_format=torch.channels_last)
             y = labels[index]
             for group in optimizer.param_groups:
-                rate = learning_rate(epoch * steps + i, steps, args.epochs, args.lr)
-                group["lr"] = rate if epoch < args.epochs else args.swa_lr
+                group["lr"] = learning_rate(epoch * steps + i, steps, args.epochs, args.lr)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
@@ -129,30 +122,22 @@ def train(args: argparse.Namespace) -> None:
             optimizer.step()
             total += loss.item()
             hits += (logits.argmax(1) == y).float().mean().item()
-        if epoch >= args.epochs:
-            averaged.update_parameters(model)
         seconds += time.perf_counter() - began
         state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged.state_dict(),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "seconds": seconds,
         }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         print(
-            f"epoch {epoch + 1}/{args.epochs + args.swa} loss {total / steps:.4f} train {hits / steps:.4f} "
+            f"epoch {epoch + 1}/{args.epochs} loss {total / steps:.4f} train {hits / steps:.4f} "
             f"{time.perf_counter() - began:.1f} s",
             flush=True,
         )
 
-    if args.stop_after and args.stop_after < args.epochs + args.swa:
+    if args.stop_after and args.stop_after < args.epochs:
         print(f"stopped after epoch {args.stop_after}; run again without --stop-after to go on")
         return
-    if args.swa:
-        model = averaged.module
-        rng = torch.Generator().manual_seed(args.seed)
-        # Without autocast: the statistics are those that inference in float32 needs.
-        batches = (augment(inputs[i.to(device)], rng) for i in keep.split(args.batch))
-        update_bn((x.contiguous(memory_format=torch.channels_last) for x in batches), model)
     if args.holdout:
         print(f"held-out top-1 {accuracy(model, inputs[held], labels[held]):.4f}")
         return
@@ -187,8 +172,6 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--holdout", type=int, default=0, help="train without N images and score on them")
-    parser.add_argument("--swa", type=int, default=0, metavar="N", help="epochs of weight averaging after the cosine")
-    parser.add_argument("--swa-lr", type=float, default=0.02, help="their constant learning rate")
     parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
