@@ -73,7 +73,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
         images = run.all_steps()
         with torch.no_grad():
             argmax = pseudo_labels(request, module, images, options.batch or 1, device) if labels is None else None
-    run.forget()
+    module.cpu()
     given = labels if labels is not None else argmax
     return Generated(
         images=images.numpy(),
@@ -626,10 +626,6 @@ class Run:
         for number, values in state["batches"].items():
             tensors = {name: values[name] for name in Batch.tensor_names()}
             self.batches[number] = Batch(self.groups[number], **tensors, step=values["step"])
-
-    def forget(self) -> None:
-        """Leave nothing behind in the network or on the device."""
-        self.module.cpu()
 
 
 def image_moments(images: Tensor) -> Moments:

@@ -35,22 +35,17 @@ def score_set(module: nn.Module, calibration: CalibrationSet, name: str) -> SetS
     images = torch.from_numpy(np.concatenate([calibration[i] for i in range(count)]))
     means: dict[str, list[Tensor]] = {}
     squares: dict[str, list[Tensor]] = {}
-    lows: dict[str, list[Tensor]] = {}
-    highs: dict[str, list[Tensor]] = {}
     by_name: dict[str, Moments] = {}
     outputs = []
     with torch.no_grad(), large_blocks_kept(), extremes(layers) as found, tapped(layers) as taps:
         for part in torch.split(images, BATCH):
             taps.clear()
-            found.clear()
             outputs.append(torch.cat(flat_outputs(network_outputs(module, part)), 1))
             for m in taps.moments:
                 means.setdefault(m.layer.name, []).append(m.mean)
                 squares.setdefault(m.layer.name, []).append(m.square)
                 by_name[m.layer.name] = m
-            for layer, (low, high) in found.items():
-                lows.setdefault(layer, []).append(low)
-                highs.setdefault(layer, []).append(high)
+        ranges = dict(found)  # before the next passes, whose activations are not the set's
         expected = remembered_outputs(module, images[: 4 * BATCH], by_name)
     distances, coverages, spreads = [], [], []
     for layer, m in by_name.items():
@@ -58,9 +53,7 @@ def score_set(module: nn.Module, calibration: CalibrationSet, name: str) -> SetS
         std0 = m.layer.var0.sqrt().clamp_min(SMALLEST_STD)
         std = losses.variance(mean.mean(0), square.mean(0), 1, False).sqrt()
         distances.append(statistics_distance(mean.mean(0), std, m.layer.mean0, std0))
-        coverages.append(
-            range_coverage(torch.stack(lows[layer]).amin(0), torch.stack(highs[layer]).amax(0), m.layer.mean0, std0)
-        )
+        coverages.append(range_coverage(*ranges[layer], m.layer.mean0, std0))
         spreads.append((mean.std(0, unbiased=False) / std0).square().mean().item())
     measured = losses.output_range(torch.cat(outputs)).mean().item()
     return SetScore(
@@ -96,13 +89,13 @@ def range_coverage(low: Tensor, high: Tensor, mean0: Tensor, std0: Tensor) -> fl
 
 @contextmanager
 def extremes(layers: list[Layer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Smallest and largest input of each layer and channel since the dictionary was cleared, by layer name."""
+    """Smallest and largest input of each layer and channel of all passes so far, by layer name."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(name: str, x: Tensor) -> None:
         axes = [axis for axis in range(x.ndim) if axis != 1]
         low, high = x.amin(axes), x.amax(axes)
-        if name in found:  # a layer that runs several times
+        if name in found:
             low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
         found[name] = low, high
 

@@ -89,11 +89,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
     options = parse_options(source.Options, overrides or {}, name)
     if "argument" in source.NEEDS and not argument:
         raise UsageError(f"The calibration source {name!r} needs more: expected {usage(name, source)}.")
-    if (
-        "argument" not in source.NEEDS | {"optional argument"} & source.NEEDS
-        and argument
-        and "optional argument" not in source.NEEDS
-    ):
+    if argument and not source.NEEDS & {"argument", "optional argument"}:
         raise UsageError(f"The calibration source {name!r} takes nothing after the colon, but got {argument!r}.")
     if "checkpoint" in source.NEEDS and request.module is None:
         raise UsageError(
