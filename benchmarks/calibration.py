@@ -14,6 +14,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from scipy.stats import spearmanr
 from ovcalib import api, machine, pipeline
 from ovcalib.calibration import Request, generate
 from ovcalib.calibration.score import score_set
+from ovcalib.calibration.sets import CalibrationSet, read_set
 from ovcalib.evaluation import accuracy, agreement, collect
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
@@ -45,7 +47,10 @@ def measure(args: argparse.Namespace) -> None:
     for key, kind in (("input_shape", int), ("mean", float), ("std", float)):
         if key in fields:
             fields[key] = tuple(kind(part) for part in fields[key].split(","))
-    recipe = api.make_recipe(model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni", **fields)
+    recipe = api.make_recipe(
+        model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni",
+        bias_correction=args.bias_correction, **fields,
+    )  # fmt: skip
     model = load_model(args.model, pipeline.model_options(recipe), print)
     with tempfile.TemporaryDirectory() as folder:
         fp32, _ = pipeline.export(model, Path(folder), Progress())
@@ -60,25 +65,41 @@ def measure(args: argparse.Namespace) -> None:
                 continue
             source, *options = arm.split()
             request = Request(count=args.count, seed=seed, spec=model.spec, module=model.module)
-            began, cpu = time.perf_counter(), time.process_time()
-            made = generate(source, request, dict(option.split("=", 1) for option in options))
-            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+            made, cpu_seconds = make_set(source, dict(option.split("=", 1) for option in options), request, args.keep)
             int8 = quantize_default(fp32, made, settings, lambda done, note="": None, io.StringIO())
             outputs = collect(OpenVINORunner(int8), items)
             agreed = agreement(reference, outputs, args.eval, True)
             score = score_set(model.module, made, model.spec.name) if model.module is not None else None
             cells.append({
-                "arm": arm, "seed": seed, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+                "arm": arm, "seed": seed,
+                "seconds": round(made.provenance.seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
                 "top1": accuracy(outputs.values, outputs.labels).top1 if outputs.labels is not None else None,
                 "agreement": agreed.top1, "nmse": agreed.nmse, **(score.model_dump() if score else {}),
             })  # fmt: skip
             print(json.dumps(cells[-1]), flush=True)
             out.write_text(json.dumps({
                 "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
-                "fp32_top1": baseline, "environment": machine.environment(),
-                "torch_threads": os.environ.get("OMP_NUM_THREADS"), "cells": cells,
+                "bias_correction": settings.bias_correction, "fp32_top1": baseline,
+                "environment": machine.environment(), "torch_threads": os.environ.get("OMP_NUM_THREADS"),
+                "cells": cells,
             }, indent=1) + "\n")  # fmt: skip
     print(table(args.arm, cells, baseline))
+
+
+def make_set(source: str, options: dict[str, str], request: Request, keep: str | None) -> tuple[CalibrationSet, float]:
+    """A calibration set and the CPU seconds that it took; from `keep`, where an earlier run left it."""
+    key = json.dumps([source, options, request.count, request.seed, request.spec.name])
+    folder = Path(keep, hashlib.sha256(key.encode()).hexdigest()[:16]) if keep else None
+    if folder and folder.is_dir():
+        return read_set(folder), json.loads((folder / "cpu_seconds.json").read_text())
+    began = time.process_time()
+    made = generate(source, request, options)
+    cpu_seconds = time.process_time() - began
+    if folder:
+        folder.mkdir(parents=True)
+        made.save(folder)
+        (folder / "cpu_seconds.json").write_text(json.dumps(cpu_seconds))
+    return made, cpu_seconds
 
 
 def table(arms: Iterable[str], cells: list[dict[str, Any]], baseline: float | None) -> str:
@@ -119,6 +140,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="images of every arm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value key=value"')
+    parser.add_argument("--bias-correction", default="auto", help="as of ovcalib quantize")
+    parser.add_argument("--keep", help="folder of the sets, so that a run with other settings does not make them again")
     parser.add_argument("-o", "--output", required=True)
     measure(parser.parse_args())
 

@@ -4,20 +4,23 @@
     python benchmarks/inversion_speed.py my_module:factory --input-shape 3,224,224 --images 16 \
         --mct-python ../mct/bin/python
 
-Four loops over the same images in turns, A B C D A B C D ..., medians and their ratios:
+Loops over the same images in turns, A B C D A B C D ..., medians and their ratios:
 
     network   one forward pass and one backward pass to the pixels, nothing else: the floor
-    ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without its pictures and output loss)
+    ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without its pictures and output loss), in
+              the precision that it chooses for this network and CPU; where that is bfloat16, ours-fp32 stands beside it
     hooks     what everybody writes first: forward hooks that keep x.mean and x.var of every BatchNorm input, Adam
     mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, where --mct-python
               names the interpreter of an environment that has it; the model is passed as a pickled module
 
-The time of a step of `mct` is that of `steps` iterations over that of one, so that its set-up does not count.
+The time of a step of `mct` is that of `steps` iterations over that of one, so that its set-up does not count. With
+--mct-images its pictures are kept, for benchmarks/calibration.py (`--arm npz:FILE`) to say what they are worth.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import tempfile
@@ -34,13 +37,13 @@ from ovcalib import api, machine
 from ovcalib.calibration import Request
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.dgh import Options
-from ovcalib.calibration.inversion import Run, swinging
+from ovcalib.calibration.inversion import Run, fastest_precision, swinging
 from ovcalib.calibration.inversion_options import resolve
 from ovcalib.models import load_model
 from ovcalib.pipeline import model_options
 
 MCT = """
-import sys, time, torch
+import sys, time, numpy, torch
 import model_compression_toolkit as mct
 model = torch.load(sys.argv[1], weights_only=False).eval()
 size, images, steps = (int(v) for v in sys.argv[2:5])
@@ -49,12 +52,13 @@ def run(n):
     config = mct.data_generation.get_pytorch_data_generation_config(
         n_iter=n, data_gen_batch_size=images, optimizer=torch.optim.RAdam)
     began = time.perf_counter()
-    mct.data_generation.pytorch_data_generation_experimental(
+    made = mct.data_generation.pytorch_data_generation_experimental(
         model=model, n_images=images, output_image_size=(size, size), data_generation_config=config)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, torch.cat(list(made)).numpy()
 run(1)
-one, many = run(1), run(1 + steps)
-print((many - one) / steps)
+(one, _), (many, made) = run(1), run(1 + steps)
+numpy.savez(sys.argv[6], images=made)
+print((many - one) / steps, many)
 """
 
 
@@ -101,7 +105,10 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     )
     images = torch.randn(args.images, *spec.input_shape).contiguous(memory_format=torch.channels_last)
     layers = find_layers(module, spec.name)
-    times: dict[str, list[float]] = {"network": [], "ours": [], "hooks": []}
+    precision = {"ours": fastest_precision(module, torch.device("cpu"))}
+    if precision["ours"] != "fp32":
+        precision["ours-fp32"] = "fp32"
+    times: dict[str, list[float]] = {name: [] for name in ("network", *precision, "hooks")}
     plain = {"network": network_step(module, images), "hooks": hooks_step(module, images)}
     request = Request(count=args.images, seed=0, spec=spec, module=module)
     with tapped(layers) as taps, swinging(module, False) as swing:
@@ -113,13 +120,14 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         recording = {layer.name: layer.module.__dict__.pop("forward") for layer in layers}
         for turn in range(args.turns + 1):  # the first is warm-up
             for name in times:
-                for layer in layers if name == "ours" else ():
+                for layer in layers if name in precision else ():
                     layer.module.forward = recording[layer.name]
+                run.options = dataclasses.replace(options, precision=precision.get(name, "auto"))
                 # Keeping freed memory is part of our engine, and would speed the others up too.
-                with large_blocks_kept() if name == "ours" else nullcontext():
+                with large_blocks_kept() if name in precision else nullcontext():
                     began = time.perf_counter()
                     for _ in range(args.steps):
-                        run.advance(0, 0) if name == "ours" else plain[name]()
+                        run.advance(0, 0) if name in precision else plain[name]()
                     seconds = (time.perf_counter() - began) / args.steps
                 if turn:
                     times[name].append(seconds)
@@ -131,17 +139,18 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             torch.save(module.to(memory_format=torch.contiguous_format), Path(folder) / "model.pt")
             command = [
                 args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(spec.input_shape[1]), str(args.images),
-                str(max(2, args.steps)), str(torch.get_num_threads()),
+                str(args.mct_steps), str(torch.get_num_threads()), args.mct_images or str(Path(folder) / "images.npz"),
             ]  # fmt: skip
             found = subprocess.run(command, capture_output=True, text=True)
             if found.returncode:
                 raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
-            result["mct"] = float(found.stdout.split()[-1])
+            result["mct"], mct_seconds = (float(word) for word in found.stdout.split()[-2:])
     return {
-        "model": spec.name, "images": args.images, "threads": torch.get_num_threads(),
+        "model": spec.name, "images": args.images, "threads": torch.get_num_threads(), "precision": precision,
         "seconds_a_step": {name: round(value, 4) for name, value in result.items()},
         "over_network": {name: round(value / result["network"], 2) for name, value in result.items()},
         "over_ours": {name: round(value / result["ours"], 2) for name, value in result.items()},
+        "mct": {"steps": args.mct_steps + 1, "seconds": round(mct_seconds, 1)} if args.mct_python else None,
         "environment": machine.environment(),
     }  # fmt: skip
 
@@ -155,6 +164,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--mct-python", help="interpreter with model-compression-toolkit")
+    parser.add_argument("--mct-steps", type=int, default=5)
+    parser.add_argument("--mct-images", help="npz file for the images that mct makes")
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
     result = measure(args)

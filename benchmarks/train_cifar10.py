@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ovcalib.data.sets import ImageData, load_images, open_data
 from ovcalib.models import builtin
-from ovcalib.models.weights import file_sha256, save_state_dict
+from ovcalib.models.weights import file_sha256, load_state_dict, save_state_dict
 
 PAD = 4  # pixels of reflection around the image, from which a crop of the original size is taken
 
@@ -47,6 +47,22 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     index = torch.arange(n, device=images.device)[:, None, None]
     # Indexing the channels-last view keeps one gather a batch: [N, H, W, 3].
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutout(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """One square of `size` pixels an image set to zero, the mean colour; its centre is anywhere.
+
+    DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
+    images    float32 [N, 3, H, W], normalised
+    """
+    n, _, h, w = images.shape
+    top = torch.randint(0, h, (n, 1), generator=rng) - size // 2
+    left = torch.randint(0, w, (n, 1), generator=rng) - size // 2
+    y, x = torch.arange(h), torch.arange(w)
+    rows = (y >= top) & (y < top + size)
+    cols = (x >= left) & (x < left + size)
+    hidden = rows[:, :, None] & cols[:, None, :]
+    return images.masked_fill(hidden[:, None].to(images.device), 0.0)
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, peak: float) -> float:
@@ -85,6 +101,8 @@ def train(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     model = builtin.build(args.model).to(device, memory_format=torch.channels_last)
+    if args.init:
+        model.load_state_dict(load_state_dict(Path(args.init)))
     # Weight decay on convolution and linear weights alone: BatchNorm's scale and all biases are left free.
     decayed = [p for p in model.parameters() if p.ndim > 1]
     free = [p for p in model.parameters() if p.ndim <= 1]
@@ -110,7 +128,10 @@ def train(args: argparse.Namespace) -> None:
         total = hits = 0.0
         for i in range(steps):
             index = shuffled[i * args.batch : (i + 1) * args.batch].to(device)
-            x = augment(inputs[index], rng).contiguous(memory_format=torch.channels_last)
+            x = augment(inputs[index], rng)
+            if args.cutout:
+                x = cutout(x, args.cutout, rng)
+            x = x.contiguous(memory_format=torch.channels_last)
             y = labels[index]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps + i, steps, args.epochs, args.lr)
@@ -171,6 +192,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--cutout", type=int, default=0, help="side in pixels of the square hidden in each image")
+    parser.add_argument("--init", help="weights to start from: a warm restart of the schedule")
     parser.add_argument("--holdout", type=int, default=0, help="train without N images and score on them")
     parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)

@@ -221,9 +221,9 @@ def quantize(
         str | None,
         typer.Option(
             "--bias-correction",
-            metavar="fast|full",
-            help="full is slower and measures every layer again.",
-            show_default="fast",
+            metavar="auto|fast|full",
+            help="full measures every layer again, and loses less; fast takes half the time.",
+            show_default="auto: full, but fast for transformers",
         ),
     ] = None,
     model_type: Annotated[

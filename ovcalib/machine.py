@@ -55,6 +55,11 @@ def has_int8_dot_product() -> bool:
     return bool(cpu_flags() & {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp"})
 
 
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies in bfloat16, rather than emulating it."""
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
 def available_cpus() -> int:
     """CPUs that this process may use, which in a container are fewer than the machine has."""
     try:

@@ -21,6 +21,7 @@ from ovcalib.graph import layer_name
 
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
+BiasCorrection = Literal["fast", "full"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
 
 # Without a 32-bit INT8 dot product, products are summed in 16 bits, where full-range weights overflow: "enable" halves
@@ -47,7 +48,7 @@ class Settings:
 
     preset: Preset = "performance"
     overflow_fix: OverflowFix = "first-layer"
-    fast_bias_correction: bool = True
+    bias_correction: BiasCorrection = "full"
     transformer: bool = False
     ignored: tuple[str, ...] = ()
 
@@ -117,7 +118,7 @@ def quantize_default(
                 settings.preset
             ],
             "subset_size": len(calibration),
-            "fast_bias_correction": settings.fast_bias_correction,
+            "fast_bias_correction": settings.bias_correction == "fast",
             "model_type": nncf.ModelType.TRANSFORMER if settings.transformer else None,
             "ignored_scope": nncf.IgnoredScope(names=list(settings.ignored)) if settings.ignored else None,
         }

@@ -83,7 +83,7 @@ class Recipe(Frozen):
     preset: Literal["performance", "mixed"] | None = None
     overflow_fix: Literal["auto", "disable", "first-layer", "enable"] = "auto"
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"] = "any"
-    bias_correction: Literal["fast", "full"] = "fast"
+    bias_correction: Literal["auto", "fast", "full"] = "auto"
     model_type: Literal["auto", "cnn", "transformer"] = "auto"
     ignore: tuple[str, ...] = ()
 

@@ -74,17 +74,22 @@ class _BatchNormWithMoments(torch.autograd.Function):
 
     Written out because autograd would go through every activation five more times: the gradients of the moments are
     added where the gradient of the affine map is made. Images are handled one by one so that each stays in the cache.
+    Activations may be bfloat16; sums are float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = _flat(x)
         out, flat_out = _empty_channels_last(x.shape, x)
-        mean, square = x.new_empty(2, len(x), x.shape[1])
+        mean, square = torch.empty(2, len(x), x.shape[1], device=x.device)
         for i, image in enumerate(flat):
+            image = image.float()
             torch.mean(image, 0, out=mean[i])
             torch.mean(image.square(), 0, out=square[i])
-            torch.addcmul(shift, image, scale, out=flat_out[i])
+            if x.dtype == torch.float32:
+                torch.addcmul(shift, image, scale, out=flat_out[i])
+            else:
+                flat_out[i] = torch.addcmul(shift, image, scale)
         ctx.save_for_backward(flat, scale)
         return out, mean, square
 
@@ -96,8 +101,12 @@ class _BatchNormWithMoments(torch.autograd.Function):
         out, flat_out = _empty_channels_last(gradient.shape, gradient)
         constant, linear = of_mean / flat.shape[1], of_square * (2 / flat.shape[1])
         for i, image in enumerate(flat):
-            torch.addcmul(constant[i], image, linear[i], out=flat_out[i])
-            flat_out[i].addcmul_(flat_gradient[i], scale)
+            if gradient.dtype == torch.float32:
+                torch.addcmul(constant[i], image, linear[i], out=flat_out[i])
+                flat_out[i].addcmul_(flat_gradient[i], scale)
+            else:
+                of_moments = torch.addcmul(constant[i], image.float(), linear[i])
+                flat_out[i] = of_moments.addcmul_(flat_gradient[i].float(), scale)
         return out, None, None
 
 

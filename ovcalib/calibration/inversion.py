@@ -24,13 +24,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovcalib import machine
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
@@ -61,6 +62,8 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     if device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
     layers = find_layers(module, request.spec.name)
+    if options.precision == "auto":
+        options = dataclasses.replace(options, precision=fastest_precision(module, device))
     labels = None
     if options.output == "labels":
         if request.spec.num_classes is None:
@@ -82,6 +85,13 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
         label_origin="method" if labels is not None else None if argmax is None else "pseudo",
         options=dataclasses.asdict(options),
     )
+
+
+def fastest_precision(module: nn.Module, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What the options call auto. A step of ResNet-20 takes 0.6 of the time in bfloat16; one of EfficientNet, whose
+    depthwise convolutions torch does not optimise in it, 1.2."""
+    grouped = any(m.groups > 1 for m in module.modules() if isinstance(m, nn.Conv2d))
+    return "bf16" if device.type == "cpu" and machine.has_bfloat16() and not grouped else "fp32"
 
 
 def pseudo_labels(
@@ -476,7 +486,8 @@ class Run:
         self.taps.clear()
         if self.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        outputs = network_outputs(self.module, images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            outputs = [output.float() for output in network_outputs(self.module, images)]
         if self.options.input_layer:
             self.taps.moments.append(image_moments(images))
         return outputs

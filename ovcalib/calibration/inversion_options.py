@@ -15,6 +15,8 @@ class InversionOptions:
     budget          quick, standard or paper: fills in what is None below
     steps           optimisation steps of every image
     batch           images that go through the network together
+    precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it,
+                    unless the network has grouped convolutions, which are slow in bfloat16
 
     scope           statistics of each sample, of each batch, or of the whole set
     spread          what is compared beside the mean: standard deviation or variance
@@ -52,6 +54,7 @@ class InversionOptions:
     budget: Literal["quick", "standard", "paper"] = "quick"
     steps: int | None = None
     batch: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     scope: Literal["sample", "batch", "set"] = "set"
     spread: Literal["std", "var"] = "std"

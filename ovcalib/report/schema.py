@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ovcalib.sweep import Sweep, SweepRecipe
 from ovcalib.types import Benchmark, Diagnosis, Recipe, Result
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -16,11 +17,14 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "recipe": Recipe,
     "benchmark": Benchmark,
     "diagnosis": Diagnosis,
+    "sweep": Sweep,
+    "sweep-recipe": SweepRecipe,
 }
 
 
 def schema(name: str) -> dict[str, Any]:
-    """The schema of "result", "benchmark" or "diagnosis" (the .json of that name) or "recipe" (request.json)."""
+    """The schema of "result", "benchmark", "diagnosis" or "sweep" (the .json of that name), or of the request.json of a
+    single run ("recipe") or of a sweep ("sweep-recipe")."""
     text = importlib.resources.files(__package__).joinpath(f"{name}.schema.json").read_text()
     return json.loads(text)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from ovcalib import cli, sweep
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.progress import Progress
+from ovcalib.report.schema import schema
 from ovcalib.sweep_engines import LocalEngine
 from ovcalib.sweep_worker import run_task
 
@@ -108,6 +110,11 @@ def test_a_result_says_where_its_images_came_from(reference):
         own = next(cell for cell in shared.cells if cell.key == key)
         made = (reference / "sets" / own.set_key / "calibration.npz").read_bytes()
         assert (folder / "calibration.npz").read_bytes() == made
+
+
+def test_what_is_written_keeps_its_schema(reference):
+    jsonschema.validate(json.loads((reference / "sweep.json").read_text()), schema("sweep"))
+    jsonschema.validate(json.loads((reference / "request.json").read_text()), schema("sweep-recipe"))
 
 
 def test_the_comparison_page_has_every_cell(reference):

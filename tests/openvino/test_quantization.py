@@ -102,7 +102,7 @@ def test_p17_the_overflow_fix_reaches_nncf(toy, toy_graph):
 
 def test_presets_and_bias_correction_reach_nncf(toy, toy_graph):
     base = graph_sha256(quantize_default(toy_graph, toy.calibration(), Settings()))
-    for other in (Settings(preset="mixed"), Settings(fast_bias_correction=False)):
+    for other in (Settings(preset="mixed"), Settings(bias_correction="fast")):
         assert graph_sha256(quantize_default(toy_graph, toy.calibration(), other)) != base
 
 

@@ -26,7 +26,7 @@ def request(toy, count=6, **fields):
 
 def made(name, toy, count=6, seed=0, checkpoint=None, tick=None, **options):
     asked = dataclasses.replace(request(toy, count), seed=seed, checkpoint=checkpoint, tick=tick or (lambda d, n: None))
-    options = {"steps": 4, "batch": 4, **options}
+    options = {"steps": 4, "batch": 4, "precision": "fp32", **options}
     return generate(name, asked, {key: str(value) for key, value in options.items()})
 
 
@@ -68,6 +68,31 @@ def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(to
     for found, wanted in zip(moments, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_rounding(toy, rng):
+    images = torch.from_numpy(rng.standard_normal((3, 3, 16, 16), dtype=np.float32))
+    found = {}
+    for half in (False, True):
+        ours = images.clone().requires_grad_()
+        with tapped(find_layers(toy.net, "toy")) as taps, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            toy.net(ours)
+            assert {m.mean.dtype for m in taps.moments} == {torch.float32}
+            loss = sum(m.mean.square().sum() + m.square.sum() for m in taps.moments)
+            (gradient,) = torch.autograd.grad(loss, ours)
+            found[half] = torch.cat([torch.cat((m.mean, m.square), 1) for m in taps.moments], 1), gradient
+    for rounded, exact in zip(found[True], found[False], strict=True):
+        assert (rounded - exact).norm() < 0.1 * exact.norm()
+        assert not torch.equal(rounded, exact)
+
+
+def test_bfloat16_is_chosen_where_the_cpu_has_it_and_no_convolution_is_grouped(monkeypatch):
+    plain, grouped = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    monkeypatch.setattr(engine.machine, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    assert engine.fastest_precision(plain, torch.device("cpu")) == "bf16"
+    assert engine.fastest_precision(grouped, torch.device("cpu")) == "fp32"
+    monkeypatch.setattr(engine.machine, "cpu_flags", frozenset)
+    assert engine.fastest_precision(plain, torch.device("cpu")) == "fp32"
 
 
 def test_layers_are_as_they_were_even_after_a_failure(toy):
@@ -326,7 +351,12 @@ def bn_loss(toy, images):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("bn-inversion", {"steps": 80}), ("dgh", {"steps": 250, "patience": 10})]
+    ("name", "options"),
+    [
+        ("bn-inversion", {"steps": 80}),
+        ("bn-inversion", {"steps": 80, "precision": "bf16"}),
+        ("dgh", {"steps": 250, "patience": 10}),
+    ],
 )
 def test_the_statistics_of_the_set_approach_those_stored(toy, name, options):
     start = engine.start(resolve(SOURCES[name].Options(), 16), request(toy, 12), range(12))
@@ -372,7 +402,7 @@ def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy):
 @pytest.mark.parametrize("axis", [
     {"refresh": True}, {"spread": "var"}, {"reduction": "sum"}, {"spread_weight": 10}, {"input_layer": True}, {"init": "uniform"},
     {"optimizer": "radam"}, {"schedule": "plateau", "patience": 1}, {"pipeline": "smooth-augment"}, {"output": "none"}, {"rate": 0.2},
-    {"swing": True}, {"scope": "sample"}, {"pipeline": "local-object"},
+    {"swing": True}, {"scope": "sample"}, {"pipeline": "local-object"}, {"precision": "bf16"},
 ])  # fmt: skip
 def test_every_option_does_something(toy, axis):
     plain = made("bn-inversion", toy, steps=8)

@@ -1,0 +1,90 @@
+"""How time and memory of BatchNorm inversion grow with the images and the steps.
+
+    python benchmarks/inversion_scaling.py resnet20-cifar10 --counts 64,512,4096 --steps 1,2,4
+
+Each run is a process of its own, so that its peak memory is its own. Time should be linear in images times steps;
+memory should grow by what belongs to an image (its pixels, two moments of the optimiser, the finished image) and by
+the moments of its batch, and by no activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ovcalib import api, machine
+from ovcalib.calibration import Request, generate
+from ovcalib.models import load_model
+from ovcalib.pipeline import model_options
+
+
+def run(model: str, fields: dict[str, object], source: str, count: int, steps: int) -> dict[str, float]:
+    """One set, in this process: seconds of the generation and peak memory above what came before it."""
+    loaded = load_model(model, model_options(api.make_recipe(model=model, **fields)), lambda line: None)
+    request = Request(count=count, seed=0, spec=loaded.spec, module=loaded.module)
+    # The first call also loads kernels and draws the palette of fractals.
+    generate(source, Request(count=8, seed=0, spec=loaded.spec, module=loaded.module), {"steps": "1"})
+    began = time.perf_counter()
+    made = generate(source, request, {"steps": str(steps)})
+    return {
+        "images": count, "steps": steps, "seconds": round(time.perf_counter() - began, 3),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "mib_of_images": round(np.asarray(made.images).nbytes / 2**20, 2),
+    }  # fmt: skip
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    counts, steps = ([int(part) for part in text.split(",")] for text in (args.counts, args.steps))
+    pairs = [(count, steps[0]) for count in counts] + [(counts[0], more) for more in steps[1:]]
+    cells = []
+    for count, number in pairs:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{count},{number}"]
+        cells.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(json.dumps(cells[-1]), flush=True)
+    small, large = cells[0], cells[len(counts) - 1]
+    extra = large["images"] - small["images"]
+    # Time is a start plus a rate: the exponent between the two largest runs is 1 where it is linear.
+    before = cells[len(counts) - 2]
+    exponent = np.log(large["seconds"] / before["seconds"]) / np.log(large["images"] / before["images"])
+    return {
+        "model": args.model, "source": args.source, "cells": cells,
+        "images_memory_factor": round(
+            (large["peak_mib"] - small["peak_mib"]) / (large["mib_of_images"] - small["mib_of_images"]), 2
+        ),
+        "kib_an_image": round(1024 * (large["peak_mib"] - small["peak_mib"]) / extra, 2),
+        "time_exponent_images": round(float(exponent), 3),
+        "environment": machine.environment(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights")
+    parser.add_argument("--input-shape")
+    parser.add_argument("--source", default="bn-inversion")
+    parser.add_argument("--counts", default="64,512,4096", help="images; the first of --steps each")
+    parser.add_argument("--steps", default="1,2,4", help="steps; the first of --counts each")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", help="JSON file of the result")
+    args = parser.parse_args()
+    if args.one:
+        shape = tuple(int(part) for part in args.input_shape.split(",")) if args.input_shape else None
+        fields = {key: value for key, value in {"weights": args.weights, "input_shape": shape}.items() if value}
+        print(json.dumps(run(args.model, fields, args.source, *(int(part) for part in args.one.split(",")))))
+        return
+    text = json.dumps(measure(args), indent=1)
+    print(text)
+    if args.output:
+        Path(args.output).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
