@@ -568,26 +568,33 @@ def load_teacher(path: Path) -> Teacher:
     return Teacher(generator)
 
 
-def generator_of(path: Path, snapshot: Mapping[str, Any], key: str = "G_ema") -> Generator:
-    """The generator in the content of a snapshot."""
-    from ovcalib.gan.stylegan2 import Generator
-
+@contextlib.contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """Whatever hostile settings lead to becomes an error that names the file."""
     try:
-        record, arrays = _arrays(snapshot, key, "Generator")
-        config = generator_config(record, arrays)
-        _check_config(config)
-        return _filled(lambda: Generator(config), arrays)  # type: ignore[return-value]
+        yield
     except RefusedError as error:
         raise _refused(path, error) from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
         raise ModelError(f"The settings in {str(path)!r} make no sense ({error}).") from error
 
 
+def generator_of(path: Path, snapshot: Mapping[str, Any], key: str = "G_ema") -> Generator:
+    """The generator in the content of a snapshot."""
+    from ovcalib.gan.stylegan2 import Generator
+
+    with _refusals_named(path):
+        record, arrays = _arrays(snapshot, key, "Generator")
+        config = generator_config(record, arrays)
+        _check_config(config)
+        return _filled(lambda: Generator(config), arrays)  # type: ignore[return-value]
+
+
 def discriminator_of(path: Path, snapshot: Mapping[str, Any]) -> Discriminator:
     """The discriminator in the content of a snapshot; only the plain architecture of the `cifar` configuration."""
     from ovcalib.gan.stylegan2 import Discriminator, DiscriminatorConfig
 
-    try:
+    with _refusals_named(path):
         record, arrays = _arrays(snapshot, "D", "Discriminator")
         given = _settings(record)
         if given.get("architecture", "resnet") != "orig":
@@ -603,10 +610,6 @@ def discriminator_of(path: Path, snapshot: Mapping[str, Any]) -> Discriminator:
         config = DiscriminatorConfig(**kwargs)
         _check_config(config)
         return _filled(lambda: Discriminator(config), arrays)  # type: ignore[return-value]
-    except RefusedError as error:
-        raise _refused(path, error) from None
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
-        raise ModelError(f"The settings in {str(path)!r} make no sense ({error}).") from error
 
 
 def _arrays(snapshot: Mapping[str, Any], key: str, class_name: str) -> tuple[Record, dict[str, NDArray[np.float32]]]:
