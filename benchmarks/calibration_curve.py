@@ -3,8 +3,8 @@
     python benchmarks/calibration.py MODEL ... --arm "dgh steps=10" --arm "dgh steps=30" --arm "dgh steps=90" -o x.json
     python benchmarks/calibration_curve.py x.json -o x.svg
 
-One line a source, one point an arm: the NMSE of the logits, mean over seeds, over CPU seconds of making the set. Sources
-with one arm alone are points, and the dashed line is real images.
+One line a source, one point an arm: the NMSE of the logits, mean over seeds, over CPU seconds of making the set.
+Sources with one arm alone are points, and the dashed line is real images.
 """
 
 from __future__ import annotations

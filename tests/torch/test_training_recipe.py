@@ -1,0 +1,69 @@
+"""The recipe of the CIFAR-10 networks keeps what it says of itself."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ovcalib.models.weights import load_state_dict
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    path = Path(__file__).parents[2] / "benchmarks/train_cifar10.py"
+    spec = importlib.util.spec_from_file_location("train_cifar10", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cutout_hides_one_square_of_each_image_and_is_centred_anywhere(recipe):
+    images = torch.ones(2000, 3, 32, 32)
+    hidden = recipe.cutout(images, 12, torch.Generator().manual_seed(0)) == 0
+    assert (hidden == hidden[:, :1]).all()
+    area = hidden[:, 0].sum((1, 2))
+    assert area.max() == 144
+    assert area.min() >= 36  # a centre on a corner leaves a quarter
+    # In the middle of the image every one of the 144 centres around a pixel hides it.
+    assert hidden[:, 0, 12:20, 12:20].float().mean().item() == pytest.approx(144 / 1024, rel=0.1)
+
+
+def test_augmentation_moves_and_flips_but_invents_nothing(recipe):
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32)
+    moved = recipe.augment(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    for before, after in zip(images, moved, strict=True):
+        assert torch.isin(after, before).all()
+
+
+def test_the_rate_warms_up_and_ends_at_nothing(recipe):
+    rates = [recipe.learning_rate(step, 10, 4, 0.1) for step in range(40)]
+    assert rates[9] == pytest.approx(0.1)
+    assert rates[:9] == sorted(rates[:9])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert recipe.learning_rate(40, 10, 4, 0.1) == pytest.approx(0)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights_and_a_restart_begins_from_others(
+    recipe, rng, tmp_path, monkeypatch
+):
+    data = tmp_path / "data.npz"
+    np.savez(data, images=rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8), labels=np.arange(64) % 10)
+
+    def run(out, *more):
+        command = ["train", "resnet20-cifar10", "--train", f"npz:{data}", "--test", f"npz:{data}", "-o", str(tmp_path / out),
+                   "--epochs", "2", "--batch", "32", "--cutout", "8", "--device", "cpu", *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        recipe.main()
+        file = tmp_path / out / "resnet20-cifar10.safetensors"
+        return load_state_dict(file) if file.is_file() else None
+
+    whole = run("whole")
+    assert run("parts", "--stop-after", "1") is None
+    parts = run("parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    again = run("again", "--init", str(tmp_path / "whole/resnet20-cifar10.safetensors"))
+    assert not torch.equal(whole["fc.weight"], again["fc.weight"])
