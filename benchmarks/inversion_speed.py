@@ -8,7 +8,7 @@ Loops over the same images in turns, A B C D A B C D ..., medians and their rati
 
     network   one forward pass and one backward pass to the pixels, nothing else: the floor
     ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without its pictures and output loss), in
-              the precision that it chooses for this network and CPU; where that is bfloat16, ours-fp32 stands beside it
+              the precision that it chooses for this CPU; where that is bfloat16, ours-fp32 stands beside it
     hooks     what everybody writes first: forward hooks that keep x.mean and x.var of every BatchNorm input, Adam
     mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, where --mct-python
               names the interpreter of an environment that has it; the model is passed as a pickled module
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 from ovcalib import api, machine
 from ovcalib.calibration import Request
+from ovcalib.calibration.bfloat16 import bfloat16_is_fast
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.dgh import Options
-from ovcalib.calibration.inversion import Run, fastest_precision, swinging
+from ovcalib.calibration.inversion import Run, swinging
 from ovcalib.calibration.inversion_options import resolve
 from ovcalib.models import load_model
 from ovcalib.pipeline import model_options
@@ -105,9 +106,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     )
     images = torch.randn(args.images, *spec.input_shape).contiguous(memory_format=torch.channels_last)
     layers = find_layers(module, spec.name)
-    precision = {"ours": fastest_precision(module, torch.device("cpu"))}
-    if precision["ours"] != "fp32":
-        precision["ours-fp32"] = "fp32"
+    fast = bfloat16_is_fast(torch.device("cpu"))
+    precision = {"ours": "bf16", "ours-fp32": "fp32"} if fast else {"ours": "fp32"}
     times: dict[str, list[float]] = {name: [] for name in ("network", *precision, "hooks")}
     plain = {"network": network_step(module, images), "hooks": hooks_step(module, images)}
     request = Request(count=args.images, seed=0, spec=spec, module=module)

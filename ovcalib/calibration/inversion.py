@@ -24,15 +24,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovcalib import machine
 from ovcalib.calibration import bn_losses as losses
+from ovcalib.calibration.bfloat16 import bfloat16_is_fast, in_bfloat16
 from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
@@ -63,7 +63,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
         module = module.to(memory_format=torch.channels_last)
     layers = find_layers(module, request.spec.name)
     if options.precision == "auto":
-        options = dataclasses.replace(options, precision=fastest_precision(module, device))
+        options = dataclasses.replace(options, precision="bf16" if bfloat16_is_fast(device) else "fp32")
     labels = None
     if options.output == "labels":
         if request.spec.num_classes is None:
@@ -85,13 +85,6 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
         label_origin="method" if labels is not None else None if argmax is None else "pseudo",
         options=dataclasses.asdict(options),
     )
-
-
-def fastest_precision(module: nn.Module, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What the options call auto. A step of ResNet-20 takes 0.6 of the time in bfloat16; one of EfficientNet, whose
-    depthwise convolutions torch does not optimise in it, 1.2."""
-    grouped = any(m.groups > 1 for m in module.modules() if isinstance(m, nn.Conv2d))
-    return "bf16" if device.type == "cpu" and machine.has_bfloat16() and not grouped else "fp32"
 
 
 def pseudo_labels(
@@ -486,7 +479,7 @@ class Run:
         self.taps.clear()
         if self.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+        with in_bfloat16(self.device, self.options.precision == "bf16"):
             outputs = [output.float() for output in network_outputs(self.module, images)]
         if self.options.input_layer:
             self.taps.moments.append(image_moments(images))

@@ -15,8 +15,7 @@ class InversionOptions:
     budget          quick, standard or paper: fills in what is None below
     steps           optimisation steps of every image
     batch           images that go through the network together
-    precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it,
-                    unless the network has grouped convolutions, which are slow in bfloat16
+    precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it
 
     scope           statistics of each sample, of each batch, or of the whole set
     spread          what is compared beside the mean: standard deviation or variance

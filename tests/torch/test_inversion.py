@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from ovcalib import machine
 from ovcalib.calibration import SOURCES, Request, generate
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration import inversion as engine
+from ovcalib.calibration.bfloat16 import in_bfloat16
 from ovcalib.calibration.bn_taps import find_layers, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.score import range_coverage, score_set, statistics_distance
@@ -86,13 +88,27 @@ def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_roun
         assert not torch.equal(rounded, exact)
 
 
-def test_bfloat16_is_chosen_where_the_cpu_has_it_and_no_convolution_is_grouped(monkeypatch):
-    plain, grouped = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
-    monkeypatch.setattr(engine.machine, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
-    assert engine.fastest_precision(plain, torch.device("cpu")) == "bf16"
-    assert engine.fastest_precision(grouped, torch.device("cpu")) == "fp32"
-    monkeypatch.setattr(engine.machine, "cpu_flags", frozenset)
-    assert engine.fastest_precision(plain, torch.device("cpu")) == "fp32"
+@pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16"}, "bf16"), ({"avx512f"}, "fp32")])
+def test_bfloat16_is_chosen_where_the_cpu_has_it(toy, monkeypatch, flags, precision):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
+    assert made("bn-inversion", toy, precision="auto").provenance.options["precision"] == precision
+
+
+@pytest.mark.parametrize("fields", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}, {"groups": 2, "bias": False}])
+def test_a_depthwise_convolution_in_bfloat16_is_that_of_float32_but_for_rounding(fields, rng):
+    conv = nn.Conv2d(8, 8, 3, **{"groups": 8, **fields}).requires_grad_(False)
+    x = torch.from_numpy(rng.standard_normal((2, 8, 9, 9), dtype=np.float32)).requires_grad_()
+    exact = conv(x)
+    weight = torch.from_numpy(rng.standard_normal(exact.shape, dtype=np.float32))
+    (expected,) = torch.autograd.grad((exact * weight).sum(), x)
+    with in_bfloat16(torch.device("cpu")):
+        rounded = conv(x)
+    assert rounded.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad((rounded.float() * weight).sum(), x)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
+    assert conv(x).dtype == torch.float32
 
 
 def test_layers_are_as_they_were_even_after_a_failure(toy):
