@@ -66,5 +66,5 @@ class _GroupedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
         (weight,) = ctx.saved_tensors
-        gradient = conv2d_input(ctx.shape, weight, gradients[0].float(), *ctx.settings)
+        gradient: Tensor = conv2d_input(ctx.shape, weight, gradients[0].float(), *ctx.settings)  # type: ignore[no-untyped-call]
         return gradient.to(gradients[0].dtype), None, None, None, None, None, None
