@@ -69,12 +69,16 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
     return layers
 
 
+# Values of an activation that are handled together, so that what is computed of them stays in the cache; single images
+# of small layers would spend more time on calls than on arithmetic.
+CHUNK = 2**18
+
+
 class _BatchNormWithMoments(torch.autograd.Function):
     """input * scale + shift, and the first two moments of every image and channel.
 
     Written out because autograd would go through every activation five more times: the gradients of the moments are
-    added where the gradient of the affine map is made. Images are handled one by one so that each stays in the cache.
-    Activations may be bfloat16; sums are float32.
+    added where the gradient of the affine map is made. Activations may be bfloat16; sums are float32.
     """
 
     @staticmethod
@@ -82,14 +86,14 @@ class _BatchNormWithMoments(torch.autograd.Function):
         flat = _flat(x)
         out, flat_out = _empty_channels_last(x.shape, x)
         mean, square = torch.empty(2, len(x), x.shape[1], device=x.device)
-        for i, image in enumerate(flat):
-            image = image.float()
-            torch.mean(image, 0, out=mean[i])
-            torch.mean(image.square(), 0, out=square[i])
+        for part in _chunks(flat):
+            values = flat[part].float()
+            torch.mean(values, 1, out=mean[part])
+            torch.mean(values.square(), 1, out=square[part])
             if x.dtype == torch.float32:
-                torch.addcmul(shift, image, scale, out=flat_out[i])
+                torch.addcmul(shift, values, scale, out=flat_out[part])
             else:
-                flat_out[i] = torch.addcmul(shift, image, scale)
+                flat_out[part] = torch.addcmul(shift, values, scale)
         ctx.save_for_backward(flat, scale)
         return out, mean, square
 
@@ -99,15 +103,21 @@ class _BatchNormWithMoments(torch.autograd.Function):
         flat, scale = ctx.saved_tensors
         flat_gradient = _flat(gradient)
         out, flat_out = _empty_channels_last(gradient.shape, gradient)
-        constant, linear = of_mean / flat.shape[1], of_square * (2 / flat.shape[1])
-        for i, image in enumerate(flat):
+        constant, linear = (of_mean / flat.shape[1])[:, None], (of_square * (2 / flat.shape[1]))[:, None]
+        for part in _chunks(flat):
             if gradient.dtype == torch.float32:
-                torch.addcmul(constant[i], image, linear[i], out=flat_out[i])
-                flat_out[i].addcmul_(flat_gradient[i], scale)
+                torch.addcmul(constant[part], flat[part], linear[part], out=flat_out[part])
+                flat_out[part].addcmul_(flat_gradient[part], scale)
             else:
-                of_moments = torch.addcmul(constant[i], image.float(), linear[i])
-                flat_out[i] = of_moments.addcmul_(flat_gradient[i].float(), scale)
+                of_moments = torch.addcmul(constant[part], flat[part].float(), linear[part])
+                flat_out[part] = of_moments.addcmul_(flat_gradient[part].float(), scale)
         return out, None, None
+
+
+def _chunks(flat: Tensor) -> list[slice]:
+    """Slices of [N, positions, C] along its images."""
+    size = max(1, CHUNK // max(1, flat[0].numel()))
+    return [slice(first, first + size) for first in range(0, len(flat), size)]
 
 
 def _flat(x: Tensor) -> Tensor:
