@@ -104,13 +104,10 @@ class _BatchNormWithMoments(torch.autograd.Function):
         flat_gradient = _flat(gradient)
         out, flat_out = _empty_channels_last(gradient.shape, gradient)
         constant, linear = (of_mean / flat.shape[1])[:, None], (of_square * (2 / flat.shape[1]))[:, None]
+        constant, linear, scale = (t.to(gradient.dtype) for t in (constant, linear, scale))
         for part in _chunks(flat):
-            if gradient.dtype == torch.float32:
-                torch.addcmul(constant[part], flat[part], linear[part], out=flat_out[part])
-                flat_out[part].addcmul_(flat_gradient[part], scale)
-            else:
-                of_moments = torch.addcmul(constant[part], flat[part].float(), linear[part])
-                flat_out[part] = of_moments.addcmul_(flat_gradient[part].float(), scale)
+            torch.addcmul(constant[part], flat[part], linear[part], out=flat_out[part])
+            flat_out[part].addcmul_(flat_gradient[part], scale)
         return out, None, None
 
 
