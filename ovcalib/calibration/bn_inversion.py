@@ -9,6 +9,7 @@ calibrates with where nothing else is asked for (benchmarks/results/calibration.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,9 @@ from ovcalib.calibration.inversion_options import images_wanted as images_wanted
 from ovcalib.calibration.sources import Generated, Request
 
 NEEDS = frozenset({"checkpoint"})
+
+# Eight small pictures do not fill a processor: with 32 a ResNet-20 takes half the time, and loses no more.
+SMALL, BATCH_OF_SMALL = 96, 32
 
 
 @dataclass(frozen=True)
@@ -41,4 +45,6 @@ def generate(request: Request, options: Options) -> Generated:
     """Fractal pictures, optimised for the network's own BatchNorm statistics."""
     from ovcalib.calibration.inversion import invert
 
+    if options.batch is None and max(request.spec.input_shape[1:]) <= SMALL:
+        options = dataclasses.replace(options, batch=BATCH_OF_SMALL)
     return invert(request, options)
