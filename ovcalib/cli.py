@@ -222,7 +222,7 @@ def quantize(
         typer.Option(
             "--bias-correction",
             metavar="auto|fast|full",
-            help="full measures every layer again, and loses less; fast takes half the time.",
+            help="full measures every layer again, and loses less; fast is quicker on small networks.",
             show_default="auto: full, but fast for transformers",
         ),
     ] = None,

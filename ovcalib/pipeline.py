@@ -290,8 +290,8 @@ def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
 def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
     """The quantization settings that a recipe comes to for a graph."""
     transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
-    # Measured, the full correction loses less on every convolutional network and source (README); transformers have
-    # wide activations at every layer, all of which it keeps.
+    # The full correction lost less on every convolutional network and source that was measured (benchmarks/results);
+    # transformers have wide activations at every layer, all of which it keeps.
     bias_correction = recipe.bias_correction
     if bias_correction == "auto":
         bias_correction = "fast" if transformer else "full"
