@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def quantize_default(
     raises    ModelError where the graph is already quantized, or NNCF refuses it
     """
     refuse_quantized_graph(graph, graph.get_friendly_name())
-    with _nncf(log) as nncf:
+    with _nncf(log) as nncf, _older_objects_left_alone():
         parameters = {
             "preset": {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}[
                 settings.preset
@@ -161,6 +162,23 @@ def dry_run_ignored(found: dict[str, list[ov.Node]]) -> list[str]:
         f"{pattern}: {', '.join(f'{layer_name(op)} ({op.get_type_name()})' for op in ops)}"
         for pattern, ops in found.items()
     ]
+
+
+@contextlib.contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Keep the garbage collector to objects made from here on.
+
+    NNCF makes so many that the collector also walks everything that torch and OpenVINO brought along: a twentieth of
+    the time on a small network.
+    """
+    if gc.get_freeze_count():  # by the application, whose objects we would thaw
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

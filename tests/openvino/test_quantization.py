@@ -1,5 +1,6 @@
 """The pitfalls of the engine that concern us, each with what we do about it."""
 
+import gc
 import json
 import os
 import subprocess
@@ -65,6 +66,17 @@ def test_p11_a_second_call_is_not_changed_by_the_first(toy, toy_graph):
     first = quantize_default(toy_graph, toy.calibration(), settings)
     second = quantize_default(toy_graph, toy.calibration(), settings)
     assert graph_sha256(first) == graph_sha256(second)
+
+
+def test_the_garbage_collector_is_left_as_it_was(toy, toy_graph):
+    quantize_default(toy_graph, toy.calibration(), Settings())
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # as servers do before they fork
+    try:
+        quantize_default(toy_graph, toy.calibration(), Settings())
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_p15_quantizing_twice_is_refused(toy, toy_graph, tmp_path):
