@@ -215,7 +215,7 @@ def benchmark(
     files = model_files(models)
     about = {label: describe_file(path) for label, path in files.items()}
     load_before = machine.load_per_cpu()
-    ticks, throttled = machine.processor_ticks(), machine.throttle_count()
+    ticks, throttled, temperature = machine.processor_ticks(), machine.throttle_count(), machine.temperature_celsius()
     runs: list[BenchmarkRun] = []
     with progress.task("benchmarking", len(settings) * ROUNDS) as tick:
         for i, setting in enumerate(settings):
@@ -224,6 +224,10 @@ def benchmark(
         load_before=load_before,
         steal_share=machine.steal_share(ticks, machine.processor_ticks()),
         throttled=None if throttled is None else (machine.throttle_count() or 0) - throttled,
+        governor=machine.governor(),
+        clock_limits_mhz=machine.clock_limits_mhz(),
+        temperature_c=(temperature, machine.temperature_celsius()),
+        power_source=machine.power_source(),
     )
     shared = machine_doubts(noise)
     runs = [run.model_copy(update={"unreliable": (*run.unreliable, *shared)}) for run in runs]
@@ -449,6 +453,8 @@ def machine_doubts(noise: Noise) -> tuple[str, ...]:
         doubts.append(f"the host took {noise.steal_share:.1%} of the processor time away")
     if noise.throttled:
         doubts.append(f"cores were slowed down for heat {noise.throttled} times")
+    if noise.power_source == "battery":
+        doubts.append("the machine ran on its battery, which may lower the clock")
     return tuple(doubts)
 
 

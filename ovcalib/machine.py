@@ -8,7 +8,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Flags of /proc/cpuinfo that matter for INT8, best first.
 ISA_FLAGS = {
@@ -77,6 +77,7 @@ def environment() -> dict[str, Any]:
         "cpu": devices.get("CPU") or platform.processor() or None,
         "isa": isa(),
         "cpus": available_cpus(),
+        "memory_gib": memory_gib(),
         "devices": devices,
         "virtual_machine": "hypervisor" in cpu_flags(),
         "system": f"{platform.system()} {platform.release()}",
@@ -85,6 +86,14 @@ def environment() -> dict[str, Any]:
             **{name: package_version(name) for name in PACKAGES},
         },
     }
+
+
+def memory_gib() -> float | None:
+    """Memory of the machine; None where the system does not tell."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_memory_bytes() -> int | None:
@@ -143,3 +152,53 @@ def package_energy_joules() -> float | None:
         return sum(int(file.read_text()) for file in files) / 1e6 if files else None
     except (OSError, ValueError):
         return None
+
+
+# The conditions of a measurement --------------------------------------------------------------
+
+
+def governor(cpufreq: Path = Path("/sys/devices/system/cpu/cpufreq")) -> str | None:
+    """What decides the clock of the cores ("performance", "powersave", ...); None where the system does not tell."""
+    try:
+        found = {file.read_text().strip() for file in cpufreq.glob("policy*/scaling_governor")}
+    except OSError:
+        return None
+    return ", ".join(sorted(found)) or None
+
+
+def clock_limits_mhz(cpufreq: Path = Path("/sys/devices/system/cpu/cpufreq")) -> tuple[float, float] | None:
+    """Slowest and fastest clock that the cores may take, or None."""
+    try:
+        low, high = (
+            [int(file.read_text()) / 1000 for file in cpufreq.glob(f"policy*/scaling_{end}_freq")]
+            for end in ("min", "max")
+        )
+    except (OSError, ValueError):
+        return None
+    return (min(low), max(high)) if low and high else None
+
+
+def temperature_celsius(thermal: Path = Path("/sys/class/thermal")) -> float | None:
+    """The hottest of the sensors that the system names, or None."""
+    found = []
+    for file in thermal.glob("thermal_zone*/temp"):
+        try:
+            found.append(int(file.read_text()) / 1000)
+        except (OSError, ValueError):  # a sensor that sleeps
+            continue
+    return max(found, default=None)
+
+
+def power_source(supplies: Path = Path("/sys/class/power_supply")) -> Literal["mains", "battery"] | None:
+    """ "mains" or "battery"; None for a machine that has no battery, or does not tell."""
+    batteries, plugged = False, False
+    for supply in supplies.glob("*"):
+        try:
+            kind = (supply / "type").read_text().strip()
+            batteries |= kind == "Battery"
+            plugged |= kind != "Battery" and (supply / "online").read_text().strip() == "1"
+        except OSError:
+            continue
+    if not batteries:
+        return None
+    return "mains" if plugged else "battery"

@@ -600,16 +600,24 @@ class DeviceParity(Frozen):
 
 
 class Noise(Frozen):
-    """What else the machine did.
+    """What else the machine did, and under which conditions; None is what the system does not tell.
 
-    load_before   load average of one minute over the number of CPUs, before anything was started
-    steal_share   share of the processor time that the host took away, during the measurement
-    throttled     how often a core was slowed down for heat
+    load_before        load average of one minute over the number of CPUs, before anything was started
+    steal_share        share of the processor time that the host took away, during the measurement
+    throttled          how often a core was slowed down for heat
+    governor           what decides the clock of the cores
+    clock_limits_mhz   slowest and fastest clock that they may take
+    temperature_c      the hottest sensor before and after the measurement
+    power_source       mains or battery; None also where there is no battery
     """
 
     load_before: float | None
     steal_share: float | None
     throttled: int | None
+    governor: str | None = None
+    clock_limits_mhz: tuple[float, float] | None = None
+    temperature_c: tuple[float | None, float | None] = (None, None)
+    power_source: Literal["mains", "battery"] | None = None
 
 
 class Benchmark(Frozen):

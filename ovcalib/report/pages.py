@@ -18,7 +18,7 @@ from ovcalib.report import charts
 from ovcalib.report.markdown import escape_markdown, markdown_report, megabytes, points
 from ovcalib.report.tables import Table, shown
 from ovcalib.rundir import write_atomically
-from ovcalib.types import Benchmark, BenchmarkRun, Candidate, Diagnosis, OperationDiagnosis, Recipe, Result
+from ovcalib.types import Benchmark, BenchmarkRun, Candidate, Diagnosis, Noise, OperationDiagnosis, Recipe, Result
 
 FORMATS = ("html", "md", "csv")
 # On the page; the JSON and the CSV hold all of them.
@@ -296,10 +296,26 @@ def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("processor", str(environment.get("cpu") or "unknown")),
         ("instruction set", str(environment.get("isa") or "unknown")),
         ("CPUs", str(environment.get("cpus"))),
+        ("memory", f"{environment['memory_gib']:g} GiB" if environment.get("memory_gib") else "unknown"),
         ("virtual machine", "yes" if environment.get("virtual_machine") else "no"),
         ("system", str(environment.get("system"))),
         ("devices", ", ".join(f"{k}: {v}" for k, v in environment.get("devices", {}).items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
+    ]
+
+
+def condition_facts(noise: Noise) -> list[tuple[str, str]]:
+    """Under which conditions a benchmark ran; what the system does not tell is said to be so."""
+    unknown = "the system does not tell"
+    clock, (before, after) = noise.clock_limits_mhz, noise.temperature_c
+    return [
+        ("busy before the start", unknown if noise.load_before is None else f"{noise.load_before:.0%} of the CPUs"),
+        ("taken by the host", unknown if noise.steal_share is None else f"{noise.steal_share:.1%} of the time"),
+        ("slowed down for heat", unknown if noise.throttled is None else f"{noise.throttled} times"),
+        ("temperature", unknown if before is None or after is None else f"{before:.0f} to {after:.0f} °C"),
+        ("governor", noise.governor or unknown),
+        ("clock limits", f"{clock[0]:.0f} to {clock[1]:.0f} MHz" if clock else unknown),
+        ("power source", noise.power_source or "no battery found"),
     ]
 
 
@@ -598,7 +614,7 @@ def benchmark_page(b: Benchmark) -> str:
         tiles=tiles,
         warnings=(*b.warnings, *dict.fromkeys(reason for run in b.runs for reason in run.unreliable)),
         b=benchmark_context(b),
-        machine=machine_facts(b.environment),
+        machine=machine_facts(b.environment) + condition_facts(b.noise),
     )
 
 
@@ -721,6 +737,9 @@ def benchmark_markdown(b: Benchmark) -> str:
         "",
         "## Machine",
         "",
-        *(f"- {name}: {escape_markdown(value)}" for name, value in machine_facts(b.environment)),
+        *(
+            f"- {name}: {escape_markdown(value)}"
+            for name, value in machine_facts(b.environment) + condition_facts(b.noise)
+        ),
     ]
     return "\n".join(lines) + "\n"

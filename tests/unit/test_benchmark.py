@@ -140,3 +140,47 @@ def test_likeness_finds_the_worst_image():
     other[2, 1] = np.nan
     assert likeness(reference, other) == (None, 2, None)
     assert likeness(reference, np.ones_like(reference))[0] is None
+
+
+def test_the_conditions_are_read_from_the_system(tmp_path):
+    for i, (name, low, high) in enumerate([("powersave", 800, 3500), ("performance", 400, 4700)]):
+        policy = tmp_path / "cpufreq" / f"policy{i}"
+        policy.mkdir(parents=True)
+        (policy / "scaling_governor").write_text(f"{name}\n")
+        (policy / "scaling_min_freq").write_text(f"{low}000\n")
+        (policy / "scaling_max_freq").write_text(f"{high}000\n")
+    assert machine.governor(tmp_path / "cpufreq") == "performance, powersave"
+    assert machine.clock_limits_mhz(tmp_path / "cpufreq") == (400, 4700)
+    for i, value in enumerate(["41000", "67500", "asleep"]):
+        zone = tmp_path / "thermal" / f"thermal_zone{i}"
+        zone.mkdir(parents=True)
+        (zone / "temp").write_text(value)
+    assert machine.temperature_celsius(tmp_path / "thermal") == 67.5
+
+
+@pytest.mark.parametrize(
+    ("supplies", "expected"),
+    [
+        ({}, None),
+        ({"AC": ("Mains", "1")}, None),
+        ({"AC": ("Mains", "1"), "BAT0": ("Battery", None)}, "mains"),
+        ({"AC": ("Mains", "0"), "BAT0": ("Battery", None)}, "battery"),
+    ],
+)
+def test_only_a_machine_with_a_battery_has_a_power_source(tmp_path, supplies, expected):
+    for name, (kind, online) in supplies.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "type").write_text(kind)
+        if online:
+            (tmp_path / name / "online").write_text(online)
+    assert machine.power_source(tmp_path) == expected
+
+
+def test_what_the_system_does_not_tell_is_none(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert machine.governor(nowhere) is None
+    assert machine.clock_limits_mhz(nowhere) is None
+    assert machine.temperature_celsius(nowhere) is None
+    assert machine.power_source(nowhere) is None
+    quiet = Noise(load_before=None, steal_share=None, throttled=None, power_source="battery")
+    assert machine_doubts(quiet) == ("the machine ran on its battery, which may lower the clock",)
