@@ -15,6 +15,8 @@ Loops over the same images in turns, A B C D A B C D ..., medians and their rati
 
 The time of a step of `mct` is that of `steps` iterations over that of one, so that its set-up does not count. With
 --mct-images its pictures are kept, for benchmarks/calibration.py (`--arm npz:FILE`) to say what they are worth.
+--race N times bn-inversion with N steps from the first fractal to the last image, beside all of MCT's steps, both
+after a run that warms up; calibration.py's `--arm "bn-inversion steps=N"` with as many images says what those are worth.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ovcalib import api, machine
-from ovcalib.calibration import Request
+from ovcalib.calibration import Request, generate
 from ovcalib.calibration.bfloat16 import bfloat16_is_fast
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.dgh import Options
@@ -145,14 +147,25 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             if found.returncode:
                 raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
             result["mct"], mct_seconds = (float(word) for word in found.stdout.split()[-2:])
+    race = {steps: whole_run(request, steps) for steps in args.race}
     return {
         "model": spec.name, "images": args.images, "threads": torch.get_num_threads(), "precision": precision,
         "seconds_a_step": {name: round(value, 4) for name, value in result.items()},
         "over_network": {name: round(value / result["network"], 2) for name, value in result.items()},
         "over_ours": {name: round(value / result["ours"], 2) for name, value in result.items()},
         "mct": {"steps": args.mct_steps + 1, "seconds": round(mct_seconds, 1)} if args.mct_python else None,
+        "race": {f"bn-inversion steps={steps}": round(seconds, 2) for steps, seconds in race.items()},
         "environment": machine.environment(),
     }  # fmt: skip
+
+
+def whole_run(request: Request, steps: int) -> float:
+    """Seconds of making all images; the first time warms up."""
+    for _ in range(2):
+        began = time.perf_counter()
+        generate("bn-inversion", request, {"steps": str(steps)})
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 def main() -> None:
@@ -166,6 +179,7 @@ def main() -> None:
     parser.add_argument("--mct-python", help="interpreter with model-compression-toolkit")
     parser.add_argument("--mct-steps", type=int, default=5)
     parser.add_argument("--mct-images", help="npz file for the images that mct makes")
+    parser.add_argument("--race", type=int, action="append", default=[], metavar="STEPS", help="repeatable")
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
     result = measure(args)
