@@ -15,8 +15,8 @@ Loops over the same images in turns, A B C D A B C D ..., medians and their rati
 
 The time of a step of `mct` is that of `steps` iterations over that of one, so that its set-up does not count. With
 --mct-images its pictures are kept, for benchmarks/calibration.py (`--arm npz:FILE`) to say what they are worth.
---race N times bn-inversion with N steps, from the first fractal to the last image, beside all of MCT's steps, each after
-a run that warms up; what the images are worth says calibration.py (`--arm "bn-inversion steps=N"`, as many images).
+--race N times bn-inversion with N steps, from the first fractal to the last image, beside all of MCT's steps, each
+after a run that warms up; calibration.py says what the images are worth (`--arm "bn-inversion steps=N"`, as many).
 """
 
 from __future__ import annotations
