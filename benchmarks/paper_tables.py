@@ -33,6 +33,13 @@ from ovcalib.sweep_tables import (
 from ovcalib.types import Result
 
 MODELS = ("ResNet20", "VGG16", "MobileNetV2", "ShuffleNetV2", "RepVGG")
+# The narrow relatives of benchmarks/paper_narrow.yaml, which a CPU can train, and the model of the paper beside each.
+NARROW = {
+    "VGG11": "VGG16",
+    "MobileNetV2 x0.5": "MobileNetV2",
+    "ShuffleNetV2 x0.5": "ShuffleNetV2",
+    "RepVGG-A0": "RepVGG",
+}
 # Top-1 of the checkpoints, in per cent, by their publisher.
 PUBLISHED_TOP1 = dict(zip(MODELS, (92.60, 94.16, 94.22, 93.81, 94.98), strict=True))
 # "Degradation percentage": whether points or per cent of FP32, the paper does not say.
@@ -66,7 +73,9 @@ def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, pu
     ours = [source.label for source in sweep.recipe.sources] if sweep else []
     sources = [*published, *(label for label in ours if label not in published)]
     rows = [[escape_markdown(source)] for source in sources]
-    for k, model in enumerate(MODELS):
+    models = columns(sweep)
+    for model in models:
+        k = MODELS.index(NARROW.get(model, model))
         groups = [group(sweep, model, source, mode) if sweep else [] for source in sources]
         drops = [over_seeds(cells, DROP, results, {}) for cells in groups]
         marked = best(drops, "less")
@@ -76,21 +85,32 @@ def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, pu
             text += f" ({relative.mean:.2f} %)" if relative else ""
             known = published.get(sources[i], (None,) * len(MODELS))[k]
             rows[i] += [f"**{text}**" if i == marked else text, "-" if known is None else f"{known:.2f}"]
-    header = ["calibration", *(name for model in MODELS for name in (model, "paper"))]
+    named = {model: f"paper ({NARROW[model]})" if model in NARROW else "paper" for model in models}
+    header = ["calibration", *(name for model in models for name in (model, named[model]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def columns(sweep: Sweep | None) -> list[str]:
+    """The paper's models, or those of a sweep of their narrow relatives."""
+    ours = [model.label for model in sweep.recipe.models] if sweep else []
+    if not set(ours) & set(NARROW):
+        return list(MODELS)
+    return [model for model in ours if model in MODELS or model in NARROW]
 
 
 def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
     """One line a model: its weights and the images that it was proven on."""
     lines = []
-    for model in MODELS:
+    for model in columns(sweep):
         found = [results[cell.key] for cell in sweep.cells if cell.model == model and cell.key in results]
         if not found or found[0].accuracy is None:
             continue
         first, accuracy = found[0], found[0].accuracy
+        stands = f", a narrower relative of the paper's {NARROW[model]}" if model in NARROW else ""
+        theirs = PUBLISHED_TOP1[NARROW.get(model, model)]
         lines.append(
-            f"- {model}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published weights, by their publisher: "
-            f"{PUBLISHED_TOP1[model]:.2f} %), weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
+            f"- {model}{stands}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published weights, by their publisher: "
+            f"{theirs:.2f} %), weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
             f"{escape_markdown(accuracy.protocol)}"
         )
     return lines

@@ -284,6 +284,22 @@ def test_our_cells_stand_beside_the_published_ones(paper):
     assert lines[6].startswith("| Own | not run | - | not run | - |")
 
 
+def test_a_narrow_relative_stands_beside_its_model_of_the_paper_by_name(paper):
+    sweep, results = swept({("noise", 0): result(0.4)}, {}, sources=[{"name": "Fractal", "calib": "noise"}],
+                           models=[{"name": "RepVGG-A0", "model": "resnet20-cifar10"}])  # fmt: skip
+    lines = paper.drop_table(sweep, results, "default", paper.TABLE_1A).splitlines()
+    assert lines[0] == "| calibration | RepVGG-A0 | paper (RepVGG) |"
+    assert lines[-1].endswith("(0.50 %) | 41.73 |")
+
+
+def test_the_narrow_recipe_is_valid_and_every_model_has_a_column(paper):
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_narrow.yaml"
+    found = make_sweep_recipe(yaml.safe_load(path.read_text()))
+    assert {paper.NARROW.get(model.label) for model in found.models} == {None, *paper.MODELS[1:]}
+    assert set(paper.TABLE_1A) <= {source.label for source in found.sources}
+    assert all(model.command or model.weights is None for model in found.models)
+
+
 @pytest.mark.parametrize("name", ["paper", "paper_published"])
 def test_the_papers_recipes_are_valid_and_name_its_rows_and_columns(paper, name):
     path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.yaml"
