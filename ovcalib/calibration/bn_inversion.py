@@ -9,7 +9,6 @@ calibrates with where nothing else is asked for (benchmarks/results/calibration.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +17,6 @@ from ovcalib.calibration.inversion_options import images_wanted as images_wanted
 from ovcalib.calibration.sources import Generated, Request
 
 NEEDS = frozenset({"checkpoint"})
-
-# Eight small pictures do not fill a processor: with 32 a ResNet-20 takes half the time, and loses no more.
-SMALL, BATCH_OF_SMALL = 96, 32
 
 
 @dataclass(frozen=True)
@@ -32,12 +28,11 @@ class Options(InversionOptions):
     init: Literal["gaussian", "uniform", "fractal"] = "fractal"
     output: Literal["none", "stretch", "labels"] = "stretch"
     output_weight: float = 1e-3
-    schedule: Literal["plateau", "plateau-reset", "cosine"] = "cosine"
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 30, "batch": 8, "rate": 0.08},
-        "standard": {"steps": 120, "batch": 16, "rate": 0.05},
-        "paper": {"steps": 1000, "batch": 32, "rate": 0.05},
+        "quick": {"steps": 30, "batch": 8, "rate": 0.08, "schedule": "cosine"},
+        "standard": {"steps": 120, "batch": 16, "rate": 0.05, "schedule": "cosine"},
+        "paper": {"steps": 1000, "batch": 32, "rate": 0.05, "schedule": "cosine"},
     }
 
 
@@ -45,6 +40,4 @@ def generate(request: Request, options: Options) -> Generated:
     """Fractal pictures, optimised for the network's own BatchNorm statistics."""
     from ovcalib.calibration.inversion import invert
 
-    if options.batch is None and max(request.spec.input_shape[1:]) <= SMALL:
-        options = dataclasses.replace(options, batch=BATCH_OF_SMALL)
     return invert(request, options)

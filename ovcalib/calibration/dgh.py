@@ -32,13 +32,12 @@ class Options(InversionOptions):
     output: Literal["none", "stretch", "labels"] = "stretch"
     output_weight: float = 1e-5
     optimizer: Literal["adam", "radam"] = "radam"
-    schedule: Literal["plateau", "plateau-reset", "cosine"] = "plateau-reset"
     factor: float = 0.5
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8, "rate": 16.0, "patience": 2},
-        "standard": {"steps": 300, "batch": 16, "rate": 16.0, "patience": 6},
-        "paper": {"steps": 1000, "batch": 128, "rate": 16.0, "patience": 20},
+        "quick": {"steps": 80, "batch": 8, "rate": 16.0, "patience": 2, "schedule": "plateau-reset"},
+        "standard": {"steps": 300, "batch": 16, "rate": 16.0, "patience": 6, "schedule": "plateau-reset"},
+        "paper": {"steps": 1000, "batch": 128, "rate": 16.0, "patience": 20, "schedule": "plateau-reset"},
     }
 
 

@@ -35,9 +35,9 @@ class Options(InversionOptions):
     decay: float = 0.95
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8, "rate": 0.1, "patience": 100},
-        "standard": {"steps": 300, "batch": 16, "rate": 0.1, "patience": 100},
-        "paper": {"steps": 4000, "batch": 128, "rate": 0.1, "patience": 100},
+        "quick": {"steps": 80, "batch": 8, "rate": 0.1, "patience": 100, "schedule": "cosine"},
+        "standard": {"steps": 300, "batch": 16, "rate": 0.1, "patience": 100, "schedule": "cosine"},
+        "paper": {"steps": 4000, "batch": 128, "rate": 0.1, "patience": 100, "schedule": "plateau"},
     }
 
     def __post_init__(self) -> None:
@@ -56,6 +56,9 @@ def generate(request: Request, options: Options) -> Generated:
     _, height, width = request.spec.input_shape
     if options.scope != "batch":
         raise UsageError(f"-O scope={options.scope}: genie trains a generator for each batch; expected batch.")
+    if options.init != "gaussian" or options.schedule == "plateau-reset":
+        given = f"init={options.init}" if options.init != "gaussian" else f"schedule={options.schedule}"
+        raise UsageError(f"-O {given}: genie starts from gaussian latent vectors, with schedule plateau or cosine.")
     if height % 4 or width % 4:
         raise UsageError(f"genie makes images whose sides divide by 4, and {request.spec.name} takes {height}x{width}.")
     return invert(request, options, GeneratorRun)

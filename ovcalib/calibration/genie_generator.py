@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
 
 from ovcalib.calibration.genie import Options
 from ovcalib.calibration.inversion import Run
@@ -48,16 +52,14 @@ class GeneratorRun(Run):
     def steps_alone(self, number: int, steps: int) -> None:
         o, group = self.options, self.groups[number]
         assert o.rate is not None
-        assert o.patience is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng((self.request.seed, 3, number)).integers(2**63)))
             generator = Generator(o.latent, self.request.spec.input_shape).to(self.device).train()
         drawn = [np.random.default_rng((self.request.seed, 0, i)).standard_normal(o.latent) for i in group]
         z = torch.from_numpy(np.stack(drawn)).float().to(self.device).requires_grad_()
-        latent_optimizer = torch.optim.Adam([z], o.rate)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(latent_optimizer, patience=o.patience, min_lr=1e-4)
-        optimizer = torch.optim.Adam(generator.parameters(), o.generator_rate)
-        decay = torch.optim.lr_scheduler.StepLR(optimizer, 100, o.decay)
+        method = torch.optim.RAdam if o.optimizer == "radam" else torch.optim.Adam
+        latent_optimizer, optimizer = method([z], o.rate), method(generator.parameters(), o.generator_rate)
+        adjust_rates = schedule(o, latent_optimizer, optimizer, steps)
         batch = self.batch_of(group, generator(z).detach())
         for step in range(steps):
             batch.step = step
@@ -71,10 +73,33 @@ class GeneratorRun(Run):
             value.backward()  # type: ignore[no-untyped-call]
             latent_optimizer.step()
             optimizer.step()
-            plateau.step(value.item())
-            decay.step()
-            self.report(number * steps + step, float(value.detach()))
+            adjust_rates(value.item())
+            self.report(number * steps + step, value.item())
         with torch.no_grad():
             batch.images = generator(z)
         self.batches[number] = batch
         self.close(number)
+
+
+def schedule(o: Options, latents: Optimizer, generator: Optimizer, steps: int) -> Callable[[float], None]:
+    """Called with the loss after every step: the authors' schedules, or a cosine to zero for both rates."""
+    if o.schedule == "cosine":
+        cosines = [
+            lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)))
+            for optimizer in (latents, generator)
+        ]
+
+        def follow(loss: float) -> None:
+            for cosine in cosines:
+                cosine.step()
+
+        return follow
+    assert o.patience is not None
+    plateau = lr_scheduler.ReduceLROnPlateau(latents, factor=o.factor, patience=o.patience, min_lr=1e-4)
+    decay = lr_scheduler.StepLR(generator, 100, o.decay)
+
+    def cut(loss: float) -> None:
+        plateau.step(loss)
+        decay.step()
+
+    return cut

@@ -29,9 +29,9 @@ class Options(InversionOptions):
     output: Literal["none", "stretch", "labels"] = "labels"
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8, "rate": 0.5, "patience": 8},
-        "standard": {"steps": 300, "batch": 16, "rate": 0.5, "patience": 25},
-        "paper": {"steps": 1000, "batch": 256, "rate": 0.5, "patience": 50},
+        "quick": {"steps": 80, "batch": 8, "rate": 0.5, "patience": 8, "schedule": "cosine"},
+        "standard": {"steps": 300, "batch": 16, "rate": 0.5, "patience": 25, "schedule": "cosine"},
+        "paper": {"steps": 1000, "batch": 256, "rate": 0.5, "patience": 50, "schedule": "plateau"},
     }
 
 

@@ -156,7 +156,7 @@ def parse_options(kind: type[Any], given: Mapping[str, str], name: str) -> Any:
 
 
 def _convert(text: str, hint: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if text.lower() == "none" and type(None) in hint.__args__:
             return None
         hint = next(arg for arg in hint.__args__ if arg is not type(None))

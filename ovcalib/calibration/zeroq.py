@@ -26,9 +26,9 @@ class Options(InversionOptions):
     reduction: Literal["sum", "mean"] = "sum"
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8, "rate": 0.5, "patience": 16},
-        "standard": {"steps": 300, "batch": 16, "rate": 0.5, "patience": 60},
-        "paper": {"steps": 500, "batch": 32, "rate": 0.5, "patience": 100},
+        "quick": {"steps": 80, "batch": 8, "rate": 0.5, "patience": 16, "schedule": "cosine"},
+        "standard": {"steps": 300, "batch": 16, "rate": 0.5, "patience": 60, "schedule": "cosine"},
+        "paper": {"steps": 500, "batch": 32, "rate": 0.5, "patience": 100, "schedule": "plateau"},
     }
 
 

@@ -425,6 +425,23 @@ def test_every_option_does_something(toy, axis):
     assert not np.array_equal(plain.images, made("bn-inversion", toy, steps=8, **axis).images)
 
 
+@pytest.mark.parametrize("axis", [
+    {"optimizer": "radam"}, {"schedule": "plateau"}, {"schedule": "plateau", "patience": 1, "factor": 0.5}, {"rate": 0.2},
+    {"generator_rate": 0.02}, {"latent": 64}, {"swing": False},
+])  # fmt: skip
+def test_every_option_of_genie_does_something(toy, axis):
+    plain = made("genie", toy, steps=8)
+    assert not np.array_equal(plain.images, made("genie", toy, steps=8, **axis).images)
+
+
+def test_small_images_go_through_the_network_in_larger_batches():
+    for name in METHODS:
+        options = SOURCES[name].Options()
+        assert resolve(options, 224).batch == 8
+        assert resolve(options, 32).batch >= 32
+        assert resolve(dataclasses.replace(options, batch=5), 32).batch == 5
+
+
 class Stop(KeyboardInterrupt):
     pass
 
@@ -519,6 +536,9 @@ def test_impossible_options_are_refused(toy):
             made("bn-inversion", toy, **options)
     with pytest.raises(UsageError, match="expected batch"):
         made("genie", toy, scope="set")
+    for options in ({"init": "fractal"}, {"schedule": "plateau-reset"}):
+        with pytest.raises(UsageError, match="genie starts from gaussian latent vectors"):
+            made("genie", toy, **options)
     with pytest.raises(ModelError, match="Lower the rate"):
         made("bn-inversion", toy, steps=20, rate=1e30)
 
