@@ -53,7 +53,8 @@ WARMUP_LIMIT_S = 5.0
 P999_INFERENCES = 1000
 
 # Beyond these a run is called unreliable; it is reported all the same.
-LOAD_LIMIT = 0.5  # of the CPUs busy before the benchmark began
+BUSY_LIMIT = 0.2  # of the processor time used by others before the benchmark began
+BUSY_WINDOW_S = 1.0
 STEAL_LIMIT = 0.01
 VARIATION_LIMIT = 0.05  # coefficient of variation of the rounds' medians
 
@@ -214,14 +215,15 @@ def benchmark(
         raise DeviceError(" ".join(missing))
     files = model_files(models)
     about = {label: describe_file(path) for label, path in files.items()}
-    load_before = machine.load_per_cpu()
+    idle = machine.processor_ticks()
+    time.sleep(BUSY_WINDOW_S)
     ticks, throttled, temperature = machine.processor_ticks(), machine.throttle_count(), machine.temperature_celsius()
     runs: list[BenchmarkRun] = []
     with progress.task("benchmarking", len(settings) * ROUNDS) as tick:
         for i, setting in enumerate(settings):
             runs += turns(files, about, setting, seconds, lambda done, i=i: tick(i * ROUNDS + done))  # type: ignore[misc]
     noise = Noise(
-        load_before=load_before,
+        busy_before=machine.busy_share(idle, ticks),
         steal_share=machine.steal_share(ticks, machine.processor_ticks()),
         throttled=None if throttled is None else (machine.throttle_count() or 0) - throttled,
         governor=machine.governor(),
@@ -447,8 +449,8 @@ def power_of(rounds: Sequence[Mapping[str, Any]]) -> Power | None:
 def machine_doubts(noise: Noise) -> tuple[str, ...]:
     """What makes every run on this machine doubtful."""
     doubts = []
-    if noise.load_before is not None and noise.load_before > LOAD_LIMIT:
-        doubts.append(f"other work kept {noise.load_before:.0%} of the CPUs busy before the start")
+    if noise.busy_before is not None and noise.busy_before > BUSY_LIMIT:
+        doubts.append(f"other work took {noise.busy_before:.0%} of the processor time before the start")
     if noise.steal_share is not None and noise.steal_share > STEAL_LIMIT:
         doubts.append(f"the host took {noise.steal_share:.1%} of the processor time away")
     if noise.throttled:

@@ -8,7 +8,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # Flags of /proc/cpuinfo that matter for INT8, best first.
 ISA_FLAGS = {
@@ -112,28 +112,36 @@ RAPL = Path("/sys/class/powercap")
 RAPL_REASON = f"no readable energy counter (RAPL) under {RAPL}"
 
 
-def load_per_cpu() -> float | None:
-    """Load average of the last minute over the CPUs of this process; None where the system has none."""
-    try:
-        return os.getloadavg()[0] / available_cpus()
-    except (AttributeError, OSError):
-        return None
+class Ticks(NamedTuple):
+    """Processor time in ticks: all of it, what nobody used, and what the host took away."""
+
+    all: int
+    idle: int
+    stolen: int
 
 
-def processor_ticks() -> tuple[int, int] | None:
-    """(all, stolen by the host) processor ticks since the start, or None."""
+def processor_ticks() -> Ticks | None:
+    """Processor ticks of all CPUs since the start, or None."""
     try:
         fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
         return None
-    return (sum(fields), fields[7]) if len(fields) == 8 else None
+    # user, nice, system, idle, waiting for a disk, interrupts, soft interrupts, stolen
+    return Ticks(sum(fields), fields[3] + fields[4], fields[7]) if len(fields) == 8 else None
 
 
-def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
-    """Share of the processor time between two readings that the host took away, 0..1."""
-    if before is None or after is None or after[0] == before[0]:
+def busy_share(before: Ticks | None, after: Ticks | None) -> float | None:
+    """Share of the processor time between two readings that anybody used, 0..1."""
+    if before is None or after is None or after.all == before.all:
         return None
-    return (after[1] - before[1]) / (after[0] - before[0])
+    return 1 - (after.idle - before.idle) / (after.all - before.all)
+
+
+def steal_share(before: Ticks | None, after: Ticks | None) -> float | None:
+    """Share of the processor time between two readings that the host took away, 0..1."""
+    if before is None or after is None or after.all == before.all:
+        return None
+    return (after.stolen - before.stolen) / (after.all - before.all)
 
 
 def throttle_count() -> int | None:

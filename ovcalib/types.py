@@ -602,7 +602,7 @@ class DeviceParity(Frozen):
 class Noise(Frozen):
     """What else the machine did, and under which conditions; None is what the system does not tell.
 
-    load_before        load average of one minute over the number of CPUs, before anything was started
+    busy_before        share of the processor time that other work took in the second before the start
     steal_share        share of the processor time that the host took away, during the measurement
     throttled          how often a core was slowed down for heat
     governor           what decides the clock of the cores
@@ -611,7 +611,7 @@ class Noise(Frozen):
     power_source       mains or battery; None also where there is no battery
     """
 
-    load_before: float | None
+    busy_before: float | None
     steal_share: float | None
     throttled: int | None
     governor: str | None = None

@@ -309,7 +309,7 @@ def condition_facts(noise: Noise) -> list[tuple[str, str]]:
     unknown = "the system does not tell"
     clock, (before, after) = noise.clock_limits_mhz, noise.temperature_c
     return [
-        ("busy before the start", unknown if noise.load_before is None else f"{noise.load_before:.0%} of the CPUs"),
+        ("other work", unknown if noise.busy_before is None else f"{noise.busy_before:.0%} of the processor time"),
         ("taken by the host", unknown if noise.steal_share is None else f"{noise.steal_share:.1%} of the time"),
         ("slowed down for heat", unknown if noise.throttled is None else f"{noise.throttled} times"),
         ("temperature", unknown if before is None or after is None else f"{before:.0f} to {after:.0f} °C"),

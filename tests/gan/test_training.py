@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import socket
+import threading
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -16,7 +19,7 @@ from ovcalib.gan.distillation import StudentRecipe, StudentTraining, pixel_weigh
 from ovcalib.gan.pairs import Pairs, load_pairs
 from ovcalib.gan.stylegan2 import DiscriminatorConfig
 from ovcalib.gan.teacher import TeacherRecipe, TeacherTraining, ema_beta
-from ovcalib.gan.training import TrainingImages, Workers, batch_indices, load_training_images
+from ovcalib.gan.training import TrainingImages, Workers, batch_indices, load_training_images, workers
 from tests.conftest import toy_images
 from tests.gan.snapshots import tiny_config
 
@@ -138,6 +141,60 @@ def test_a_resumed_teacher_equals_an_uninterrupted_one():
             getattr(straight, name).state_dict().values(), getattr(second, name).state_dict().values(), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Threads(Workers):
+    """What two processes are to come to: their sums, made by threads that wait for each other."""
+
+    barrier: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(2))
+    parts: dict = dataclasses.field(default_factory=dict)
+
+    def average(self, values):
+        self.parts[self.rank] = values.clone()
+        self.barrier.wait()
+        values.copy_((self.parts[0] + self.parts[1]) / 2)
+        self.barrier.wait()
+        return values
+
+
+def steps_of(training, count):
+    return [training.step() for _ in range(count)]
+
+
+def steps_in_a_process(rank, folder, port):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        torch.set_num_threads(1)
+        with workers("cpu") as team:
+            training = tiny_teacher(team)
+            steps_of(training, 4)
+            torch.save(training.average.state_dict(), folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(steps_in_a_process, (tmp_path, port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    barrier, parts = threading.Barrier(2), {}
+    trainings = [tiny_teacher(Threads(rank, 2, CPU, barrier, parts)) for rank in (0, 1)]
+    threads = [threading.Thread(target=partial(steps_of, training, 4)) for training in trainings]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = tiny_teacher()
+    steps_of(alone, 4)
+    for name, value in trainings[0].average.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    # Each process draws its own noise, so two of them are not one.
+    assert any(not torch.equal(first[name], value) for name, value in alone.average.state_dict().items())
 
 
 def test_the_published_settings():

@@ -52,16 +52,19 @@ def test_a_latency_is_steady_when_two_windows_agree():
 
 
 def test_a_noisy_machine_is_named():
-    assert machine_doubts(Noise(load_before=0.1, steal_share=0.0, throttled=0)) == ()
-    doubts = machine_doubts(Noise(load_before=0.9, steal_share=0.2, throttled=3))
+    assert machine_doubts(Noise(busy_before=0.1, steal_share=0.0, throttled=0)) == ()
+    doubts = machine_doubts(Noise(busy_before=0.9, steal_share=0.2, throttled=3))
     assert [word in doubt for word, doubt in zip(("90%", "20.0%", "3 times"), doubts, strict=True)] == [True] * 3
-    assert machine_doubts(Noise(load_before=None, steal_share=None, throttled=None)) == ()
+    assert machine_doubts(Noise(busy_before=None, steal_share=None, throttled=None)) == ()
 
 
 def test_stolen_time_is_a_share_of_all_time():
-    assert machine.steal_share((100, 10), (200, 35)) == 0.25
-    assert machine.steal_share(None, (1, 1)) is None
-    assert machine.steal_share((5, 1), (5, 1)) is None
+    before, after = machine.Ticks(100, 60, 10), machine.Ticks(200, 90, 35)
+    assert machine.steal_share(before, after) == 0.25
+    assert machine.busy_share(before, after) == 0.7
+    for share in (machine.steal_share, machine.busy_share):
+        assert share(None, after) is None
+        assert share(after, after) is None
 
 
 def test_energy_is_read_from_whole_packages(tmp_path, monkeypatch):
@@ -182,5 +185,5 @@ def test_what_the_system_does_not_tell_is_none(tmp_path):
     assert machine.clock_limits_mhz(nowhere) is None
     assert machine.temperature_celsius(nowhere) is None
     assert machine.power_source(nowhere) is None
-    quiet = Noise(load_before=None, steal_share=None, throttled=None, power_source="battery")
+    quiet = Noise(busy_before=None, steal_share=None, throttled=None, power_source="battery")
     assert machine_doubts(quiet) == ("the machine ran on its battery, which may lower the clock",)
