@@ -90,13 +90,13 @@ def make_set(source: str, options: dict[str, str], request: Request, keep: str |
     """A calibration set and the CPU seconds that it took; from `keep`, where an earlier run left it."""
     key = json.dumps([source, options, request.count, request.seed, request.spec.name])
     folder = Path(keep, hashlib.sha256(key.encode()).hexdigest()[:16]) if keep else None
-    if folder and folder.is_dir():
+    if folder and (folder / "cpu_seconds.json").is_file():  # written last
         return read_set(folder), json.loads((folder / "cpu_seconds.json").read_text())
     began = time.process_time()
     made = generate(source, request, options)
     cpu_seconds = time.process_time() - began
     if folder:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         made.save(folder)
         (folder / "cpu_seconds.json").write_text(json.dumps(cpu_seconds))
     return made, cpu_seconds
