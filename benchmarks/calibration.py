@@ -44,9 +44,6 @@ def measure(args: argparse.Namespace) -> None:
     out = Path(args.output)
     cells: list[dict[str, Any]] = json.loads(out.read_text())["cells"] if out.exists() else []
     fields = {key: getattr(args, key) for key in ("weights", "input_shape", "mean", "std") if getattr(args, key)}
-    for key, kind in (("input_shape", int), ("mean", float), ("std", float)):
-        if key in fields:
-            fields[key] = tuple(kind(part) for part in fields[key].split(","))
     recipe = api.make_recipe(
         model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni",
         bias_correction=args.bias_correction, **fields,
@@ -132,9 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape")
-    parser.add_argument("--mean")
-    parser.add_argument("--std")
+    parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
+    parser.add_argument("--mean", type=lambda text: tuple(map(float, text.split(","))), metavar="A,B,C")
+    parser.add_argument("--std", type=lambda text: tuple(map(float, text.split(","))), metavar="A,B,C")
     parser.add_argument("--eval", required=True, help="data reference of the evaluation images")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--count", type=int, default=128, help="images of every arm")

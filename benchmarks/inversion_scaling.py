@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape")
+    parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
     parser.add_argument("--source", default="bn-inversion")
     parser.add_argument("--counts", default="64,512,4096", help="images; the first of --steps each")
     parser.add_argument("--steps", default="1,2,4", help="steps; the first of --counts each")
@@ -76,8 +76,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
     if args.one:
-        shape = tuple(int(part) for part in args.input_shape.split(",")) if args.input_shape else None
-        fields = {key: value for key, value in {"weights": args.weights, "input_shape": shape}.items() if value}
+        fields = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
         print(json.dumps(run(args.model, fields, args.source, *(int(part) for part in args.one.split(",")))))
         return
     text = json.dumps(measure(args), indent=1)

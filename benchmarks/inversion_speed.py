@@ -96,8 +96,7 @@ def hooks_step(module: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    shape = tuple(int(part) for part in args.input_shape.split(",")) if args.input_shape else None
-    fields = {k: v for k, v in {"weights": args.weights, "input_shape": shape}.items() if v}
+    fields = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
     model = load_model(args.model, model_options(api.make_recipe(model=args.model, **fields)), print)
     assert model.module is not None
     module = model.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -172,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape")
+    parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
