@@ -18,7 +18,7 @@ import openvino as ov
 
 from ovcalib import __version__, machine
 from ovcalib.benchmark import compare_latency, memory_of
-from ovcalib.calibration import CalibrationSet, Request, generate, images_wanted
+from ovcalib.calibration import CalibrationSet, Request, generate, images_wanted, open_source
 from ovcalib.calibration.sets import preflight
 from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
 from ovcalib.errors import DataError, ModelError
@@ -121,6 +121,9 @@ def quantize_recipe(
 
         model = load_model(module if module is not None else recipe.model, model_options(recipe), progress.say)
         recipe = with_calibration(recipe, model, progress)
+        if calibration is None:
+            assert recipe.calib is not None
+            open_source(recipe.calib, model.spec, model.module, recipe.options)  # refuses before anything is exported
         warnings = list(model.warnings)
         evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)

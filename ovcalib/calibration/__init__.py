@@ -17,6 +17,7 @@ from ovcalib.calibration.sets import Provenance as Provenance
 from ovcalib.calibration.sources import Request as Request
 from ovcalib.calibration.sources import generate as generate
 from ovcalib.calibration.sources import images_wanted as images_wanted
+from ovcalib.calibration.sources import open_source as open_source
 from ovcalib.registry import Registry
 
 SOURCES = Registry(

@@ -75,12 +75,12 @@ class Source(Protocol):
     def generate(self, request: Request, options: Any) -> Generated: ...
 
 
-def generate(reference: str, request: Request, overrides: Mapping[str, str] | None = None) -> CalibrationSet:
-    """The calibration set that a reference names.
+def open_source(
+    reference: str, spec: ModelSpec, module: nn.Module | None, overrides: Mapping[str, str] | None = None
+) -> tuple[Source, str, Any]:
+    """The source that a reference names, its argument and its options; all that can be refused before any work.
 
-    reference   NAME or NAME:ARGUMENT, NAME from the table of sources
-    overrides   options of the source, as text
-    raises      UnknownNameError, UsageError, DataError
+    raises   UnknownNameError, UsageError
     """
     from ovcalib.calibration import SOURCES
 
@@ -91,11 +91,22 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
         raise UsageError(f"The calibration source {name!r} needs more: expected {usage(name, source)}.")
     if argument and not source.NEEDS & {"argument", "optional argument"}:
         raise UsageError(f"The calibration source {name!r} takes nothing after the colon, but got {argument!r}.")
-    if "checkpoint" in source.NEEDS and request.module is None:
+    if "checkpoint" in source.NEEDS and module is None:
         raise UsageError(
-            f"The calibration source {name!r} needs the torch module, and {request.spec.name!r} is a graph whose "
+            f"The calibration source {name!r} needs the torch module, and {spec.name!r} is a graph whose "
             "BatchNorm layers are folded away. Pass the PyTorch model, or calibrate with fractal or real:DATA."
         )
+    return source, argument, options
+
+
+def generate(reference: str, request: Request, overrides: Mapping[str, str] | None = None) -> CalibrationSet:
+    """The calibration set that a reference names.
+
+    reference   NAME or NAME:ARGUMENT, NAME from the table of sources
+    overrides   options of the source, as text
+    raises      UnknownNameError, UsageError, DataError
+    """
+    source, argument, options = open_source(reference, request.spec, request.module, overrides)
     if request.count < 1:
         raise UsageError(f"--num-samples is {request.count}. Expected at least 1 image.")
     began = time.perf_counter()

@@ -323,6 +323,12 @@ def test_bad_data_and_options(tmp_path, data, case):
     refuse(tmp_path, ["quantize", *MODEL, *arguments, "-o", tmp_path / "out"], code, message)
 
 
+def test_a_wrong_option_is_refused_before_the_model_is_exported(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("ovcalib.pipeline.export", None)
+    refuse(tmp_path, ["quantize", *MODEL, "--weights", data / "toy.pt", "-O", "steps=0", "-o", tmp_path / "out"], 2,
+           "steps is 0")  # fmt: skip
+
+
 def test_an_already_quantized_ir_is_refused(done, tmp_path):
     refuse(
         tmp_path,
