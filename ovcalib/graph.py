@@ -101,6 +101,35 @@ def restore(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov
     return graph
 
 
+def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
+    """Let the quantizers that read the network's input span low..high; False where there are none.
+
+    low, high   smallest and largest value of the input; 0 stays a quantized value exactly, as NNCF has it
+    """
+    found = [
+        reader.get_node()
+        for parameter in quantized.get_parameters()
+        for reader in parameter.output(0).get_target_inputs()
+        if reader.get_node().get_type_name() == "FakeQuantize"
+    ]
+    for fq in found:
+        steps = fq.get_attributes()["levels"] - 1
+        before, after = _range(fq)
+        if (before >= 0).all():
+            ends = 0.0, high
+        elif np.allclose(before, -after * (steps + 1) / (steps - 1)):  # symmetric
+            largest = max(-low, high)
+            ends = -largest * (steps + 1) / (steps - 1), largest
+        else:
+            step = (max(high, 0.0) - min(low, 0.0)) / steps
+            first = -round(-min(low, 0.0) / step) * step
+            ends = first, first + steps * step
+        for i, value in enumerate(ends * 2, start=1):
+            constant = ov.op.Constant(np.full(before.shape, value, np.float32))
+            fq.input(i).replace_source_output(constant.output(0))
+    return bool(found)
+
+
 @dataclass(frozen=True)
 class ProbedInput:
     """An activation that an operation reads quantized.

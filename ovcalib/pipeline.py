@@ -171,6 +171,7 @@ def quantize_recipe(
             bias_correction=settings.bias_correction,
             transformer=settings.transformer,
             ignored=settings.ignored,
+            input_range=calibration.input_range,
             int8_operations=len(quantized_operations(int8)),
             float_operations=len(float_operations(int8)),
             reverted=tuple(name.removesuffix("/WithoutBiases") for name in restoration.reverted) if restoration else (),

@@ -18,7 +18,7 @@ from ovcalib import machine
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError, OvcalibError, require
 from ovcalib.export.to_openvino import refuse_quantized_graph
-from ovcalib.graph import layer_name
+from ovcalib.graph import layer_name, set_input_range
 
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
@@ -107,6 +107,8 @@ def quantize_default(
 ) -> ov.Model:
     """INT8 by min-max ranges over every image of the calibration set, with bias correction.
 
+    The range of the network's input is that of pixels, where the images were made: it is known without any image.
+
     graph     float, batch 1, with named inputs and outputs; it stays as it is
     tick      receives the number of images read
     log       receives what NNCF prints
@@ -133,7 +135,10 @@ def quantize_default(
             # Made anew for every call: nncf.quantize writes into the object that it is given.
             options = nncf.AdvancedQuantizationParameters(overflow_fix=fix, **advanced)
             items = nncf.Dataset(_Items(calibration, tick))
-            return nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
+            int8 = nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
+            if calibration.input_range is not None:
+                set_input_range(int8, *calibration.input_range)
+            return int8
 
         try:
             try:

@@ -271,6 +271,7 @@ class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
+    input_range        of the network's input, where it was taken from the preprocessing and not from the images
     int8_operations    operations that compute on quantized values
     float_operations   convolutions and matrix products left in float
     reverted           operations that accuracy-aware quantization gave their float precision back
@@ -284,6 +285,7 @@ class Quantization(Frozen):
     bias_correction: str
     transformer: bool
     ignored: tuple[str, ...]
+    input_range: tuple[float, float] | None = None
     int8_operations: int
     float_operations: int
     reverted: tuple[str, ...]

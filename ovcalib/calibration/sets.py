@@ -19,6 +19,8 @@ from ovcalib.types import Frozen, ModelSpec, SetScore
 
 Domain = Literal["pixels", "network"]
 
+# Sources whose images are somebody's own.
+OWN_IMAGES = frozenset({"real", "npz"})
 # Beyond this many times the range of black to white, values cannot be normalised images.
 MAX_RANGE_FACTOR = 10.0
 PREVIEW_IMAGES = 64
@@ -70,6 +72,18 @@ class CalibrationSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Smallest and largest value that the network will be given, where the images do not tell it.
+
+        Images that were made stand for photographs, whose pixels run from black to white; they need not reach there
+        themselves, and some go beyond. Images of the user's own speak for themselves: None.
+        """
+        if self.provenance.source.partition(":")[0] in OWN_IMAGES:
+            return None
+        low, high = self.preprocessing.input_range()
+        return float(low.min()), float(high.max())
 
     @property
     def domain(self) -> Domain:

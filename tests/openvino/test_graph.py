@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import openvino as ov
 import pytest
@@ -5,7 +7,7 @@ from openvino import opset13 as ops
 
 from ovcalib.errors import UnknownNameError
 from ovcalib.export.to_openvino import read_graph, write_ir
-from ovcalib.graph import float_operations, layer_name, match_operations, quantized_operations, restore
+from ovcalib.graph import float_operations, layer_name, match_operations, quantized_operations, restore, set_input_range
 from ovcalib.quantization import Settings, quantize_default
 from ovcalib.runtime import OpenVINORunner
 
@@ -99,3 +101,64 @@ def test_patterns_match_by_name_and_by_type(toy_graph):
         match_operations(toy_graph, ["stem.1"])
     with pytest.raises(UnknownNameError, match="type:Convolution"):
         match_operations(toy_graph, ["type:conv"])
+
+
+# The range of the input -----------------------------------------------------------------------
+
+
+def input_quantizer(graph):
+    (reader,) = graph.get_parameters()[0].output(0).get_target_inputs()
+    fq = reader.get_node()
+    assert fq.get_type_name() == "FakeQuantize"
+    ends = [float(fq.input_value(i).get_node().get_data().reshape(-1)[0]) for i in (1, 2, 3, 4)]
+    assert ends[:2] == ends[2:]
+    return ends[:2]
+
+
+def quantizer_of(low, high):
+    x = ops.parameter([1, 3, 4, 4], np.float32, name="x")
+    ends = [np.full((1, 1, 1, 1), v, np.float32) for v in (low, high, low, high)]
+    return ov.Model([ops.relu(ops.fake_quantize(x, *ends, 256))], [x])
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ((-1.28, 1.27), (-2.7 * 128 / 127, 2.7)),  # symmetric stays so
+        ((0.0, 0.5), (0.0, 2.7)),  # unsigned stays so
+    ],
+)
+def test_the_input_spans_the_range_that_is_given(before, expected):
+    graph = quantizer_of(*before)
+    assert set_input_range(graph, -2.1, 2.7)
+    assert input_quantizer(graph) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("span", [(-2.1, 2.7), (-1.0, 3.0), (0.5, 1.0), (-2.0, -1.0)])
+def test_zero_stays_exact_in_an_asymmetric_range(span):
+    graph = quantizer_of(-1.0, 2.0)
+    set_input_range(graph, *span)
+    low, high = input_quantizer(graph)
+    step = (high - low) / 255
+    assert low / step == pytest.approx(round(low / step), abs=1e-3)
+    assert low <= min(span[0], 0) + step
+    assert high >= max(span[1], 0) - step
+
+
+def test_a_float_graph_has_no_range_to_set(toy_graph):
+    assert not set_input_range(toy_graph.clone(), 0, 1)
+
+
+@pytest.mark.parametrize("preset", ["performance", "mixed"])
+def test_made_images_need_not_reach_black_and_white_but_the_input_does(toy, toy_graph, preset):
+    pale = toy.calibration()
+    pale = dataclasses.replace(pale, images=(pale.images // 4 + 96).astype(np.uint8))
+    own = dataclasses.replace(pale, provenance=pale.provenance.model_copy(update={"source": "real:photos"}))
+    low, high = toy.spec.preprocessing.input_range()
+    made, measured = (
+        input_quantizer(quantize_default(toy_graph, images, Settings(preset=preset))) for images in (pale, own)
+    )
+    assert made[0] <= low.min() + 0.02
+    assert made[1] >= high.max() - 0.02
+    assert measured[0] > 0.6 * low.min()
+    assert measured[1] < 0.6 * high.max()
