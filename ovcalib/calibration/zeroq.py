@@ -3,6 +3,9 @@
 Each image's mean and standard deviation over its own positions are pulled to the stored ones, in every layer, and those
 of the image itself to 0 and 1. Statistics are read at the inputs of the BatchNorm layers; the authors' code reads the
 outputs of the first convolutions, and pairs them wrongly wherever their order or number differs.
+
+The published rate is made for 500 steps. In the few of the quick budget it drives pixels far beyond black and white and
+makes the images alike, which the score without data shows (diversity); a fifth of it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class Options(InversionOptions):
     reduction: Literal["sum", "mean"] = "sum"
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8, "rate": 0.5, "patience": 16, "schedule": "cosine"},
+        "quick": {"steps": 80, "batch": 8, "rate": 0.1, "patience": 16, "schedule": "cosine"},
         "standard": {"steps": 300, "batch": 16, "rate": 0.5, "patience": 60, "schedule": "cosine"},
         "paper": {"steps": 500, "batch": 32, "rate": 0.5, "patience": 100, "schedule": "plateau"},
     }
