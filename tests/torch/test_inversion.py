@@ -389,9 +389,9 @@ def test_clipped_methods_stay_between_black_and_white(toy):
 
 
 def test_slack_of_zero_is_zeroq(toy):
-    plain = made("zeroq", toy)
-    np.testing.assert_array_equal(made("dsg", toy, slack=0, enhance=False).images, plain.images)
-    assert not np.allclose(made("dsg", toy, enhance=False).images, plain.images)
+    plain = made("zeroq", toy, rate=0.5)
+    np.testing.assert_array_equal(made("dsg", toy, rate=0.5, slack=0, enhance=False).images, plain.images)
+    assert not np.allclose(made("dsg", toy, rate=0.5, enhance=False).images, plain.images)
 
 
 def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy):
