@@ -115,7 +115,7 @@ def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
     for fq in found:
         steps = fq.get_attributes()["levels"] - 1
         before, after = _range(fq)
-        if (before >= 0).all():
+        if low >= 0:
             ends = 0.0, high
         elif np.allclose(before, -after * (steps + 1) / (steps - 1)):  # symmetric
             largest = max(-low, high)

@@ -122,19 +122,28 @@ def quantizer_of(low, high):
 
 
 @pytest.mark.parametrize(
-    ("before", "expected"),
+    ("before", "span", "expected"),
     [
-        ((-1.28, 1.27), (-2.7 * 128 / 127, 2.7)),  # symmetric stays so
-        ((0.0, 0.5), (0.0, 2.7)),  # unsigned stays so
+        ((-1.28, 1.27), (-2.1, 2.7), (-2.7 * 128 / 127, 2.7)),  # symmetric stays so
+        ((-1.28, 1.27), (-3.0, 2.7), (-3.0 * 128 / 127, 3.0)),
+        ((0.0, 0.5), (0.0, 2.7), (0.0, 2.7)),
     ],
 )
-def test_the_input_spans_the_range_that_is_given(before, expected):
+def test_the_input_spans_the_range_that_is_given(before, span, expected):
     graph = quantizer_of(*before)
-    assert set_input_range(graph, -2.1, 2.7)
+    assert set_input_range(graph, *span)
     assert input_quantizer(graph) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("span", [(-2.1, 2.7), (-1.0, 3.0), (0.5, 1.0), (-2.0, -1.0)])
+def test_images_that_were_never_dark_do_not_cut_off_the_dark():
+    graph = quantizer_of(0.0, 0.5)
+    set_input_range(graph, -2.1, 2.7)
+    low, high = input_quantizer(graph)
+    assert low <= -2.1 + 0.02
+    assert high >= 2.7 - 0.02
+
+
+@pytest.mark.parametrize("span", [(-2.1, 2.7), (-1.0, 3.0), (-2.0, -1.0)])
 def test_zero_stays_exact_in_an_asymmetric_range(span):
     graph = quantizer_of(-1.0, 2.0)
     set_input_range(graph, *span)
