@@ -39,7 +39,7 @@ def main() -> None:
     for source, points in lines.items():
         if source == "real":
             axes.axhline(points[0][1], linestyle="--", color="black", label="real images")
-        else:
+        elif all(seconds > 0 for seconds, _ in points):  # a set that was there before has no place on this axis
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=source)
     axes.set(xscale="log", yscale="log", xlabel="CPU seconds of making the set", ylabel="NMSE of the INT8 logits")
     axes.set_title(f"{found[0]['model']}, {found[0]['count']} images")
