@@ -215,7 +215,7 @@ def benchmark(
         raise DeviceError(" ".join(missing))
     files = model_files(models)
     about = {label: describe_file(path) for label, path in files.items()}
-    idle = machine.processor_ticks()
+    earlier = machine.processor_ticks()
     time.sleep(BUSY_WINDOW_S)
     ticks, throttled, temperature = machine.processor_ticks(), machine.throttle_count(), machine.temperature_celsius()
     runs: list[BenchmarkRun] = []
@@ -223,7 +223,7 @@ def benchmark(
         for i, setting in enumerate(settings):
             runs += turns(files, about, setting, seconds, lambda done, i=i: tick(i * ROUNDS + done))  # type: ignore[misc]
     noise = Noise(
-        busy_before=machine.busy_share(idle, ticks),
+        busy_before=machine.busy_share(earlier, ticks),
         steal_share=machine.steal_share(ticks, machine.processor_ticks()),
         throttled=None if throttled is None else (machine.throttle_count() or 0) - throttled,
         governor=machine.governor(),

@@ -271,7 +271,7 @@ class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
-    input_range        of the network's input, where it was taken from the preprocessing and not from the images
+    input_range        that quantizers of the network's input were given from the preprocessing; None: from the images
     int8_operations    operations that compute on quantized values
     float_operations   convolutions and matrix products left in float
     reverted           operations that accuracy-aware quantization gave their float precision back
