@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--cutout", type=int, default=0, help="side in pixels of the square hidden in each image")
-    parser.add_argument("--sizes", default="", help="SIDE:EPOCHS,...: image side of the first epochs, then the full one")
+    parser.add_argument(
+        "--sizes", default="", help="SIDE:EPOCHS,...: image side of the first epochs, then the full one"
+    )
     parser.add_argument("--init", help="weights to start from: a warm restart of the schedule")
     parser.add_argument("--holdout", type=int, default=0, help="train without N images and score on them")
     parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")

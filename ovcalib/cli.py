@@ -221,9 +221,17 @@ def quantize(
         str | None,
         typer.Option(
             "--bias-correction",
-            metavar="auto|fast|full",
-            help="full measures every layer again, and loses less; fast is quicker on small networks.",
-            show_default="auto: full, but fast for transformers",
+            metavar="auto|none|fast|full|median",
+            help="median looks at each layer behind those before it; fast and full are NNCF's.",
+            show_default="auto: median, but fast for transformers, and none where that is closer to FP32",
+        ),
+    ] = None,
+    guard: Annotated[
+        bool | None,
+        typer.Option(
+            "--guard/--no-guard",
+            help="Leave operations in float whose signal would drown in the rounding of INT8.",
+            show_default="guard",
         ),
     ] = None,
     model_type: Annotated[
@@ -293,7 +301,7 @@ def quantize(
         "model": model, "calib": calib, "num_samples": num_samples, "eval": eval_, "limit": limit, "mode": mode,
         "max_drop": max_drop, "metric": metric, "validate_on": validate_on, "max_time": max_time,
         "max_iterations": max_iterations, "preset": preset, "deploy_isa": deploy_isa, "overflow_fix": overflow_fix,
-        "bias_correction": bias_correction, "model_type": model_type, "ignore": ignore or None,
+        "bias_correction": bias_correction, "guard": guard, "model_type": model_type, "ignore": ignore or None,
         "options": key_values(options), "allow_overlap": allow_overlap, "download": download, "device": device,
         "benchmark_time": benchmark_time, "seed": seed, "dynamic_batch": dynamic_batch,
         **model_fields(weights, input_shape, mean, std, short_side, trust_remote_code),

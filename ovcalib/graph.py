@@ -8,7 +8,7 @@ others as they are; the accuracy-aware mode and the layer diagnosis are both bui
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +35,15 @@ MOVING = frozenset(
         "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze", "VariadicSplit",
     }
 )  # fmt: skip
+# In the name of a bias that a layer had not before it was corrected.
+NULL_BIAS = "null_bias"
 # What belongs to the quantization itself.
 _PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
 
 
-def layer_name(op: ov.Node) -> str:
-    """The name under which users know an operation."""
-    return str(op.get_friendly_name()).removesuffix("/WithoutBiases")
+def layer_name(op: ov.Node | str) -> str:
+    """The name under which users know an operation, or that of a friendly name."""
+    return str(op if isinstance(op, str) else op.get_friendly_name()).removesuffix("/WithoutBiases")
 
 
 def quantized_operations(graph: ov.Model) -> list[ov.Node]:
@@ -63,6 +65,58 @@ def float_operations(graph: ov.Model) -> list[ov.Node]:
         for op in graph.get_ordered_ops()
         if op.get_type_name() in WEIGHTED and op.get_name() not in quantized and _is_constant(op.input_value(1))
     ]
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    """An operation of a float graph that NNCF quantizes.
+
+    inputs         the activations that it reads
+    channel_axis   of its inputs and of its output, counted from the end
+    by_channel     its input gets a range for each channel: a depthwise convolution
+    weights        float64 [G, O, I, K]: groups, output and input channels of each, kernel positions; None for a sum
+    """
+
+    name: str
+    inputs: tuple[ov.Output, ...]
+    output: ov.Output
+    channel_axis: int
+    by_channel: bool
+    weights: NDArray[np.float64] | None
+
+
+def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
+    """Convolutions and matrix products with constant weights, and sums of two signals, in execution order."""
+    found = []
+    for op in graph.get_ordered_ops():
+        kind, values = op.get_type_name(), op.input_values()
+        constant = [_is_constant(value) for value in values]
+        if kind in ("Convolution", "GroupConvolution", "MatMul") and constant == [False, True]:
+            weights = _by_group(op, np.array(_node(_fold(values[1])).get_data(), np.float64))
+        elif kind == "Add" and not any(constant):
+            weights = None
+        else:
+            continue
+        signals = [*(value for value, fixed in zip(values, constant, strict=True) if not fixed), op.output(0)]
+        rank = len(op.output(0).get_partial_shape())
+        if any(len(value.get_partial_shape()) != rank for value in signals) or (
+            weights is not None and weights.ndim != 4
+        ):
+            continue  # an operand that is broadcast, or a matrix product of stacks
+        by_channel = kind == "GroupConvolution" and weights is not None and weights.shape[1:3] == (1, 1)
+        axis = -1 if kind == "MatMul" or rank < 2 else 1 - rank
+        found.append(Quantizable(op.get_friendly_name(), tuple(signals[:-1]), signals[-1], axis, by_channel, weights))
+    return found
+
+
+def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of a layer as [G, O, I, K]; matrix products of stacks keep their shape."""
+    if op.get_type_name() == "MatMul":
+        if weights.ndim != 2:
+            return weights
+        return (weights if op.get_attributes()["transpose_b"] else weights.T)[None, :, :, None]
+    grouped = weights if op.get_type_name() == "GroupConvolution" else weights[None]
+    return grouped.reshape(*grouped.shape[:3], -1)
 
 
 def match_operations(graph: ov.Model, patterns: Iterable[str]) -> dict[str, list[ov.Node]]:
@@ -99,6 +153,113 @@ def restore(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov
     graph = quantized.clone()
     _restore_in_place(graph, original, names)
     return graph
+
+
+def restore_biases(quantized: ov.Model, original: ov.Model) -> ov.Model:
+    """A copy of `quantized` without bias correction: every layer has the bias that it has in `original`."""
+    graph = quantized.clone()
+    before = {op.get_friendly_name(): op for op in original.get_ops()}
+    for op in quantized_operations(graph):
+        if op.get_type_name() in WEIGHTED:
+            _restore_bias(op, before)
+    return graph
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or matrix product with constant weights, and the bias behind it.
+
+    add            the Add of its bias, None where it has none
+    channel_axis   of its output
+    """
+
+    name: str
+    op: ov.Node
+    add: ov.Node | None
+    channel_axis: int
+
+    @property
+    def data(self) -> ov.Output:
+        """What it reads at present, before quantization."""
+        data = next(value for value in self.op.input_values() if not _is_constant(value))
+        while _node(data).get_type_name() == "FakeQuantize":
+            data = _node(data).input_value(0)
+        return data
+
+    @property
+    def output(self) -> ov.Output:
+        """What it gives, bias included."""
+        return (self.add or self.op).output(0)
+
+    @staticmethod
+    def of(op: ov.Node) -> Layer:
+        bias = _bias(op)
+        axis = len(op.output(0).get_partial_shape()) - 1 if op.get_type_name() == "MatMul" else 1
+        return Layer(op.get_friendly_name(), op, bias.add if bias else None, axis)
+
+
+def quantized_layers(graph: ov.Model) -> list[Layer]:
+    """The layers that compute with quantized weights, in execution order."""
+    return [
+        Layer.of(op)
+        for op in quantized_operations(graph)
+        if op.get_type_name() in WEIGHTED and [_is_constant(value) for value in op.input_values()][:2] == [False, True]
+    ]
+
+
+def activation_quantizers(graph: ov.Model) -> list[ov.Node]:
+    return [
+        op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and not _is_constant(op.input_value(0))
+    ]
+
+
+def redirect(value: ov.Output, to: ov.Output) -> None:
+    """Let everything that reads a value read another one."""
+    for reader in value.get_target_inputs():
+        reader.replace_source_output(to)
+
+
+def fold_weights(layers: Iterable[Layer]) -> None:
+    """Give layers their weights as one float constant each, in place."""
+    for layer in layers:
+        layer.op.input(1).replace_source_output(_fold(layer.op.input_value(1)))
+
+
+def parameters_of(value: ov.Output) -> list[ov.Node]:
+    """The inputs of a graph that a value depends on."""
+    found, seen, todo = [], set(), [_node(value)]
+    while todo:
+        node = todo.pop()
+        if node.get_name() not in seen:
+            seen.add(node.get_name())
+            if node.get_type_name() == "Parameter":
+                found.append(node)
+            todo += [_node(source) for source in node.input_values()]
+    return found
+
+
+def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) -> None:
+    """Add to the bias of layers, in place.
+
+    shifts   [C] by friendly name
+    """
+    for layer in quantized_layers(graph):
+        if layer.name not in shifts:
+            continue
+        rank = len(layer.op.output(0).get_partial_shape())
+        shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
+        if layer.add is None:
+            readers = layer.op.output(0).get_target_inputs()
+            add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
+            add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
+            for reader in readers:
+                reader.replace_source_output(add.output(0))
+            continue
+        for i, value in enumerate(layer.add.input_values()):
+            if _is_constant(value):
+                before = np.array(_node(_fold(value)).get_data(), np.float64)
+                after = before + (shift.reshape(before.shape) if before.size == shift.size else shift)
+                layer.add.input(i).replace_source_output(ops.constant(after.astype(np.float32)).output(0))
 
 
 def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
@@ -369,6 +530,6 @@ def _restore_bias(op: ov.Node, before: dict[str, ov.Node]) -> None:
             origin = before.get(add.get_friendly_name())
             if origin is not None and origin.get_input_size() == 2:
                 add.input(i).replace_source_output(_fold(origin.input_value(i)))
-            elif "nncf_null_biases" in add.get_friendly_name():
+            elif any(mark in add.get_friendly_name() for mark in ("nncf_null_bias", NULL_BIAS)):
                 zero = ov.op.Constant(np.zeros(list(value.get_shape()), np.float32))
                 add.input(i).replace_source_output(zero.output(0))

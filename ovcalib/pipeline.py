@@ -7,7 +7,7 @@ import datetime
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -37,7 +37,14 @@ from ovcalib.evaluation import (
 )
 from ovcalib.export.parity import NOT_MEASURED, check_parity
 from ovcalib.export.to_openvino import describe, read_graph, refuse_quantized_graph, to_ir, write_ir
-from ovcalib.graph import float_operations, match_operations, quantized_operations, restore
+from ovcalib.graph import (
+    float_operations,
+    layer_name,
+    match_operations,
+    quantized_operations,
+    restore,
+    restore_biases,
+)
 from ovcalib.models import Model, ModelOptions, load_model
 from ovcalib.models.weights import file_sha256
 from ovcalib.progress import Progress
@@ -46,6 +53,7 @@ from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
 from ovcalib.types import (
     ModelRecord,
     ModelSpec,
@@ -66,6 +74,11 @@ if TYPE_CHECKING:
 RANKING_ITEMS = 100
 # Images of the calibration set on which agreement is measured where there are no others.
 AGREEMENT_ITEMS = 100
+# Images of the calibration set on which the spread of activations is measured, and those that judge bias correction.
+GUARD_IMAGES = 8
+JUDGING_ITEMS = 32
+# Operations that a warning names.
+NAMED_OPERATIONS = 4
 # Below this agreement with FP32 the INT8 model is another model.
 COLLAPSED_AGREEMENT = 0.8
 
@@ -127,12 +140,15 @@ def quantize_recipe(
         warnings = list(model.warnings)
         evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
-        settings = resolve_settings(recipe, fp32)
 
         if calibration is None:
             calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
         warnings += calibration.provenance.warnings
         calibration.save(folder)
+        drowned = operations_to_guard(recipe, fp32, calibration)
+        if drowned:
+            warnings.append(guard_warning(drowned))
+        settings = resolve_settings(recipe, fp32, [operation.name for operation in drowned])
 
         # Without evaluation images there is no accuracy, only agreement, and that on the calibration images.
         if evaluation is not None:
@@ -148,6 +164,9 @@ def quantize_recipe(
         quantizing = time.monotonic()
         with progress.task("calibrating", len(calibration)) as tick:
             int8 = quantize_default(fp32, calibration, settings, tick, log)
+        bias_nmse = None
+        if recipe.bias_correction == "auto":
+            int8, settings, bias_nmse = choose_biases(fp32, int8, calibration, settings)
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
@@ -169,8 +188,10 @@ def quantize_recipe(
             overflow_fix=settings.overflow_fix,
             deploy_isa=recipe.deploy_isa,
             bias_correction=settings.bias_correction,
+            bias_nmse=bias_nmse,
             transformer=settings.transformer,
             ignored=settings.ignored,
+            guarded={layer_name(operation.name): round(operation.sqnr_db, 2) for operation in drowned},
             input_range=calibration.input_range,
             int8_operations=len(quantized_operations(int8)),
             float_operations=len(float_operations(int8)),
@@ -291,15 +312,18 @@ def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
     return fixed
 
 
-def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
-    """The quantization settings that a recipe comes to for a graph."""
+def resolve_settings(recipe: Recipe, graph: ov.Model, guarded: Iterable[str] = ()) -> Settings:
+    """The quantization settings that a recipe comes to for a graph.
+
+    guarded   further operations that stay in float
+    """
     transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
-    # The full correction lost less on every convolutional network and source that was measured (benchmarks/results);
-    # transformers have wide activations at every layer, all of which it keeps.
+    # Transformers have wide activations at every layer, all of which the median keeps for all images.
     bias_correction = recipe.bias_correction
     if bias_correction == "auto":
-        bias_correction = "fast" if transformer else "full"
+        bias_correction = "fast" if transformer else "median"
     ignored = [op.get_friendly_name() for ops in match_operations(graph, recipe.ignore).values() for op in ops]
+    ignored += guarded
     return Settings(
         preset=recipe.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(recipe.overflow_fix, recipe.deploy_isa),
@@ -307,6 +331,46 @@ def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),
     )
+
+
+def operations_to_guard(recipe: Recipe, fp32: ov.Model, calibration: CalibrationSet) -> list[Expected]:
+    """The operations that INT8 cannot hold, the worst first; none where the recipe asks for no guard."""
+    if not recipe.guard:
+        return []
+    images = (calibration[i] for i in range(min(len(calibration), GUARD_IMAGES)))
+    return drowning(expected_sqnr(fp32, images))
+
+
+def guard_warning(drowned: Sequence[Expected]) -> str:
+    """Why operations stay in float; `drowned` has one at least, the worst first."""
+    named = [
+        f"{layer_name(op.name)} ({op.sqnr_db:.0f} dB, {'weights' if op.weights_share > 0.5 else 'activations'})"
+        for op in drowned[:NAMED_OPERATIONS]
+    ]
+    more = len(drowned) - len(named)
+    return (
+        f"{len(drowned)} of the operations would drown in the rounding of INT8 and stay in float, because channels or "
+        f"weights that are far larger than the others take their levels: {', '.join(named)}"
+        f"{f' and {more} more' if more else ''}. Expected SQNR below {MIN_SQNR_DB:.0f} dB; --no-guard quantizes them"
+    )
+
+
+def choose_biases(
+    fp32: ov.Model, int8: ov.Model, calibration: CalibrationSet, settings: Settings
+) -> tuple[ov.Model, Settings, tuple[float, float]]:
+    """Leave bias correction out where the outputs are closer to FP32 without it.
+
+    A shift of the mean is a poor account of an error that grows with the activation, and on few images a matter of
+    chance. The last images tell, which the correction has not seen where there are enough.
+    returns   the graph, its settings, and the NMSE of the outputs with the correction and without it
+    """
+    items = list(islice(calibration_items(calibration), max(0, len(calibration) - JUDGING_ITEMS), None))
+    plain = restore_biases(int8, fp32)
+    reference, corrected, uncorrected = (collect(OpenVINORunner(graph), items).values for graph in (fp32, int8, plain))
+    errors = nmse(reference, corrected), nmse(reference, uncorrected)
+    if not errors[0] > errors[1]:
+        return int8, settings, errors
+    return plain, dataclasses.replace(settings, bias_correction="none"), errors
 
 
 def with_calibration(recipe: Recipe, model: Model, progress: Progress) -> Recipe:

@@ -55,6 +55,8 @@ class Recipe(Frozen):
     calib            calibration source; `options` are its -O key=value. None: bn-inversion where the model has
                      BatchNorm statistics, else fractal
     num_samples      images, never batches; None: what the source suggests
+    bias_correction  auto: median, but fast for transformers, and none where that is closer to FP32
+    guard            leave operations in float that INT8 cannot hold
     metric           None: top1 where the validation images have labels, else agreement
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
     max_time         accuracy-aware: seconds for the whole run
@@ -83,7 +85,8 @@ class Recipe(Frozen):
     preset: Literal["performance", "mixed"] | None = None
     overflow_fix: Literal["auto", "disable", "first-layer", "enable"] = "auto"
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"] = "any"
-    bias_correction: Literal["auto", "fast", "full"] = "auto"
+    bias_correction: Literal["auto", "none", "fast", "full", "median"] = "auto"
+    guard: bool = True
     model_type: Literal["auto", "cnn", "transformer"] = "auto"
     ignore: tuple[str, ...] = ()
 
@@ -271,6 +274,10 @@ class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
+    bias_correction    what it came to, whatever was asked
+    bias_nmse          NMSE of the outputs with bias correction and without it, on the last calibration images; None
+                       where it was not for us to choose
+    guarded            operations that the guard left in float, with their expected SQNR in dB
     input_range        that quantizers of the network's input were given from the preprocessing; None: from the images
     int8_operations    operations that compute on quantized values
     float_operations   convolutions and matrix products left in float
@@ -283,8 +290,10 @@ class Quantization(Frozen):
     overflow_fix: str
     deploy_isa: str
     bias_correction: str
+    bias_nmse: tuple[float, float] | None = None
     transformer: bool
     ignored: tuple[str, ...]
+    guarded: dict[str, float] = {}
     input_range: tuple[float, float] | None = None
     int8_operations: int
     float_operations: int

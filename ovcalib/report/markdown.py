@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovcalib.types import Result
+from ovcalib.types import Quantization, Result
 
 
 def points(fraction: float | None) -> str:
@@ -30,6 +30,13 @@ def summary(result: Result) -> dict[str, str]:
     row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
     row["p50 ms"] = f"{latency['fp32'].p50:.3g} -> {latency['int8'].p50:.3g}" if latency else "-"
     return row
+
+
+def bias_correction(quantization: Quantization) -> str:
+    """What bias correction came to, and why."""
+    if quantization.bias_nmse is None:
+        return quantization.bias_correction
+    return "{} (NMSE {:.2g} with it and {:.2g} without)".format(quantization.bias_correction, *quantization.bias_nmse)
 
 
 def markdown_report(result: Result) -> str:
@@ -72,7 +79,8 @@ def markdown_report(result: Result) -> str:
         "## Quantization",
         "",
         f"- preset {quantization.preset}, overflow fix {quantization.overflow_fix} (deployment ISA: "
-        f"{quantization.deploy_isa}), {quantization.bias_correction} bias correction",
+        f"{quantization.deploy_isa})",
+        f"- bias correction: {bias_correction(quantization)}",
         f"- {quantization.int8_operations} operations in INT8, {quantization.float_operations} layers in float, "
         f"{quantization.seconds:.1f} s",
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ovcalib import __version__
 from ovcalib.report import charts
-from ovcalib.report.markdown import escape_markdown, markdown_report, megabytes, points
+from ovcalib.report.markdown import bias_correction, escape_markdown, markdown_report, megabytes, points
 from ovcalib.report.tables import Table, shown
 from ovcalib.rundir import write_atomically
 from ovcalib.types import Benchmark, BenchmarkRun, Candidate, Diagnosis, Noise, OperationDiagnosis, Recipe, Result
@@ -137,7 +137,7 @@ def result_page(
             ("outcome", result.outcome),
             ("preset", quantization.preset),
             ("overflow fix", f"{quantization.overflow_fix} (deployment ISA: {quantization.deploy_isa})"),
-            ("bias correction", quantization.bias_correction),
+            ("bias correction", bias_correction(quantization)),
             ("operations in INT8", quantization.int8_operations),
             ("layers left in float", quantization.float_operations),
             ("ignored", ", ".join(quantization.ignored) or "none"),
@@ -335,7 +335,7 @@ def quantize_command(recipe: Recipe) -> str:
             for pattern in value:
                 words += [option, pattern]
         elif isinstance(value, bool):
-            words.append(option)
+            words.append(option if value else option.replace("--", "--no-", 1))
         else:
             words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)

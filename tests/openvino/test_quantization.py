@@ -14,18 +14,28 @@ from ovcalib import machine
 from ovcalib.errors import DeviceError, ModelError
 from ovcalib.evaluation import Items, calibration_items
 from ovcalib.export.to_openvino import graph_sha256, is_quantized, read_graph, write_ir
-from ovcalib.graph import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
-from ovcalib.pipeline import batch_one, restore_to_goal
+from ovcalib.graph import (
+    WEIGHTED,
+    float_operations,
+    layer_name,
+    match_operations,
+    quantized_operations,
+    restore_biases,
+)
+from ovcalib.pipeline import batch_one, choose_biases, restore_to_goal
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
 from ovcalib.runtime import OpenVINORunner, check_device
 from ovcalib.types import Recipe
 
 
-def accuracy(graph, toy):
+def outputs(graph, toy):
     runner = OpenVINORunner(graph)
-    values = np.stack(list(runner.run(toy.spec.preprocessing.normalise(image)[None] for image in toy.images)))
-    return (values.argmax(1) == toy.labels).mean()
+    return np.stack(list(runner.run(toy.spec.preprocessing.normalise(image)[None] for image in toy.images)))
+
+
+def accuracy(graph, toy):
+    return (outputs(graph, toy).argmax(1) == toy.labels).mean()
 
 
 def test_int8_keeps_the_accuracy_and_shrinks_the_weights(toy, toy_graph, tmp_path):
@@ -275,3 +285,27 @@ def test_p6_zero_iterations_are_refused_before_anything_runs():
 
     with pytest.raises(UsageError, match=r"--max-iterations 0"):
         make_recipe(model="toy", max_iterations=0)
+
+
+def test_biases_without_correction_are_those_that_nncf_gives(toy, toy_graph):
+    plain = quantize_default(toy_graph, toy.calibration(), Settings(bias_correction="none"))
+    corrected = quantize_default(toy_graph, toy.calibration(), Settings())
+    assert graph_sha256(plain) != graph_sha256(corrected)
+    assert outputs(restore_biases(corrected, toy_graph), toy) == pytest.approx(outputs(plain, toy), abs=1e-5)
+
+
+def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
+    settings = Settings()
+    int8 = quantize_default(toy_graph, toy.calibration(), settings)
+    harmed = int8.clone()
+    add = next(op for op in harmed.get_ordered_ops() if op.get_type_name() == "Add")
+    value = add.input_value(1).get_node().get_data()
+    add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
+    graph, chosen, (corrected, plain) = choose_biases(toy_graph, harmed, toy.calibration(), settings)
+    assert chosen.bias_correction == "none"
+    assert corrected > 10 * plain
+    assert outputs(graph, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
+    # Where the outputs are no closer without it, it stays.
+    graph, chosen, errors = choose_biases(toy_graph, restore_biases(int8, toy_graph), toy.calibration(), settings)
+    assert errors[0] == errors[1]
+    assert chosen == settings
