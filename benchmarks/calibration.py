@@ -4,8 +4,9 @@
         --arm real:imagefolder:cifar10-jpeg/train --arm fractal --arm noise --arm bn-inversion --arm "dgh output=none" \
         -o benchmarks/results/calibration-resnet20.json
 
-An arm is a source with its options. All arms have the same images to make, the same NNCF settings (`--deploy-isa vnni`,
-the instruction set of the machine of the committed results) and the same evaluation images. Finished cells are kept in
+An arm is a source with its options. All arms have the same number of images to make, the same NNCF settings (deployment
+on vnni, the instruction set of the machine of the committed results; NNCF's full bias correction, unless one is named
+with `--bias-correction`; `bias_correction.py` compares them) and the same evaluation images. Finished cells are kept in
 the output file, and a run that is started again goes on after them. Agreement is with FP32; NMSE is the squared error
 of the logits over the squared logits of FP32. Rank correlations over all cells tell how each part of the score orders
 them.
@@ -36,6 +37,7 @@ from ovcalib.models import load_model
 from ovcalib.progress import Progress
 from ovcalib.quantization import quantize_default
 from ovcalib.runtime import OpenVINORunner
+from ovcalib.types import Recipe
 
 SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
 
@@ -43,11 +45,7 @@ SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
 def measure(args: argparse.Namespace) -> None:
     out = Path(args.output)
     cells: list[dict[str, Any]] = json.loads(out.read_text())["cells"] if out.exists() else []
-    fields = {key: getattr(args, key) for key in ("weights", "input_shape", "mean", "std") if getattr(args, key)}
-    recipe = api.make_recipe(
-        model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni",
-        bias_correction=args.bias_correction, **fields,
-    )  # fmt: skip
+    recipe = model_recipe(args, bias_correction=args.bias_correction)
     model = load_model(args.model, pipeline.model_options(recipe), print)
     with tempfile.TemporaryDirectory() as folder:
         fp32, _ = pipeline.export(model, Path(folder), Progress())
@@ -125,8 +123,8 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ±{far:.{digits}f}" if len(values) > 1 else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks that compare calibration sets have in common."""
     parser.add_argument("model")
     parser.add_argument("--weights")
     parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
@@ -137,9 +135,24 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="images of every arm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value key=value"')
-    parser.add_argument("--bias-correction", default="auto", help="as of ovcalib quantize")
     parser.add_argument("--keep", help="folder of the sets, so that a run with other settings does not make them again")
     parser.add_argument("-o", "--output", required=True)
+
+
+def model_recipe(args: argparse.Namespace, **more: Any) -> Recipe:
+    fields = {key: getattr(args, key) for key in ("weights", "input_shape", "mean", "std") if getattr(args, key)}
+    return api.make_recipe(model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni", **fields, **more)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.add_argument(
+        "--bias-correction",
+        default="full",
+        choices=("none", "fast", "full", "median"),
+        help="none, fast, full or median",
+    )
     measure(parser.parse_args())
 
 
