@@ -3,10 +3,10 @@
     python benchmarks/bias_correction.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --count 128 --seeds 3 \
         --arm real:imagefolder:cifar10-jpeg/train --arm bn-inversion -o bias.json
 
-Every arm is a calibration source, every seed a set of it; the ranges are the same for all corrections of a set. `chosen`
-is what ovcalib does by default: the median's, or none where that is closer to FP32 on the last images of the set. Error
-and agreement are those of the evaluation images, seconds those of the whole quantization. Cells that FILE holds already
-are not measured again.
+Every arm is a calibration source, every seed a set of it; the ranges are the same for all corrections of a set. Here
+`chosen` is the default of ovcalib: the median's, or none where that is closer to FP32 on the last images of the set.
+Error and agreement are those of the evaluation images, seconds those of the whole quantization. Cells that FILE holds
+already are not measured again.
 """
 
 from __future__ import annotations
