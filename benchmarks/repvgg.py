@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 import nncf
+from nncf.quantization.advanced_parameters import QuantizationParameters
 
 from ovcalib import api, machine, pipeline
 from ovcalib.calibration import Request, generate
@@ -35,7 +36,11 @@ from ovcalib.progress import Progress
 from ovcalib.runtime import OpenVINORunner
 from ovcalib.spread import expected_sqnr
 
-FIXES = {"disable": nncf.OverflowFix.DISABLE, "enable": nncf.OverflowFix.ENABLE}
+FIXES = {
+    "disable": nncf.OverflowFix.DISABLE,
+    "first-layer": nncf.OverflowFix.FIRST_LAYER,
+    "enable": nncf.OverflowFix.ENABLE,
+}
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ def main() -> None:
                             advanced_parameters=nncf.AdvancedQuantizationParameters(
                                 overflow_fix=fix,
                                 disable_bias_correction=True,
-                                weights_quantization_params=nncf.QuantizationParameters(per_channel=per_channel),
+                                weights_quantization_params=QuantizationParameters(per_channel=per_channel),
                             ),
                         )
                     path = Path(root, form, f"int8-{per_channel}-{overflow}", "model.xml")

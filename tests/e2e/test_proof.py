@@ -1,13 +1,16 @@
 """benchmark, diagnose, report and doctor as a user meets them."""
 
+import copy
 import csv
 import json
 import shutil
 
 import jsonschema
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import ovcalib
 from ovcalib import cli
 from ovcalib.report.schema import schema
 from tests.e2e.test_process import ovcalib as process
@@ -193,3 +196,33 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it():
     text = run("doctor").stdout
     assert "VNNI" in text
     assert "cache ovcalib" in text
+
+
+def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
+    """A channel thousands of times wider than the others, which the next layer takes back."""
+    net = copy.deepcopy(toy.net)
+    with torch.no_grad():
+        for scaled in (net.stem[1].weight, net.stem[1].bias):
+            scaled[0] *= 3000
+        net.block.conv.weight[:, 0] /= 3000
+        net.down[0].weight[:, 0] /= 3000
+    fields = {"input_shape": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "benchmark_time": 0}
+    guarded = ovcalib.quantize(net, tmp_path / "guarded", calib="noise", num_samples=10, **fields)
+    record = guarded.record.quantization
+    assert {"block.conv", "down.0"} <= set(record.guarded)
+    assert all(sqnr < 10 for sqnr in record.guarded.values())
+    assert record.float_operations >= 2
+    (warning,) = [w for w in guarded.record.warnings if "drown" in w]
+    assert "activations" in warning
+    assert "--no-guard" in warning
+    assert json.loads((tmp_path / "guarded" / "result.json").read_text())["quantization"]["guarded"] == record.guarded
+    plain = ovcalib.quantize(net, calib="noise", num_samples=10, guard=False, **fields).record.quantization
+    assert plain.guarded == {}
+    assert plain.float_operations == 0
+
+
+def test_bias_correction_is_chosen_and_said(result):
+    chosen = json.loads((result / "result.json").read_text())["quantization"]
+    with_it, without = chosen["bias_nmse"]
+    assert chosen["bias_correction"] == ("median" if with_it <= without else "none")
+    assert f"bias correction: {chosen['bias_correction']} (NMSE" in (result / "report.md").read_text()
