@@ -14,7 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from ovcalib import __version__, machine
 from ovcalib.benchmark import compare_latency, memory_of
@@ -52,7 +54,8 @@ from ovcalib.quantization import Settings, has_attention, quantize_default, reso
 from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
-from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.runtime import OpenVINORunner, check_device, outputs_of
+from ovcalib.saturation import outputs_on_avx2
 from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
 from ovcalib.types import (
     ModelRecord,
@@ -77,6 +80,8 @@ AGREEMENT_ITEMS = 100
 # Images of the calibration set on which the spread of activations is measured, and those that judge bias correction.
 GUARD_IMAGES = 8
 JUDGING_ITEMS = 32
+# So much more error on the kernels of AVX2 than on others is saturation.
+SATURATED_NMSE = 0.01
 # Operations that a warning names.
 NAMED_OPERATIONS = 4
 # Below this agreement with FP32 the INT8 model is another model.
@@ -164,6 +169,17 @@ def quantize_recipe(
         quantizing = time.monotonic()
         with progress.task("calibrating", len(calibration)) as tick:
             int8 = quantize_default(fp32, calibration, settings, tick, log)
+            saturation = None
+            if recipe.overflow_fix == "auto" and recipe.deploy_isa == "any":
+                saturation = saturation_of(fp32, int8, calibration)
+            if saturation is not None and saturation[1] > saturation[0] + SATURATED_NMSE:
+                halved = dataclasses.replace(settings, overflow_fix="enable")
+                graph = quantize_default(fp32, calibration, halved, tick, log)
+                inputs = judging_inputs(calibration)
+                error = nmse(outputs_of(fp32, inputs), outputs_of(graph, inputs))
+                if error < saturation[1]:
+                    int8, settings = graph, halved
+                    warnings.append(saturation_warning(*saturation, error))
         bias_nmse = None
         if recipe.bias_correction == "auto":
             int8, settings, bias_nmse = choose_biases(fp32, int8, calibration, settings)
@@ -186,6 +202,7 @@ def quantize_recipe(
             preset=settings.preset,
             subset_size=len(calibration),
             overflow_fix=settings.overflow_fix,
+            saturation_nmse=saturation,
             deploy_isa=recipe.deploy_isa,
             bias_correction=settings.bias_correction,
             bias_nmse=bias_nmse,
@@ -355,6 +372,29 @@ def guard_warning(drowned: Sequence[Expected]) -> str:
     )
 
 
+def judging_inputs(calibration: CalibrationSet) -> list[NDArray[np.float32]]:
+    """The last images of a calibration set."""
+    return [calibration[i] for i in range(max(0, len(calibration) - JUDGING_ITEMS), len(calibration))]
+
+
+def saturation_of(fp32: ov.Model, int8: ov.Model, calibration: CalibrationSet) -> tuple[float, float] | None:
+    """NMSE of the outputs on the kernels of this CPU and on those of AVX2; None where that cannot be told here."""
+    inputs = judging_inputs(calibration)
+    elsewhere = outputs_on_avx2(int8, inputs)
+    if elsewhere is None:
+        return None
+    reference = outputs_of(fp32, inputs)
+    return nmse(reference, outputs_of(int8, inputs)), nmse(reference, elsewhere)
+
+
+def saturation_warning(here: float, elsewhere: float, halved: float) -> str:
+    return (
+        f"on a CPU without VNNI the sums of products would saturate (output NMSE {elsewhere:.2g}; with VNNI "
+        f"{here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE {halved:.2g}); where the "
+        "model will run on VNNI, AMX, a GPU or an NPU, say so with --deploy-isa"
+    )
+
+
 def choose_biases(
     fp32: ov.Model, int8: ov.Model, calibration: CalibrationSet, settings: Settings
 ) -> tuple[ov.Model, Settings, tuple[float, float]]:
@@ -364,9 +404,9 @@ def choose_biases(
     chance. The last images tell, which the correction has not seen where there are enough.
     returns   the graph, its settings, and the NMSE of the outputs with the correction and without it
     """
-    items = list(islice(calibration_items(calibration), max(0, len(calibration) - JUDGING_ITEMS), None))
+    inputs = judging_inputs(calibration)
     plain = restore_biases(int8, fp32)
-    reference, corrected, uncorrected = (collect(OpenVINORunner(graph), items).values for graph in (fp32, int8, plain))
+    reference, corrected, uncorrected = (outputs_of(graph, inputs) for graph in (fp32, int8, plain))
     errors = nmse(reference, corrected), nmse(reference, uncorrected)
     if not errors[0] > errors[1]:
         return int8, settings, errors

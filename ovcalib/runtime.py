@@ -60,6 +60,11 @@ class OpenVINORunner:
             yield _outputs(request)
 
 
+def outputs_of(graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Outputs [N, K] of a graph on the CPU in f32."""
+    return np.stack(list(OpenVINORunner(graph).run(inputs)))
+
+
 def _outputs(request: ov.InferRequest) -> NDArray[np.float32]:
     request.wait()
     values = [np.asarray(tensor.data, dtype=np.float32).reshape(-1) for tensor in request.output_tensors]

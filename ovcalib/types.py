@@ -274,6 +274,8 @@ class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
+    saturation_nmse    NMSE of the outputs on the kernels of this CPU and on those of one without VNNI, on the last
+                       calibration images, before the overflow fix was settled; None where a machine was named
     bias_correction    what it came to, whatever was asked
     bias_nmse          NMSE of the outputs with bias correction and without it, on the last calibration images; None
                        where it was not for us to choose
@@ -288,6 +290,7 @@ class Quantization(Frozen):
     preset: str
     subset_size: int
     overflow_fix: str
+    saturation_nmse: tuple[float, float] | None = None
     deploy_isa: str
     bias_correction: str
     bias_nmse: tuple[float, float] | None = None

@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import openvino as ov
 import pytest
+from openvino import opset13 as ops
 
-from ovcalib import machine
+from ovcalib import Preprocessing, machine
+from ovcalib.calibration import CalibrationSet, Provenance
 from ovcalib.errors import DeviceError, ModelError
-from ovcalib.evaluation import Items, calibration_items
+from ovcalib.evaluation import Items, calibration_items, nmse
 from ovcalib.export.to_openvino import graph_sha256, is_quantized, read_graph, write_ir
 from ovcalib.graph import (
     WEIGHTED,
@@ -22,10 +24,11 @@ from ovcalib.graph import (
     quantized_operations,
     restore_biases,
 )
-from ovcalib.pipeline import batch_one, choose_biases, restore_to_goal
+from ovcalib.pipeline import batch_one, choose_biases, restore_to_goal, saturation_of
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
-from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.runtime import OpenVINORunner, check_device, outputs_of
+from ovcalib.saturation import outputs_on_avx2
 from ovcalib.types import Recipe
 
 
@@ -309,3 +312,36 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
     graph, chosen, errors = choose_biases(toy_graph, restore_biases(int8, toy_graph), toy.calibration(), settings)
     assert errors[0] == errors[1]
     assert chosen == settings
+
+
+needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
+
+
+@needs_avx2
+def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(rng):
+    """Products that VNNI adds in 32 bits: 255 x 127 twice is more than 16 bits hold."""
+    x = ops.parameter([1, 64, 8, 8], np.float32, "x")
+    weights = np.ones((64, 64, 3, 3), np.float32)
+    conv = ops.convolution(x, ops.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1])
+    graph = ov.Model([ops.relu(conv)], [x], "saturating")
+    inputs = [rng.uniform(0.5, 1.0, (1, 64, 8, 8)).astype(np.float32) for _ in range(8)]
+    calibration = CalibrationSet(
+        np.concatenate(inputs), None, Preprocessing(height=8, width=8, mean=(0.0,) * 64, std=(1.0,) * 64),
+        Provenance(source="npz:x", options={}, num_samples=8, requested=8, seed=0, seconds=0.0, domain="network",
+                   labels=None),
+    )  # fmt: skip
+    expected = outputs_of(graph, inputs)
+    errors = {}
+    for fix in ("disable", "enable"):
+        int8 = quantize_default(graph, calibration, Settings(overflow_fix=fix, bias_correction="none"))
+        errors[fix] = nmse(expected, outputs_on_avx2(int8, inputs))
+        if machine.has_int8_dot_product():
+            assert nmse(expected, outputs_of(int8, inputs)) < 1e-3
+    assert errors["enable"] < 1e-3
+    assert errors["disable"] > 0.05
+
+
+def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimddp"}))
+    assert outputs_on_avx2(toy_graph, [toy.calibration(1)[0]]) is None
+    assert saturation_of(toy_graph, toy_graph, toy.calibration(2)) is None
