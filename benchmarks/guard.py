@@ -1,0 +1,76 @@
+"""Does the guard see a network coming that INT8 cannot hold? ResNet-20 with channels made wider and wider.
+
+    python benchmarks/guard.py --calib real:imagefolder:cifar10-jpeg/train --eval imagefolder:cifar10-jpeg/test \
+        --limit 1000 -o guard.json
+
+One channel behind the first BatchNorm layer of every block is multiplied by a factor, and the next layer's weights for
+it are divided by the same, so that the network computes what it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import ovcalib
+from ovcalib import api, machine
+from ovcalib.models import load_model
+from ovcalib.models.resnet import BasicBlock
+from ovcalib.pipeline import GUARD_IMAGES, model_options
+from ovcalib.spread import expected_sqnr
+
+MODEL = "resnet20-cifar10"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--num-samples", type=int, default=40)
+    parser.add_argument("--factors", type=float, nargs="+", default=[1, 30, 100, 300, 1000])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    cells = []
+    for factor in args.factors:
+        model = load_model(MODEL, model_options(api.make_recipe(model=MODEL)), lambda text: None)
+        assert model.module is not None
+        widen(model.module, factor)
+        for guard in (False, True):
+            result = ovcalib.quantize(
+                model.module, calib=args.calib, num_samples=args.num_samples, eval=args.eval, limit=args.limit,
+                guard=guard, benchmark_time=0, input_shape=model.spec.input_shape,
+                mean=model.spec.preprocessing.mean, std=model.spec.preprocessing.std,
+            )  # fmt: skip
+            images = (result.calibration[i] for i in range(GUARD_IMAGES))
+            accuracy = result.record.accuracy
+            assert accuracy is not None
+            cells.append({
+                "factor": factor, "guard": guard, "fp32_top1": accuracy.fp32.top1, "int8_top1": accuracy.int8.top1,
+                "lowest_sqnr_db": round(expected_sqnr(result.fp32, images)[0].sqnr_db, 1),
+                "guarded": result.record.quantization.guarded,
+            })  # fmt: skip
+            print(json.dumps(cells[-1]), flush=True)
+    record = {
+        "model": MODEL, "calib": args.calib, "num_samples": args.num_samples, "eval": args.eval, "limit": args.limit,
+        "environment": machine.environment(), "cells": cells,
+    }  # fmt: skip
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@torch.no_grad()
+def widen(module: torch.nn.Module, factor: float) -> None:
+    """Make the most used channel inside every block wider, in place; the function stays."""
+    for block in module.modules():
+        if isinstance(block, BasicBlock):
+            channel = int(block.bn1.weight.abs().argmax())
+            block.bn1.weight[channel] *= factor
+            block.bn1.bias[channel] *= factor
+            block.conv2.weight[:, channel] /= factor
+
+
+if __name__ == "__main__":
+    main()
