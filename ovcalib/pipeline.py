@@ -7,7 +7,7 @@ import datetime
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -145,15 +145,17 @@ def quantize_recipe(
         warnings = list(model.warnings)
         evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
+        settings = resolve_settings(recipe, fp32)
 
         if calibration is None:
             calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
         warnings += calibration.provenance.warnings
         calibration.save(folder)
-        drowned = operations_to_guard(recipe, fp32, calibration)
+        drowned = operations_to_guard(recipe, fp32, calibration, settings)
         if drowned:
             warnings.append(guard_warning(drowned))
-        settings = resolve_settings(recipe, fp32, [operation.name for operation in drowned])
+            ignored = *settings.ignored, *(operation.name for operation in drowned)
+            settings = dataclasses.replace(settings, ignored=ignored)
 
         # Without evaluation images there is no accuracy, only agreement, and that on the calibration images.
         if evaluation is not None:
@@ -329,18 +331,14 @@ def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
     return fixed
 
 
-def resolve_settings(recipe: Recipe, graph: ov.Model, guarded: Iterable[str] = ()) -> Settings:
-    """The quantization settings that a recipe comes to for a graph.
-
-    guarded   further operations that stay in float
-    """
+def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
+    """The quantization settings that a recipe comes to for a graph."""
     transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
     # Transformers have wide activations at every layer, all of which the median keeps for all images.
     bias_correction = recipe.bias_correction
     if bias_correction == "auto":
         bias_correction = "fast" if transformer else "median"
     ignored = [op.get_friendly_name() for ops in match_operations(graph, recipe.ignore).values() for op in ops]
-    ignored += guarded
     return Settings(
         preset=recipe.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(recipe.overflow_fix, recipe.deploy_isa),
@@ -350,12 +348,14 @@ def resolve_settings(recipe: Recipe, graph: ov.Model, guarded: Iterable[str] = (
     )
 
 
-def operations_to_guard(recipe: Recipe, fp32: ov.Model, calibration: CalibrationSet) -> list[Expected]:
-    """The operations that INT8 cannot hold, the worst first; none where the recipe asks for no guard."""
+def operations_to_guard(
+    recipe: Recipe, fp32: ov.Model, calibration: CalibrationSet, settings: Settings
+) -> list[Expected]:
+    """The operations that INT8 cannot hold, the worst first, without those ignored; none where there is no guard."""
     if not recipe.guard:
         return []
     images = (calibration[i] for i in range(min(len(calibration), GUARD_IMAGES)))
-    return drowning(expected_sqnr(fp32, images))
+    return [operation for operation in drowning(expected_sqnr(fp32, images)) if operation.name not in settings.ignored]
 
 
 def guard_warning(drowned: Sequence[Expected]) -> str:
