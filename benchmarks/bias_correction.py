@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from calibration import add_model_options, make_set, model_recipe, spread
@@ -28,10 +28,11 @@ from ovcalib.calibration import Request
 from ovcalib.evaluation import agreement, collect, hits
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import quantize_default
+from ovcalib.quantization import BiasCorrection, quantize_default
 from ovcalib.runtime import OpenVINORunner
+from ovcalib.safeguards import Judge, choose_biases
 
-CORRECTIONS = ("none", "fast", "full", "median", "chosen")
+CORRECTIONS = (*get_args(BiasCorrection), "chosen")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -55,9 +56,9 @@ def measure(args: argparse.Namespace) -> None:
             for correction in (c for c in args.correction if c not in done):
                 began = time.perf_counter()
                 asked = replace(settings, bias_correction="median" if correction == "chosen" else correction)
-                int8 = quantize_default(fp32, made, asked, lambda done: None, io.StringIO())
+                int8 = quantize_default(fp32, made, asked, log=io.StringIO())
                 if correction == "chosen":
-                    int8, asked, _ = pipeline.choose_biases(fp32, int8, made, asked)
+                    int8, asked, _ = choose_biases(int8, asked, Judge(fp32, made))
                 seconds = time.perf_counter() - began
                 outputs = collect(OpenVINORunner(int8), items)
                 agreed = agreement(reference, outputs, args.eval, True)

@@ -4,8 +4,8 @@
         --arm real:imagefolder:cifar10-jpeg/train --arm fractal --arm noise --arm bn-inversion --arm "dgh output=none" \
         -o benchmarks/results/calibration-resnet20.json
 
-An arm is a source with its options. All arms have the same number of images to make, the same NNCF settings (deployment
-on vnni, the instruction set of the machine of the committed results; NNCF's full bias correction, unless one is named
+An arm is a source with its options. All arms have the same number of images to make, the same settings (deployment on
+vnni, the instruction set of the machine of the committed results; the default's bias correction, unless one is named
 with `--bias-correction`; `bias_correction.py` compares them) and the same evaluation images. Finished cells are kept in
 the output file, and a run that is started again goes on after them. Agreement is with FP32; NMSE is the squared error
 of the logits over the squared logits of FP32. Rank correlations over all cells tell how each part of the score orders
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -35,8 +35,9 @@ from ovcalib.calibration.sets import CalibrationSet, read_set
 from ovcalib.evaluation import accuracy, agreement, collect
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import quantize_default
+from ovcalib.quantization import BiasCorrection, quantize_default
 from ovcalib.runtime import OpenVINORunner
+from ovcalib.safeguards import Judge, choose_biases
 from ovcalib.types import Recipe
 
 SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
@@ -61,7 +62,9 @@ def measure(args: argparse.Namespace) -> None:
             source, *options = arm.split()
             request = Request(count=args.count, seed=seed, spec=model.spec, module=model.module)
             made, cpu_seconds = make_set(source, dict(option.split("=", 1) for option in options), request, args.keep)
-            int8 = quantize_default(fp32, made, settings, lambda done, note="": None, io.StringIO())
+            int8, used = quantize_default(fp32, made, settings, log=io.StringIO()), settings
+            if recipe.bias_correction == "auto":
+                int8, used, _ = choose_biases(int8, settings, Judge(fp32, made))
             outputs = collect(OpenVINORunner(int8), items)
             agreed = agreement(reference, outputs, args.eval, True)
             score = score_set(model.module, made, model.spec.name) if model.module is not None else None
@@ -69,12 +72,13 @@ def measure(args: argparse.Namespace) -> None:
                 "arm": arm, "seed": seed,
                 "seconds": round(made.provenance.seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
                 "top1": accuracy(outputs.values, outputs.labels).top1 if outputs.labels is not None else None,
-                "agreement": agreed.top1, "nmse": agreed.nmse, **(score.model_dump() if score else {}),
+                "agreement": agreed.top1, "nmse": agreed.nmse, "bias_correction": used.bias_correction,
+                **(score.model_dump() if score else {}),
             })  # fmt: skip
             print(json.dumps(cells[-1]), flush=True)
             out.write_text(json.dumps({
                 "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
-                "bias_correction": settings.bias_correction, "fp32_top1": baseline,
+                "bias_correction": recipe.bias_correction, "fp32_top1": baseline,
                 "environment": machine.environment(), "torch_threads": os.environ.get("OMP_NUM_THREADS"),
                 "cells": cells,
             }, indent=1) + "\n")  # fmt: skip
@@ -147,12 +151,7 @@ def model_recipe(args: argparse.Namespace, **more: Any) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.add_argument(
-        "--bias-correction",
-        default="full",
-        choices=("none", "fast", "full", "median"),
-        help="none, fast, full or median",
-    )
+    parser.add_argument("--bias-correction", default="auto", choices=("auto", *get_args(BiasCorrection)))
     measure(parser.parse_args())
 
 

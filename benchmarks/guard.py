@@ -19,7 +19,8 @@ import ovcalib
 from ovcalib import api, machine
 from ovcalib.models import load_model
 from ovcalib.models.resnet import BasicBlock
-from ovcalib.pipeline import GUARD_IMAGES, model_options
+from ovcalib.pipeline import model_options
+from ovcalib.safeguards import GUARD_IMAGES
 from ovcalib.spread import expected_sqnr
 
 MODEL = "resnet20-cifar10"

@@ -34,6 +34,7 @@ from ovcalib.export.to_openvino import read_graph, write_ir
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
 from ovcalib.runtime import OpenVINORunner
+from ovcalib.safeguards import GUARD_IMAGES
 from ovcalib.spread import expected_sqnr
 
 FIXES = {
@@ -68,7 +69,7 @@ def main() -> None:
             images = generate(
                 args.calib, Request(count=args.num_samples, seed=0, spec=model.spec, module=model.module), {}
             )
-            expected = expected_sqnr(graph, [images[i] for i in range(pipeline.GUARD_IMAGES)])[0]
+            expected = expected_sqnr(graph, [images[i] for i in range(GUARD_IMAGES)])[0]
             for per_channel in (True, False):
                 for overflow, fix in FIXES.items():
                     with contextlib.redirect_stdout(io.StringIO()):

@@ -13,7 +13,7 @@ behind the shortcut again for each in front of it: minutes for RepVGG, where thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
@@ -29,7 +29,7 @@ from ovcalib.graph import (
     quantized_layers,
     redirect,
 )
-from ovcalib.runtime import EVALUATION_PRECISION, compile_graph
+from ovcalib.runtime import Inference
 
 # Values of one layer are kept for all images: where they do not fit, fewer images are looked at.
 ACTIVATION_BYTES = 2**30
@@ -37,17 +37,11 @@ ACTIVATION_BYTES = 2**30
 Values = list[NDArray[np.float32]]
 
 
-def correct_biases(
-    fp32: ov.Model,
-    int8: ov.Model,
-    images: Sequence[NDArray[np.float32]],
-    tick: Callable[[int], None] = lambda done: None,
-) -> None:
+def correct_biases(fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]]) -> None:
     """Correct the bias of every quantized layer, in place; a layer without a bias gets one.
 
     fp32, int8   the same network before quantization and after it without bias correction, batch 1
     images       network inputs, float32 [1, C, H, W] each
-    tick         receives the number of layers done
     """
     graph = int8.clone()
     layers = quantized_layers(graph)
@@ -81,11 +75,10 @@ def correct_biases(
         shift = np.median(expected[i] - means(outputs, layer.channel_axis), axis=0)
         shifts[layer.name] = shift
         for y in outputs:
-            y += shift.astype(np.float32).reshape([-1 if a == layer.channel_axis else 1 for a in range(y.ndim)])
+            y += layer.along_channels(shift)
         needed = {p.get_name() for later in layers[i + 1 :] for p in parameters_of(later.output)}
         for name in held.keys() - needed:
             del held[name]
-        tick(i + 1)
     add_to_biases(int8, shifts)
 
 
@@ -108,27 +101,13 @@ def channel_means(
         ).output(0)
         for layer in layers
     ]
-    infer = inference(ov.Model(outputs, graph.get_parameters(), "means"))
-    found: list[Values] = [infer([image]) for image in images]
-    return [np.stack(values).astype(np.float64) for values in zip(*found, strict=True)]
+    infer = Inference(ov.Model(outputs, graph.get_parameters(), "means"))
+    found = [[value.astype(np.float64) for value in infer(image)] for image in images]
+    return [np.stack(values) for values in zip(*found, strict=True)]
 
 
 def evaluate(value: ov.Output, held: dict[str, Values]) -> Values:
     """A value for every image, from the held inputs that it depends on."""
     parameters = parameters_of(value)
-    infer = inference(ov.Model([value], parameters, "part"))
-    return [infer(inputs)[0] for inputs in zip(*(held[p.get_name()] for p in parameters), strict=True)]
-
-
-def inference(graph: ov.Model) -> Callable[[Sequence[NDArray[np.float32]]], Values]:
-    """A function from the inputs of a graph, in order, to copies of its outputs."""
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": EVALUATION_PRECISION}
-    request = compile_graph(graph, "CPU", config).create_infer_request()
-
-    def infer(inputs: Sequence[NDArray[np.float32]]) -> Values:
-        for i, value in enumerate(inputs):
-            request.set_input_tensor(i, ov.Tensor(value))
-        request.infer()
-        return [tensor.data.copy() for tensor in request.output_tensors]
-
-    return infer
+    infer = Inference(ov.Model([value], parameters, "part"))
+    return [infer(*inputs)[0].copy() for inputs in zip(*(held[p.get_name()] for p in parameters), strict=True)]

@@ -26,7 +26,7 @@ from ovcalib.pipeline import batch_one, calibrate, model_options, open_evaluatio
 from ovcalib.progress import Progress
 from ovcalib.report.pages import write_diagnosis_report
 from ovcalib.rundir import REQUEST, RunDir, write_json
-from ovcalib.runtime import EVALUATION_PRECISION, OpenVINORunner, check_device, compile_graph
+from ovcalib.runtime import Inference, OpenVINORunner, check_device
 from ovcalib.types import Candidate, Diagnosis, OperationDiagnosis, QuantizedInput, Recipe, SignalQuality
 
 # Outputs of one instrumented graph; more operations than fit are looked at in groups.
@@ -224,20 +224,6 @@ def quantized_input(source: str, spreads: Mapping[str, Spread], histograms: Mapp
         edges=tuple(float(f"{edge:.5g}") for edge in next(iter(histograms.values())).edges),
         counts={name: tuple(map(int, h.counts)) for name, h in histograms.items()},
     )
-
-
-class Inference:
-    """All outputs of a graph for one image after another, in f32."""
-
-    def __init__(self, graph: ov.Model) -> None:
-        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": EVALUATION_PRECISION}
-        self.request = compile_graph(graph, "CPU", config).create_infer_request()
-
-    def __call__(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Views that hold until the next call."""
-        self.request.set_input_tensor(ov.Tensor(x))
-        self.request.infer()
-        return [tensor.data for tensor in self.request.output_tensors]
 
 
 def by_output_size(graph: ov.Model, names: Sequence[str]) -> list[list[str]]:

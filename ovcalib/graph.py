@@ -35,7 +35,7 @@ MOVING = frozenset(
         "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze", "VariadicSplit",
     }
 )  # fmt: skip
-# In the name of a bias that a layer had not before it was corrected.
+# In the name of a bias that a layer had not before it was corrected, by us or by NNCF.
 NULL_BIAS = "null_bias"
 # What belongs to the quantization itself.
 _PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
@@ -72,7 +72,7 @@ class Quantizable:
     """An operation of a float graph that NNCF quantizes.
 
     inputs         the activations that it reads
-    channel_axis   of its inputs and of its output, counted from the end
+    channel_axis   of its inputs and of its output
     by_channel     its input gets a range for each channel: a depthwise convolution
     weights        float64 [G, O, I, K]: groups, output and input channels of each, kernel positions; None for a sum
     """
@@ -104,9 +104,18 @@ def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
         ):
             continue  # an operand that is broadcast, or a matrix product of stacks
         by_channel = kind == "GroupConvolution" and weights is not None and weights.shape[1:3] == (1, 1)
-        axis = -1 if kind == "MatMul" or rank < 2 else 1 - rank
-        found.append(Quantizable(op.get_friendly_name(), tuple(signals[:-1]), signals[-1], axis, by_channel, weights))
+        found.append(
+            Quantizable(
+                op.get_friendly_name(), tuple(signals[:-1]), signals[-1], _channel_axis(op), by_channel, weights
+            )
+        )
     return found
+
+
+def _channel_axis(op: ov.Node) -> int:
+    """Of the output: the last of a matrix product, the second of everything else that has as many."""
+    rank = len(op.output(0).get_partial_shape())
+    return rank - 1 if op.get_type_name() == "MatMul" or rank < 2 else 1
 
 
 def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -194,8 +203,12 @@ class Layer:
     @staticmethod
     def of(op: ov.Node) -> Layer:
         bias = _bias(op)
-        axis = len(op.output(0).get_partial_shape()) - 1 if op.get_type_name() == "MatMul" else 1
-        return Layer(op.get_friendly_name(), op, bias.add if bias else None, axis)
+        return Layer(op.get_friendly_name(), op, bias.add if bias else None, _channel_axis(op))
+
+    def along_channels(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Values [C], broadcastable to the output."""
+        rank = len(self.op.output(0).get_partial_shape())
+        return values.astype(np.float32).reshape([-1 if axis == self.channel_axis else 1 for axis in range(rank)])
 
 
 def quantized_layers(graph: ov.Model) -> list[Layer]:
@@ -246,11 +259,10 @@ def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) ->
     for layer in quantized_layers(graph):
         if layer.name not in shifts:
             continue
-        rank = len(layer.op.output(0).get_partial_shape())
-        shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
+        shift = layer.along_channels(shifts[layer.name])
         if layer.add is None:
             readers = layer.op.output(0).get_target_inputs()
-            add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
+            add = ops.add(layer.op, ops.constant(shift))
             add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
             for reader in readers:
                 reader.replace_source_output(add.output(0))
@@ -530,6 +542,6 @@ def _restore_bias(op: ov.Node, before: dict[str, ov.Node]) -> None:
             origin = before.get(add.get_friendly_name())
             if origin is not None and origin.get_input_size() == 2:
                 add.input(i).replace_source_output(_fold(origin.input_value(i)))
-            elif any(mark in add.get_friendly_name() for mark in ("nncf_null_bias", NULL_BIAS)):
+            elif NULL_BIAS in add.get_friendly_name():
                 zero = ov.op.Constant(np.zeros(list(value.get_shape()), np.float32))
                 add.input(i).replace_source_output(zero.output(0))

@@ -14,9 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from ovcalib import __version__, machine
 from ovcalib.benchmark import compare_latency, memory_of
@@ -45,7 +43,6 @@ from ovcalib.graph import (
     match_operations,
     quantized_operations,
     restore,
-    restore_biases,
 )
 from ovcalib.models import Model, ModelOptions, load_model
 from ovcalib.models.weights import file_sha256
@@ -54,9 +51,8 @@ from ovcalib.quantization import Settings, has_attention, quantize_default, reso
 from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
-from ovcalib.runtime import OpenVINORunner, check_device, outputs_of
-from ovcalib.saturation import outputs_on_avx2
-from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
+from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.safeguards import Judge, choose_biases, choose_range, guard_warning, operations_to_guard
 from ovcalib.types import (
     ModelRecord,
     ModelSpec,
@@ -77,13 +73,6 @@ if TYPE_CHECKING:
 RANKING_ITEMS = 100
 # Images of the calibration set on which agreement is measured where there are no others.
 AGREEMENT_ITEMS = 100
-# Images of the calibration set on which the spread of activations is measured, and those that judge bias correction.
-GUARD_IMAGES = 8
-JUDGING_ITEMS = 32
-# So much more error on the kernels of AVX2 than on others is saturation.
-SATURATED_NMSE = 0.01
-# Operations that a warning names.
-NAMED_OPERATIONS = 4
 # Below this agreement with FP32 the INT8 model is another model.
 COLLAPSED_AGREEMENT = 0.8
 
@@ -151,7 +140,7 @@ def quantize_recipe(
             calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
         warnings += calibration.provenance.warnings
         calibration.save(folder)
-        drowned = operations_to_guard(recipe, fp32, calibration, settings)
+        drowned = operations_to_guard(fp32, calibration, settings) if recipe.guard else []
         if drowned:
             warnings.append(guard_warning(drowned))
             ignored = *settings.ignored, *(operation.name for operation in drowned)
@@ -170,21 +159,17 @@ def quantize_recipe(
 
         quantizing = time.monotonic()
         with progress.task("calibrating", len(calibration)) as tick:
-            int8 = quantize_default(fp32, calibration, settings, tick, log)
+            quantize = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
+            int8 = quantize(settings)
+            judge = Judge(fp32, calibration)
             saturation = None
             if recipe.overflow_fix == "auto" and recipe.deploy_isa == "any":
-                saturation = saturation_of(fp32, int8, calibration)
-            if saturation is not None and saturation[1] > saturation[0] + SATURATED_NMSE:
-                halved = dataclasses.replace(settings, overflow_fix="enable")
-                graph = quantize_default(fp32, calibration, halved, tick, log)
-                inputs = judging_inputs(calibration)
-                error = nmse(outputs_of(fp32, inputs), outputs_of(graph, inputs))
-                if error < saturation[1]:
-                    int8, settings = graph, halved
-                    warnings.append(saturation_warning(*saturation, error))
+                int8, settings, saturation = choose_range(int8, settings, quantize, judge)
+                if saturation is not None and saturation.halved is not None:
+                    warnings.append(saturation.warning())
         bias_nmse = None
         if recipe.bias_correction == "auto":
-            int8, settings, bias_nmse = choose_biases(fp32, int8, calibration, settings)
+            int8, settings, bias_nmse = choose_biases(int8, settings, judge)
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
@@ -204,7 +189,7 @@ def quantize_recipe(
             preset=settings.preset,
             subset_size=len(calibration),
             overflow_fix=settings.overflow_fix,
-            saturation_nmse=saturation,
+            saturation_nmse=(saturation.here, saturation.elsewhere) if saturation else None,
             deploy_isa=recipe.deploy_isa,
             bias_correction=settings.bias_correction,
             bias_nmse=bias_nmse,
@@ -346,71 +331,6 @@ def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),
     )
-
-
-def operations_to_guard(
-    recipe: Recipe, fp32: ov.Model, calibration: CalibrationSet, settings: Settings
-) -> list[Expected]:
-    """The operations that INT8 cannot hold, the worst first, without those ignored; none where there is no guard."""
-    if not recipe.guard:
-        return []
-    images = (calibration[i] for i in range(min(len(calibration), GUARD_IMAGES)))
-    return [operation for operation in drowning(expected_sqnr(fp32, images)) if operation.name not in settings.ignored]
-
-
-def guard_warning(drowned: Sequence[Expected]) -> str:
-    """Why operations stay in float; `drowned` has one at least, the worst first."""
-    named = [
-        f"{layer_name(op.name)} ({op.sqnr_db:.0f} dB, {'weights' if op.weights_share > 0.5 else 'activations'})"
-        for op in drowned[:NAMED_OPERATIONS]
-    ]
-    more = len(drowned) - len(named)
-    return (
-        f"{len(drowned)} of the operations would drown in the rounding of INT8 and stay in float, because channels or "
-        f"weights that are far larger than the others take their levels: {', '.join(named)}"
-        f"{f' and {more} more' if more else ''}. Expected SQNR below {MIN_SQNR_DB:.0f} dB; --no-guard quantizes them"
-    )
-
-
-def judging_inputs(calibration: CalibrationSet) -> list[NDArray[np.float32]]:
-    """The last images of a calibration set."""
-    return [calibration[i] for i in range(max(0, len(calibration) - JUDGING_ITEMS), len(calibration))]
-
-
-def saturation_of(fp32: ov.Model, int8: ov.Model, calibration: CalibrationSet) -> tuple[float, float] | None:
-    """NMSE of the outputs on the kernels of this CPU and on those of AVX2; None where that cannot be told here."""
-    inputs = judging_inputs(calibration)
-    elsewhere = outputs_on_avx2(int8, inputs)
-    if elsewhere is None:
-        return None
-    reference = outputs_of(fp32, inputs)
-    return nmse(reference, outputs_of(int8, inputs)), nmse(reference, elsewhere)
-
-
-def saturation_warning(here: float, elsewhere: float, halved: float) -> str:
-    return (
-        f"on a CPU without VNNI the sums of products would saturate (output NMSE {elsewhere:.2g}; with VNNI "
-        f"{here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE {halved:.2g}); where the "
-        "model will run on VNNI, AMX, a GPU or an NPU, say so with --deploy-isa"
-    )
-
-
-def choose_biases(
-    fp32: ov.Model, int8: ov.Model, calibration: CalibrationSet, settings: Settings
-) -> tuple[ov.Model, Settings, tuple[float, float]]:
-    """Leave bias correction out where the outputs are closer to FP32 without it.
-
-    A shift of the mean is a poor account of an error that grows with the activation, and on few images a matter of
-    chance. The last images tell, which the correction has not seen where there are enough.
-    returns   the graph, its settings, and the NMSE of the outputs with the correction and without it
-    """
-    inputs = judging_inputs(calibration)
-    plain = restore_biases(int8, fp32)
-    reference, corrected, uncorrected = (outputs_of(graph, inputs) for graph in (fp32, int8, plain))
-    errors = nmse(reference, corrected), nmse(reference, uncorrected)
-    if not errors[0] > errors[1]:
-        return int8, settings, errors
-    return plain, dataclasses.replace(settings, bias_correction="none"), errors
 
 
 def with_calibration(recipe: Recipe, model: Model, progress: Progress) -> Recipe:

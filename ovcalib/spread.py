@@ -18,11 +18,11 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.graph import quantizable_operations
-from ovcalib.runtime import EVALUATION_PRECISION, compile_graph
+from ovcalib.runtime import Inference
 
 # Steps of a quantized range, of weights as of activations.
 STEPS = 255
-# In dB; at 10 the noise has a tenth of the signal's power. Operations of networks that INT8 suits stay above 25. Where
+# In dB; at 10 the noise has a tenth of the signal's power. Operations of networks that INT8 suits stay above 20. Where
 # channels of ResNet-20 were made wider and wider, without changing what it computes, the first agreement was lost here.
 MIN_SQNR_DB = 10.0
 
@@ -116,14 +116,11 @@ def expected_sqnr(graph: ov.Model, images: Iterable[NDArray[np.float32]]) -> lis
     # A signal that several operations read is looked at once.
     watched = {_key(value): (value, op.channel_axis) for op in operations for value in (*op.inputs, op.output)}
     probe = ov.Model([value for value, _ in watched.values()], graph.get_parameters(), "signals")
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": EVALUATION_PRECISION}
-    request = compile_graph(probe, "CPU", config).create_infer_request()
+    infer = Inference(probe)
     signals: dict[tuple[str, int], Channels] = {}
     for image in images:
-        request.set_input_tensor(ov.Tensor(image))
-        request.infer()
-        for (key, (_, axis)), tensor in zip(watched.items(), request.output_tensors, strict=True):
-            channels = Channels.of(tensor.data, axis)
+        for (key, (_, axis)), values in zip(watched.items(), infer(image), strict=True):
+            channels = Channels.of(values, axis)
             signals[key] = signals[key].with_(channels) if key in signals else channels
     found = []
     for op in operations:

@@ -24,17 +24,17 @@ from ovcalib.graph import (
     quantized_operations,
     restore_biases,
 )
-from ovcalib.pipeline import batch_one, choose_biases, restore_to_goal, saturation_of
+from ovcalib.pipeline import batch_one, restore_to_goal
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
-from ovcalib.runtime import OpenVINORunner, check_device, outputs_of
+from ovcalib.runtime import check_device, outputs_of
+from ovcalib.safeguards import Judge, choose_biases, choose_range
 from ovcalib.saturation import outputs_on_avx2
 from ovcalib.types import Recipe
 
 
 def outputs(graph, toy):
-    runner = OpenVINORunner(graph)
-    return np.stack(list(runner.run(toy.spec.preprocessing.normalise(image)[None] for image in toy.images)))
+    return outputs_of(graph, (toy.spec.preprocessing.normalise(image)[None] for image in toy.images))
 
 
 def accuracy(graph, toy):
@@ -304,12 +304,13 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
     add = next(op for op in harmed.get_ordered_ops() if op.get_type_name() == "Add")
     value = add.input_value(1).get_node().get_data()
     add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
-    graph, chosen, (corrected, plain) = choose_biases(toy_graph, harmed, toy.calibration(), settings)
+    graph, chosen, (corrected, plain) = choose_biases(harmed, settings, Judge(toy_graph, toy.calibration()))
     assert chosen.bias_correction == "none"
     assert corrected > 10 * plain
     assert outputs(graph, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
     # Where the outputs are no closer without it, it stays.
-    graph, chosen, errors = choose_biases(toy_graph, restore_biases(int8, toy_graph), toy.calibration(), settings)
+    already = restore_biases(int8, toy_graph)
+    graph, chosen, errors = choose_biases(already, settings, Judge(toy_graph, toy.calibration()))
     assert errors[0] == errors[1]
     assert chosen == settings
 
@@ -344,4 +345,5 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(rng):
 def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimddp"}))
     assert outputs_on_avx2(toy_graph, [toy.calibration(1)[0]]) is None
-    assert saturation_of(toy_graph, toy_graph, toy.calibration(2)) is None
+    judge = Judge(toy_graph, toy.calibration(2))
+    assert choose_range(toy_graph, Settings(), lambda settings: pytest.fail("not to be tried"), judge)[2] is None

@@ -1,0 +1,130 @@
+"""What keeps the default algorithm safe: choices that nobody made, made by what they do to the outputs.
+
+Before quantizing, operations that INT8 cannot hold are told and stay in float. After it, the INT8 model runs on the
+last images of its own calibration set beside FP32: half the range of weights where full ones saturate on CPUs without
+VNNI, and no bias correction where it does harm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.calibration import CalibrationSet
+from ovcalib.evaluation import nmse
+from ovcalib.graph import layer_name, restore_biases
+from ovcalib.quantization import Settings
+from ovcalib.runtime import outputs_of
+from ovcalib.saturation import outputs_on_avx2
+from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
+
+# Images of the calibration set on which the spread of activations is measured, and those that judge INT8 models.
+GUARD_IMAGES = 8
+JUDGING_ITEMS = 32
+# So much more error on the kernels of AVX2 than on others is saturation.
+SATURATED_NMSE = 0.01
+# Operations that a warning names.
+NAMED_OPERATIONS = 4
+
+
+def operations_to_guard(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
+    """The operations that INT8 cannot hold, the worst first, without those ignored."""
+    images = (calibration[i] for i in range(min(len(calibration), GUARD_IMAGES)))
+    return [operation for operation in drowning(expected_sqnr(fp32, images)) if operation.name not in settings.ignored]
+
+
+def guard_warning(drowned: Sequence[Expected]) -> str:
+    """Why operations stay in float; `drowned` has one at least, the worst first."""
+    named = [
+        f"{layer_name(op.name)} ({op.sqnr_db:.0f} dB, {'weights' if op.weights_share > 0.5 else 'activations'})"
+        for op in drowned[:NAMED_OPERATIONS]
+    ]
+    more = len(drowned) - len(named)
+    return (
+        f"{len(drowned)} of the operations would drown in the rounding of INT8 and stay in float, because channels or "
+        f"weights that are far larger than the others take their levels: {', '.join(named)}"
+        f"{f' and {more} more' if more else ''}. Expected SQNR below {MIN_SQNR_DB:.0f} dB; --no-guard quantizes them"
+    )
+
+
+class Judge:
+    """How far INT8 models are from FP32 on the last images of a calibration set."""
+
+    def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
+        self.fp32 = fp32
+        first = max(0, len(calibration) - JUDGING_ITEMS)
+        self.inputs = [calibration[i] for i in range(first, len(calibration))]
+
+    @cached_property
+    def reference(self) -> NDArray[np.float32]:
+        return outputs_of(self.fp32, self.inputs)
+
+    def error(self, int8: ov.Model) -> float:
+        """NMSE of the outputs."""
+        return nmse(self.reference, outputs_of(int8, self.inputs))
+
+    def error_on_avx2(self, int8: ov.Model) -> float | None:
+        """NMSE of the outputs on the kernels of AVX2; None where this CPU cannot tell."""
+        outputs = outputs_on_avx2(int8, self.inputs)
+        return None if outputs is None else nmse(self.reference, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturation:
+    """NMSE of the outputs of an INT8 model.
+
+    here        on the kernels of this CPU
+    elsewhere   on those of AVX2
+    halved      with half the range of weights, the same everywhere; None where it was not tried or is no better
+    """
+
+    here: float
+    elsewhere: float
+    halved: float | None
+
+    def warning(self) -> str:
+        return (
+            f"on a CPU without VNNI the sums of products would saturate (output NMSE {self.elsewhere:.2g}; with VNNI "
+            f"{self.here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE "
+            f"{self.halved:.2g}); where the model will run on VNNI, AMX, a GPU or an NPU, say so with --deploy-isa"
+        )
+
+
+def choose_range(
+    int8: ov.Model, settings: Settings, quantize: Callable[[Settings], ov.Model], judge: Judge
+) -> tuple[ov.Model, Settings, Saturation | None]:
+    """Give weights half their range where the full one saturates on the kernels of AVX2.
+
+    quantize   makes the INT8 model of other settings
+    returns    the graph, its settings, and what was measured; None where this CPU cannot tell
+    """
+    elsewhere = judge.error_on_avx2(int8)
+    if elsewhere is None:
+        return int8, settings, None
+    here = judge.error(int8)
+    if elsewhere > here + SATURATED_NMSE:
+        half = dataclasses.replace(settings, overflow_fix="enable")
+        graph = quantize(half)
+        halved = judge.error(graph)
+        if halved < elsewhere:
+            return graph, half, Saturation(here, elsewhere, halved)
+    return int8, settings, Saturation(here, elsewhere, None)
+
+
+def choose_biases(int8: ov.Model, settings: Settings, judge: Judge) -> tuple[ov.Model, Settings, tuple[float, float]]:
+    """Leave bias correction out where the outputs are closer to FP32 without it.
+
+    A shift of the mean is a poor account of an error that grows with the activation, and on few images a matter of
+    chance. The last images tell, which the correction has not seen where there are enough.
+    returns   the graph, its settings, and the NMSE of the outputs with the correction and without it
+    """
+    plain = restore_biases(int8, judge.fp32)
+    errors = judge.error(int8), judge.error(plain)
+    if not errors[0] > errors[1]:
+        return int8, settings, errors
+    return plain, dataclasses.replace(settings, bias_correction="none"), errors
