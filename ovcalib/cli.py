@@ -175,9 +175,10 @@ def quantize(
         str | None,
         typer.Option(
             "--validate",
-            metavar="DATA",
-            help="Images that steer accuracy-aware quantization.",
-            show_default="those of --eval, else the calibration set",
+            metavar="DATA|calibration",
+            help="Images that steer accuracy-aware quantization; calibration: its own, with the labels that came with "
+            "them.",
+            show_default="those of --eval, else calibration",
         ),
     ] = None,
     max_time: Annotated[

@@ -73,6 +73,8 @@ if TYPE_CHECKING:
 RANKING_ITEMS = 100
 # Images of the calibration set on which agreement is measured where there are no others.
 AGREEMENT_ITEMS = 100
+# In place of a data reference: the calibration images, with the labels that came with them.
+CALIBRATION = "calibration"
 # Below this agreement with FP32 the INT8 model is another model.
 COLLAPSED_AGREEMENT = 0.8
 
@@ -147,13 +149,14 @@ def quantize_recipe(
             settings = dataclasses.replace(settings, ignored=ignored)
 
         # Without evaluation images there is no accuracy, only agreement, and that on the calibration images.
+        in_calibration = f"the calibration set ({calibration.provenance.source})"
         if evaluation is not None:
             forbidden = frozenset() if recipe.allow_overlap else calibration_hashes(calibration)
             count, items, where = len(evaluation), evaluation.items(forbidden), evaluation.data.reference
         else:
             count = min(len(calibration), AGREEMENT_ITEMS)
             items = Items(lambda: islice(calibration_items(calibration), count))
-            where = f"the calibration set ({calibration.provenance.source})"
+            where = in_calibration
         with progress.task("evaluating FP32", count) as tick:
             reference = collect(OpenVINORunner(fp32), items, tick)
 
@@ -173,9 +176,12 @@ def quantize_recipe(
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
-            steering = where, items
-            if recipe.validate_on is not None:
+            if recipe.validate_on == CALIBRATION or (recipe.validate_on is None and evaluation is None):
+                steering = in_calibration, Items(lambda: calibration_items(calibration))
+            elif recipe.validate_on is not None:
                 steering = recipe.validate_on, open_evaluation(recipe, recipe.validate_on, model.spec).items()
+            else:
+                steering = where, items
             restoration, restored = restore_to_goal(recipe, fp32, int8, *steering, out_of_time, progress)
             int8 = restoration.model
             if evaluation is not None and recipe.validate_on is None:

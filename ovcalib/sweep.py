@@ -218,6 +218,9 @@ SET_FIELDS = (
     "options", "download",
 )  # fmt: skip
 
+# What the default algorithm does not ask for: cells of it stay where only these differ.
+STEERING_FIELDS = ("metric", "max_drop", "max_time", "max_iterations", "validate_on")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -262,7 +265,7 @@ def plan(sweep: SweepRecipe) -> list[Cell]:
                 "mode": mode, "seed": seed, "eval": sweep.eval, "limit": sweep.limit, "benchmark_time": 0,
             }
         )  # fmt: skip
-        fields = recipe.model_dump(mode="json")
+        fields = recipe.model_dump(mode="json", exclude=set(STEERING_FIELDS) if mode == "default" else None)
         key, set_key = key_of(fields), key_of({name: fields[name] for name in SET_FIELDS})
         cells.append(Cell(model.label, source.label, mode, seed, recipe, key, set_key, model.command))
     return cells

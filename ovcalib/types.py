@@ -61,7 +61,8 @@ class Recipe(Frozen):
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
     max_time         accuracy-aware: seconds for the whole run
     max_iterations   accuracy-aware: candidates measured on the whole validation set
-    validate_on      images that steer accuracy-aware quantization; None: those of `eval`, else the calibration set
+    validate_on      images that steer accuracy-aware quantization: a data reference, or "calibration", the calibration
+                     images with the labels that came with them; None: those of `eval`, else the calibration images
     eval             images on which the result is proven
     limit            at most so many of them, chosen class by class
     benchmark_time   seconds of latency measurement for each model; 0 leaves it out

@@ -119,6 +119,26 @@ def test_accuracy_aware_says_what_it_did(data, tmp_path):
     assert (tmp_path / "tight/int8/model.xml").exists()
 
 
+def test_the_calibration_set_can_steer(data, tmp_path, toy):
+    """With the labels that came with it; there are no others, and the evaluation images are left for the proof."""
+    np.savez(tmp_path / "set.npz", images=255 - toy.images[:30], labels=toy.labels[:30])
+    arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--mode", "accuracy-aware", "--max-drop", 0.5, *FAST]
+    found = run(*arguments, "--calib", f"npz:{tmp_path}/set.npz", "--num-samples", 30, "--eval", data / "eval",
+                "--validate", "calibration", "-o", tmp_path / "labelled")  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    result = json.loads((tmp_path / "labelled/result.json").read_text())
+    steered = result["quantization"]["restoration"]
+    assert (steered["metric"], steered["count"]) == ("top1", 30)
+    assert steered["on"].startswith("the calibration set (npz:")
+    assert result["accuracy"] is not None
+    assert not any("also steered" in warning for warning in result["warnings"])
+    # Images without labels, and none to evaluate on: agreement, on all of them.
+    found = run(*arguments, "--calib", "noise", "--num-samples", 120, "-o", tmp_path / "alone")
+    assert found.exit_code == 0, found.stderr
+    steered = json.loads((tmp_path / "alone/result.json").read_text())["quantization"]["restoration"]
+    assert (steered["metric"], steered["count"]) == ("agreement", 120)
+
+
 def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
     found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 8, "--mode",
                 "accuracy-aware", "--metric", "agreement", "--max-drop", 0, "--max-time", 0.001, "--eval", data / "eval",

@@ -143,6 +143,8 @@ def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, dat
     found = sweep.run_sweep(larger, tmp_path / "out", resume=True)
     assert not found.failed
     assert {path.name for path in (tmp_path / "out" / "sets").iterdir()} == sets
+    # The cells of the default algorithm are there, whatever steers the other.
+    assert len([task for task in inline.tasks if task["kind"] == "cell"]) == 2
     assert "Operations given back to float" in (tmp_path / "out" / "report.md").read_text()
 
 
