@@ -292,6 +292,16 @@ def test_a_narrow_relative_stands_beside_its_model_of_the_paper_by_name(paper):
     assert lines[-1].endswith("(0.50 %) | 41.73 |")
 
 
+def test_scores_of_another_classifier_never_stand_for_the_inception_score(paper):
+    lines = paper.score_table({"Fractal": {"fid-resnet20": 9.713}, "CIFAR-10": {"fid-resnet20": 0.03}}).splitlines()
+    assert lines[0] == "| images | paper: Inception Score of 50,000 | ours: Inception Score | fid-resnet20 |"
+    assert lines[2] == "| StyleGAN2-ADA | 10.34 | not run | not run |"
+    assert lines[4] == "| Fractal | 3.31 | not run | 9.71 |"
+    assert lines[5] == "| CIFAR-10 | - | not run | 0.03 |"
+    measured = paper.score_table({"Fractal": {"fid": 80.0, "inception-score": 3.2}})
+    assert "| Fractal | 3.31 | 3.2 | 80 |" in measured
+
+
 def test_the_narrow_recipe_is_valid_and_every_model_has_a_column(paper):
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_narrow.yaml"
     found = make_sweep_recipe(yaml.safe_load(path.read_text()))
