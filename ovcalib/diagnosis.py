@@ -26,11 +26,9 @@ from ovcalib.pipeline import batch_one, calibrate, model_options, open_evaluatio
 from ovcalib.progress import Progress
 from ovcalib.report.pages import write_diagnosis_report
 from ovcalib.rundir import REQUEST, RunDir, write_json
-from ovcalib.runtime import Inference, OpenVINORunner, check_device
+from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that_fit, size_of
 from ovcalib.types import Candidate, Diagnosis, OperationDiagnosis, QuantizedInput, Recipe, SignalQuality
 
-# Outputs of one instrumented graph; more operations than fit are looked at in groups.
-GROUP_BYTES = 256 * 2**20
 # A range of which this much is cut off, or so little is used, is named as a likely fault.
 CLIPPED_SHARE = 0.01
 USED_SHARE = 0.25
@@ -149,7 +147,9 @@ def operation_signals(
     found: dict[str, dict[str, Any]] = {}
     first = next(iter(sets.values()))
     with progress.task("comparing signals", len(names)) as tick:
-        for group in by_output_size(quantized, names):
+        operations = {op.get_friendly_name(): op for op in quantized.get_ops()}
+        # Four variants of the output, and the inputs, which are about as large.
+        for group in groups_that_fit(names, lambda name: 6 * size_of(operations[name].output(0))):
             graph, probes = instrument(quantized, fp32, group)
             beside = Inference(graph)
             company = Inference(observe(quantized, [probe.name for probe in probes]))
@@ -224,22 +224,6 @@ def quantized_input(source: str, spreads: Mapping[str, Spread], histograms: Mapp
         edges=tuple(float(f"{edge:.5g}") for edge in next(iter(histograms.values())).edges),
         counts={name: tuple(map(int, h.counts)) for name, h in histograms.items()},
     )
-
-
-def by_output_size(graph: ov.Model, names: Sequence[str]) -> list[list[str]]:
-    """Groups of operations whose instrumented outputs fit into GROUP_BYTES."""
-    operations = {op.get_friendly_name(): op for op in graph.get_ops()}
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        # Four variants of the output, and the inputs, which are about as large.
-        own = 6 * 4 * int(np.prod(list(operations[name].output(0).get_shape())))
-        if groups[-1] and size + own > GROUP_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += own
-    return groups
 
 
 # Harm and its price ---------------------------------------------------------------------------

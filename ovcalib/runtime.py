@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import openvino as ov
@@ -15,6 +15,10 @@ from ovcalib.errors import DeviceError, ModelError, UnknownNameError
 
 # What accuracy is measured in: no hidden bfloat16 or float16 in the float parts of a model.
 EVALUATION_PRECISION = "f32"
+# Outputs of a graph whose inside is looked at are all held at once; more than fit are looked at in groups.
+GROUP_BYTES = 256 * 2**20
+
+T = TypeVar("T")
 
 
 class Runner(Protocol):
@@ -73,6 +77,26 @@ class Inference:
             self.request.set_input_tensor(i, ov.Tensor(value))
         self.request.infer()
         return [tensor.data for tensor in self.request.output_tensors]
+
+
+def groups_that_fit(items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
+    """Items in order, in groups of at most GROUP_BYTES; what is larger stands alone."""
+    groups: list[list[T]] = []
+    held = 0
+    for item in items:
+        own = size(item)
+        if not groups or held + own > GROUP_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += own
+    return groups
+
+
+def size_of(value: ov.Output) -> int:
+    """Bytes of a float32 value; 0 where its shape is not known before it is computed."""
+    shape = value.get_partial_shape()
+    return 4 * int(np.prod(list(shape.to_shape()))) if shape.is_static else 0
 
 
 def outputs_of(graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -34,7 +34,7 @@ NAMED_OPERATIONS = 4
 
 def operations_to_guard(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
     """The operations that INT8 cannot hold, the worst first, without those ignored."""
-    images = (calibration[i] for i in range(min(len(calibration), GUARD_IMAGES)))
+    images = [calibration[i] for i in range(min(len(calibration), GUARD_IMAGES))]
     return [operation for operation in drowning(expected_sqnr(fp32, images)) if operation.name not in settings.ignored]
 
 

@@ -10,7 +10,7 @@ of the 255 steps; where those are the ones that matter, the ratio says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.graph import quantizable_operations
-from ovcalib.runtime import Inference
+from ovcalib.runtime import Inference, groups_that_fit, size_of
 
 # Steps of a quantized range, of weights as of activations.
 STEPS = 255
@@ -105,7 +105,7 @@ class Expected:
     weights_share: float
 
 
-def expected_sqnr(graph: ov.Model, images: Iterable[NDArray[np.float32]]) -> list[Expected]:
+def expected_sqnr(graph: ov.Model, images: Sequence[NDArray[np.float32]]) -> list[Expected]:
     """The operations of a float graph that INT8 suits least first.
 
     images   network inputs, float32 [1, C, H, W] each
@@ -115,13 +115,13 @@ def expected_sqnr(graph: ov.Model, images: Iterable[NDArray[np.float32]]) -> lis
     operations = quantizable_operations(graph)
     # A signal that several operations read is looked at once.
     watched = {_key(value): (value, op.channel_axis) for op in operations for value in (*op.inputs, op.output)}
-    probe = ov.Model([value for value, _ in watched.values()], graph.get_parameters(), "signals")
-    infer = Inference(probe)
     signals: dict[tuple[str, int], Channels] = {}
-    for image in images:
-        for (key, (_, axis)), values in zip(watched.items(), infer(image), strict=True):
-            channels = Channels.of(values, axis)
-            signals[key] = signals[key].with_(channels) if key in signals else channels
+    for group in groups_that_fit(list(watched), lambda key: size_of(watched[key][0])):
+        infer = Inference(ov.Model([watched[key][0] for key in group], graph.get_parameters(), "signals"))
+        for image in images:
+            for key, values in zip(group, infer(image), strict=True):
+                channels = Channels.of(values, watched[key][1])
+                signals[key] = signals[key].with_(channels) if key in signals else channels
     found = []
     for op in operations:
         inputs = [signals[_key(value)] for value in op.inputs]

@@ -105,7 +105,7 @@ def test_large_networks_are_looked_at_in_groups(toy, toy_graph, int8, monkeypatc
     names = [op.get_friendly_name() for op in quantized_operations(int8)]
     images = {"a": [toy.calibration(2)[i] for i in range(2)]}
     whole = operation_signals(toy_graph, int8, names, images, Progress())
-    monkeypatch.setattr("ovcalib.diagnosis.GROUP_BYTES", 1)
+    monkeypatch.setattr("ovcalib.runtime.GROUP_BYTES", 1)
     single = operation_signals(toy_graph, int8, names, images, Progress())
     for name in names:
         assert single[name]["alone"].sqnr_db == pytest.approx(whole[name]["alone"].sqnr_db, abs=0.1)

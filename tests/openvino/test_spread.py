@@ -124,3 +124,12 @@ def test_sums_and_matrix_products_are_looked_at(toy, toy_graph):
     expected = expected_sqnr(toy_graph, [calibration[i] for i in range(4)])
     assert len(expected) == 7
     assert min(e.sqnr_db for e in expected) > MIN_SQNR_DB + 10
+
+
+def test_signals_that_do_not_fit_together_are_looked_at_in_groups(toy, toy_graph, monkeypatch):
+    images = [toy.calibration(2)[i] for i in range(2)]
+    whole = expected_sqnr(toy_graph, images)
+    monkeypatch.setattr("ovcalib.runtime.GROUP_BYTES", 1)
+    single = expected_sqnr(toy_graph, images)
+    assert [e.name for e in single] == [e.name for e in whole]
+    assert [e.sqnr_db for e in single] == pytest.approx([e.sqnr_db for e in whole], abs=1e-3)
