@@ -4,9 +4,9 @@
         --arm real:imagefolder:cifar10-jpeg/train --arm bn-inversion -o bias.json
 
 Every arm is a calibration source, every seed a set of it; the ranges are the same for all corrections of a set. Here
-`chosen` is the default of ovcalib: the median's, or none where that is closer to FP32 on the last images of the set.
-Error and agreement are those of the evaluation images, seconds those of the whole quantization. Cells that FILE holds
-already are not measured again.
+`chosen` is the default of ovcalib: layerwise, or none where that is closer to FP32 on the last images of the set.
+`--overflow-fix enable` gives weights half their range, as on CPUs without VNNI. Error and agreement are those of the
+evaluation images, seconds those of the whole quantization. Cells that FILE holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ovcalib.calibration import Request
 from ovcalib.evaluation import agreement, collect, hits
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import BiasCorrection, quantize_default
+from ovcalib.quantization import BiasCorrection, OverflowFix, quantize_default
 from ovcalib.runtime import OpenVINORunner
 from ovcalib.safeguards import Judge, choose_biases
 
@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> None:
         fp32, _ = pipeline.export(model, Path(folder), Progress())
     items = pipeline.open_evaluation(recipe, args.eval, model.spec).items()
     reference = collect(OpenVINORunner(fp32), items)
-    settings = pipeline.resolve_settings(recipe, fp32)
+    settings = replace(pipeline.resolve_settings(recipe, fp32), overflow_fix=args.overflow_fix)
     for seed in range(args.seeds):
         for arm in args.arm:
             done = {cell["correction"] for cell in cells if cell["arm"] == arm and cell["seed"] == seed}
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> None:
             made, _ = make_set(source, dict(option.split("=", 1) for option in options), request, args.keep)
             for correction in (c for c in args.correction if c not in done):
                 began = time.perf_counter()
-                asked = replace(settings, bias_correction="median" if correction == "chosen" else correction)
+                asked = replace(settings, bias_correction="layerwise" if correction == "chosen" else correction)
                 int8 = quantize_default(fp32, made, asked, log=io.StringIO())
                 if correction == "chosen":
                     int8, asked, _ = choose_biases(int8, asked, Judge(fp32, made))
@@ -70,6 +70,7 @@ def measure(args: argparse.Namespace) -> None:
                 print(json.dumps(cells[-1]), flush=True)
                 out.write_text(json.dumps({
                     "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
+                    "overflow_fix": args.overflow_fix,
                     "fp32_top1": None if reference.labels is None
                     else float(hits(reference.values, reference.labels).mean()),
                     "environment": machine.environment(), "cells": cells,
@@ -94,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--correction", action="append", choices=CORRECTIONS, help="all, unless named")
+    parser.add_argument("--overflow-fix", choices=get_args(OverflowFix), default="disable")
     args = parser.parse_args()
     args.correction = args.correction or CORRECTIONS
     measure(args)

@@ -222,9 +222,9 @@ def quantize(
         str | None,
         typer.Option(
             "--bias-correction",
-            metavar="auto|none|fast|full|median",
-            help="median looks at each layer behind those before it; fast and full are NNCF's.",
-            show_default="auto: median, but fast for transformers, and none where that is closer to FP32",
+            metavar="auto|none|fast|full|layerwise",
+            help="layerwise takes away what rounding each layer's own weights adds; fast and full are NNCF's.",
+            show_default="auto: layerwise, or none where that is closer to FP32",
         ),
     ] = None,
     guard: Annotated[

@@ -176,7 +176,7 @@ def restore_biases(quantized: ov.Model, original: ov.Model) -> ov.Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or matrix product with constant weights, and the bias behind it.
+    """A convolution or matrix product with constant weights.
 
     add            the Add of its bias, None where it has none
     channel_axis   of its output
@@ -187,28 +187,10 @@ class Layer:
     add: ov.Node | None
     channel_axis: int
 
-    @property
-    def data(self) -> ov.Output:
-        """What it reads at present, before quantization."""
-        data = next(value for value in self.op.input_values() if not _is_constant(value))
-        while _node(data).get_type_name() == "FakeQuantize":
-            data = _node(data).input_value(0)
-        return data
-
-    @property
-    def output(self) -> ov.Output:
-        """What it gives, bias included."""
-        return (self.add or self.op).output(0)
-
     @staticmethod
     def of(op: ov.Node) -> Layer:
         bias = _bias(op)
         return Layer(op.get_friendly_name(), op, bias.add if bias else None, _channel_axis(op))
-
-    def along_channels(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Values [C], broadcastable to the output."""
-        rank = len(self.op.output(0).get_partial_shape())
-        return values.astype(np.float32).reshape([-1 if axis == self.channel_axis else 1 for axis in range(rank)])
 
 
 def quantized_layers(graph: ov.Model) -> list[Layer]:
@@ -238,19 +220,6 @@ def fold_weights(layers: Iterable[Layer]) -> None:
         layer.op.input(1).replace_source_output(_fold(layer.op.input_value(1)))
 
 
-def parameters_of(value: ov.Output) -> list[ov.Node]:
-    """The inputs of a graph that a value depends on."""
-    found, seen, todo = [], set(), [_node(value)]
-    while todo:
-        node = todo.pop()
-        if node.get_name() not in seen:
-            seen.add(node.get_name())
-            if node.get_type_name() == "Parameter":
-                found.append(node)
-            todo += [_node(source) for source in node.input_values()]
-    return found
-
-
 def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) -> None:
     """Add to the bias of layers, in place.
 
@@ -259,10 +228,11 @@ def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) ->
     for layer in quantized_layers(graph):
         if layer.name not in shifts:
             continue
-        shift = layer.along_channels(shifts[layer.name])
+        rank = len(layer.op.output(0).get_partial_shape())
+        shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
         if layer.add is None:
             readers = layer.op.output(0).get_target_inputs()
-            add = ops.add(layer.op, ops.constant(shift))
+            add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
             add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
             for reader in readers:
                 reader.replace_source_output(add.output(0))

@@ -325,15 +325,11 @@ def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
 def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
     """The quantization settings that a recipe comes to for a graph."""
     transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
-    # Transformers have wide activations at every layer, all of which the median keeps for all images.
-    bias_correction = recipe.bias_correction
-    if bias_correction == "auto":
-        bias_correction = "fast" if transformer else "median"
     ignored = [op.get_friendly_name() for ops in match_operations(graph, recipe.ignore).values() for op in ops]
     return Settings(
         preset=recipe.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(recipe.overflow_fix, recipe.deploy_isa),
-        bias_correction=bias_correction,
+        bias_correction="layerwise" if recipe.bias_correction == "auto" else recipe.bias_correction,
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),
     )

@@ -23,7 +23,7 @@ from ovcalib.graph import layer_name, set_input_range
 
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
-BiasCorrection = Literal["none", "fast", "full", "median"]
+BiasCorrection = Literal["none", "fast", "full", "layerwise"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
 
 # Without a 32-bit INT8 dot product, products are summed in 16 bits, where full-range weights overflow: "enable" halves
@@ -40,7 +40,7 @@ OVERFLOW_FIX: dict[str, OverflowFix] = {
 }
 
 
-# Images that the median of bias correction is taken over.
+# Images that bias correction is measured on.
 BIAS_IMAGES = 64
 
 
@@ -48,14 +48,14 @@ BIAS_IMAGES = 64
 class Settings:
     """How to quantize, fully resolved.
 
-    bias_correction   none; "fast" and "full" by NNCF; "median" by ovcalib.bias_correction
+    bias_correction   none; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
     ignored       friendly names of operations that stay in float
     transformer   attention is there: SmoothQuant and the mixed preset apply
     """
 
     preset: Preset = "performance"
     overflow_fix: OverflowFix = "first-layer"
-    bias_correction: BiasCorrection = "median"
+    bias_correction: BiasCorrection = "layerwise"
     transformer: bool = False
     ignored: tuple[str, ...] = ()
 
@@ -140,13 +140,13 @@ def quantize_default(
             }[settings.overflow_fix]
             # Made anew for every call: nncf.quantize writes into the object that it is given.
             options = nncf.AdvancedQuantizationParameters(
-                overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "median"), **advanced
+                overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "layerwise"), **advanced
             )
             items = nncf.Dataset(_Items(calibration, tick))
             int8 = nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
             if calibration.input_range is not None:
                 set_input_range(int8, *calibration.input_range)
-            if settings.bias_correction == "median":
+            if settings.bias_correction == "layerwise":
                 correct_biases(graph, int8, [calibration[i] for i in range(min(len(calibration), BIAS_IMAGES))])
             return int8
 

@@ -55,7 +55,7 @@ class Recipe(Frozen):
     calib            calibration source; `options` are its -O key=value. None: bn-inversion where the model has
                      BatchNorm statistics, else fractal
     num_samples      images, never batches; None: what the source suggests
-    bias_correction  auto: median, but fast for transformers, and none where that is closer to FP32
+    bias_correction  auto: layerwise, or none where that is closer to FP32
     guard            leave operations in float that INT8 cannot hold
     metric           None: top1 where the validation images have labels, else agreement
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
@@ -86,7 +86,7 @@ class Recipe(Frozen):
     preset: Literal["performance", "mixed"] | None = None
     overflow_fix: Literal["auto", "disable", "first-layer", "enable"] = "auto"
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"] = "any"
-    bias_correction: Literal["auto", "none", "fast", "full", "median"] = "auto"
+    bias_correction: Literal["auto", "none", "fast", "full", "layerwise"] = "auto"
     guard: bool = True
     model_type: Literal["auto", "cnn", "transformer"] = "auto"
     ignore: tuple[str, ...] = ()

@@ -224,5 +224,5 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
 def test_bias_correction_is_chosen_and_said(result):
     chosen = json.loads((result / "result.json").read_text())["quantization"]
     with_it, without = chosen["bias_nmse"]
-    assert chosen["bias_correction"] == ("median" if with_it <= without else "none")
+    assert chosen["bias_correction"] == ("layerwise" if with_it <= without else "none")
     assert f"bias correction: {chosen['bias_correction']} (NMSE" in (result / "report.md").read_text()
