@@ -6,10 +6,10 @@ reads in the FP32 network, is taken over calibration images; the layer runs on t
 border of the image right too.
 
 NNCF's `BiasCorrection` ("full") is the empirical one of the paper's appendix D: b += E[y] - E[~y] with what layers in
-front, quantized and corrected, make of the images. A shift then has to make up for errors that grow with the activation
-as well, which it cannot, and the more the weights are rounded the more harm that does: with half their range,
-EfficientNet-Lite0 is further from FP32 behind it than without any correction (benchmarks/results/calibration.md).
-Layers corrected one by one stay right, too, when others are given back to float.
+front, quantized and corrected, make of the images. A shift then has to make up for errors that come from in front and
+grow with the activation as well, which it cannot; the more the weights are rounded, the more that costs
+(benchmarks/results/calibration.md, "Bias correction"). And a layer corrected alone stays right when others return to
+float.
 """
 
 from __future__ import annotations
