@@ -144,8 +144,8 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
         "# The paper's tables",
         "",
         "Written by `python benchmarks/paper_tables.py` from a sweep of `benchmarks/paper.yaml` (`make tables`), or of "
-        "`benchmarks/paper_narrow.yaml` where the names are of narrower networks. Each cell is ours: the drop of top-1 accuracy in points, and in brackets in % of "
-        "the FP32 accuracy; beside it the published number. " + NOTES,
+        "`benchmarks/paper_narrow.yaml` where the names are of narrower networks. Each cell is ours: the drop of top-1 "
+        "accuracy in points, and in brackets in % of the FP32 accuracy; beside it the published number. " + NOTES,
         "",
         "## What differs",
         "",
