@@ -46,7 +46,7 @@ def main() -> None:
                 guard=guard, benchmark_time=0, input_shape=model.spec.input_shape,
                 mean=model.spec.preprocessing.mean, std=model.spec.preprocessing.std,
             )  # fmt: skip
-            images = [result.calibration[i] for i in range(GUARD_IMAGES)]
+            images = result.calibration.inputs(last=GUARD_IMAGES)
             accuracy = result.record.accuracy
             assert accuracy is not None
             cells.append({

@@ -69,7 +69,7 @@ def main() -> None:
             images = generate(
                 args.calib, Request(count=args.num_samples, seed=0, spec=model.spec, module=model.module), {}
             )
-            expected = expected_sqnr(graph, [images[i] for i in range(GUARD_IMAGES)])[0]
+            expected = expected_sqnr(graph, images.inputs(last=GUARD_IMAGES))[0]
             for per_channel in (True, False):
                 for overflow, fix in FIXES.items():
                     with contextlib.redirect_stdout(io.StringIO()):

@@ -231,7 +231,7 @@ def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) ->
         rank = len(layer.op.output(0).get_partial_shape())
         shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
         if layer.add is None:
-            readers = layer.op.output(0).get_target_inputs()
+            readers = layer.op.output(0).get_target_inputs()  # the addition itself is not one of them
             add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
             add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
             for reader in readers:

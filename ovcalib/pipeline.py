@@ -148,15 +148,14 @@ def quantize_recipe(
             ignored = *settings.ignored, *(operation.name for operation in drowned)
             settings = dataclasses.replace(settings, ignored=ignored)
 
-        # Without evaluation images there is no accuracy, only agreement, and that on the calibration images.
-        in_calibration = f"the calibration set ({calibration.provenance.source})"
         if evaluation is not None:
             forbidden = frozenset() if recipe.allow_overlap else calibration_hashes(calibration)
             count, items, where = len(evaluation), evaluation.items(forbidden), evaluation.data.reference
         else:
+            # There is no accuracy then, only agreement, and that on the calibration images.
             count = min(len(calibration), AGREEMENT_ITEMS)
             items = Items(lambda: islice(calibration_items(calibration), count))
-            where = in_calibration
+            where = name_of(calibration)
         with progress.task("evaluating FP32", count) as tick:
             reference = collect(OpenVINORunner(fp32), items, tick)
 
@@ -176,18 +175,18 @@ def quantize_recipe(
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
-            if recipe.validate_on == CALIBRATION or (recipe.validate_on is None and evaluation is None):
-                steering = in_calibration, Items(lambda: calibration_items(calibration))
-            elif recipe.validate_on is not None:
-                steering = recipe.validate_on, open_evaluation(recipe, recipe.validate_on, model.spec).items()
-            else:
-                steering = where, items
-            restoration, restored = restore_to_goal(recipe, fp32, int8, *steering, out_of_time, progress)
-            int8 = restoration.model
-            if evaluation is not None and recipe.validate_on is None:
+            if recipe.validate_on is None and evaluation is not None:
+                on, steering = where, items
                 warnings.append(
                     "the evaluation images also steered the accuracy-aware search; name others with --validate"
                 )
+            elif recipe.validate_on is None or recipe.validate_on == CALIBRATION:
+                # The whole set, with the labels that came with it.
+                on, steering = name_of(calibration), Items(lambda: calibration_items(calibration))
+            else:
+                on, steering = recipe.validate_on, open_evaluation(recipe, recipe.validate_on, model.spec).items()
+            restoration, restored = restore_to_goal(recipe, fp32, int8, on, steering, out_of_time, progress)
+            int8 = restoration.model
         seconds = time.monotonic() - quantizing
         outcome: Outcome = restoration.outcome if restoration else "done"
         quantization = Quantization(
@@ -392,6 +391,11 @@ def calibrate(
     if score:
         found["score"], found["score_reason"] = score_calibration(model, calibration)
     return dataclasses.replace(calibration, provenance=calibration.provenance.model_copy(update=found))
+
+
+def name_of(calibration: CalibrationSet) -> str:
+    """What a calibration set is called where images of others are named by their reference."""
+    return f"the calibration set ({calibration.provenance.source})"
 
 
 def calibration_hashes(calibration: CalibrationSet) -> frozenset[bytes]:

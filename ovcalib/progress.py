@@ -19,6 +19,8 @@ class Task:
     def __init__(self, owner: Progress, name: str, total: int) -> None:
         self.owner, self.name, self.total = owner, name, total
         self.began = self.printed = time.monotonic()
+        # When the first report came, and of how many steps: work that is taken up again starts with steps behind it.
+        self.first: tuple[float, int] | None = None
 
     def __call__(self, done: int, note: str = "") -> None:
         """Report `done` steps, and a word on how it goes."""
@@ -69,11 +71,13 @@ class Terminal(Progress):
 
     def _update(self, task: Task, done: int, note: str) -> None:
         now = time.monotonic()
+        began, before = task.first = task.first or (now, done)
         if now - task.began < DELAY_S or now - task.printed < (PLAIN_EVERY_S if self.plain else 0.1):
             return
         task.printed = now
-        left = (now - task.began) * (task.total - done) / max(done, 1)
-        text = f"{task.name} {done}/{task.total}{f', {note}' if note else ''}, {_duration(left)} left"
+        text = f"{task.name} {done}/{task.total}{f', {note}' if note else ''}"
+        if done > before:
+            text += f", {_duration((now - began) * (task.total - done) / (done - before))} left"
         if self.plain:
             print(text, file=sys.stderr, flush=True)
             return

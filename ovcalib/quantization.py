@@ -48,9 +48,9 @@ BIAS_IMAGES = 64
 class Settings:
     """How to quantize, fully resolved.
 
-    bias_correction   none; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
-    ignored       friendly names of operations that stay in float
-    transformer   attention is there: SmoothQuant and the mixed preset apply
+    bias_correction   "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
+    transformer       attention is there: SmoothQuant and the mixed preset apply
+    ignored           friendly names of operations that stay in float
     """
 
     preset: Preset = "performance"
@@ -147,7 +147,7 @@ def quantize_default(
             if calibration.input_range is not None:
                 set_input_range(int8, *calibration.input_range)
             if settings.bias_correction == "layerwise":
-                correct_biases(graph, int8, [calibration[i] for i in range(min(len(calibration), BIAS_IMAGES))])
+                correct_biases(graph, int8, calibration.inputs(last=BIAS_IMAGES))
             return int8
 
         try:

@@ -71,10 +71,9 @@ class Inference:
         config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": EVALUATION_PRECISION}
         self.request = compile_graph(graph, "CPU", config).create_infer_request()
 
-    def __call__(self, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Views that hold until the next call, from the inputs of the graph in order."""
-        for i, value in enumerate(inputs):
-            self.request.set_input_tensor(i, ov.Tensor(value))
+    def __call__(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Views that hold until the next call."""
+        self.request.set_input_tensor(ov.Tensor(x))
         self.request.infer()
         return [tensor.data for tensor in self.request.output_tensors]
 

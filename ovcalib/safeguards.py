@@ -34,8 +34,8 @@ NAMED_OPERATIONS = 4
 
 def operations_to_guard(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
     """The operations that INT8 cannot hold, the worst first, without those ignored."""
-    images = [calibration[i] for i in range(min(len(calibration), GUARD_IMAGES))]
-    return [operation for operation in drowning(expected_sqnr(fp32, images)) if operation.name not in settings.ignored]
+    expected = expected_sqnr(fp32, calibration.inputs(last=GUARD_IMAGES))
+    return [operation for operation in drowning(expected) if operation.name not in settings.ignored]
 
 
 def guard_warning(drowned: Sequence[Expected]) -> str:
@@ -57,8 +57,7 @@ class Judge:
 
     def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
         self.fp32 = fp32
-        first = max(0, len(calibration) - JUDGING_ITEMS)
-        self.inputs = [calibration[i] for i in range(first, len(calibration))]
+        self.inputs = calibration.inputs(-JUDGING_ITEMS)
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:

@@ -99,6 +99,10 @@ class CalibrationSet:
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return (self[i] for i in range(len(self)))
 
+    def inputs(self, first: int = 0, last: int | None = None) -> list[NDArray[np.float32]]:
+        """The network inputs of the images first..last; indices as in slices, None for the end."""
+        return [self[i] for i in range(len(self))[first:last]]
+
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """One image for a person to look at, uint8 [H, W, C]; values outside black to white are clipped."""
         image = self.images[index]

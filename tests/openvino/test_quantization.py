@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -318,9 +320,9 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
 needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
 
 
-@needs_avx2
-def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(rng):
-    """Products that VNNI adds in 32 bits: 255 x 127 twice is more than 16 bits hold."""
+@pytest.fixture
+def saturating(rng):
+    """A graph whose products VNNI adds in 32 bits, 255 x 127 twice being more than 16 bits hold; and its images."""
     x = ops.parameter([1, 64, 8, 8], np.float32, "x")
     weights = np.ones((64, 64, 3, 3), np.float32)
     conv = ops.convolution(x, ops.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1])
@@ -331,6 +333,13 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(rng):
         Provenance(source="npz:x", options={}, num_samples=8, requested=8, seed=0, seconds=0.0, domain="network",
                    labels=None),
     )  # fmt: skip
+    return graph, calibration
+
+
+@needs_avx2
+def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
+    graph, calibration = saturating
+    inputs = calibration.inputs()
     expected = outputs_of(graph, inputs)
     errors = {}
     for fix in ("disable", "enable"):
@@ -340,6 +349,25 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(rng):
             assert nmse(expected, outputs_of(int8, inputs)) < 1e-3
     assert errors["enable"] < 1e-3
     assert errors["disable"] > 0.05
+
+
+@needs_avx2
+def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
+    graph, calibration = saturating
+    quantize = partial(quantize_default, graph, calibration)
+    settings = Settings(overflow_fix="disable", bias_correction="none")
+    judge = Judge(graph, calibration)
+    chosen, came_to, saturation = choose_range(quantize(settings), settings, quantize, judge)
+    assert came_to == replace(settings, overflow_fix="enable")
+    assert graph_sha256(chosen) == graph_sha256(quantize(came_to))
+    assert saturation.halved == judge.error(chosen) < saturation.elsewhere
+    assert f"{saturation.elsewhere:.2g}" in saturation.warning()
+    assert "--deploy-isa" in saturation.warning()
+    # What is safe already stays as it is.
+    assert choose_range(chosen, came_to, lambda settings: pytest.fail("not to be tried"), judge)[:2] == (
+        chosen,
+        came_to,
+    )
 
 
 def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):

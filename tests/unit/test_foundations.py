@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ovcalib
-from ovcalib import benchmark, errors
+from ovcalib import benchmark, errors, progress
 from ovcalib.calibration import SOURCES
 from ovcalib.registry import Registry
 from ovcalib.rundir import RunDir, write_atomically, write_json
@@ -167,3 +167,17 @@ def test_models_take_turns_by_a_scripted_clock():
     assert "".join(calls[len(warm) :]) == "aaaabbaaaabb"
     assert durations["a"] == pytest.approx([125] * 8)
     assert durations["b"] == pytest.approx([250] * 4)
+
+
+def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Terminal().task("training", 1000) as tick:
+        for done in (901, 911, 921):
+            tick(done)
+            now[0] += 30.0
+    # 10 steps in 30 s, and not 911.
+    assert capsys.readouterr().err.splitlines() == [
+        "training 911/1000, 4 min 27 s left",
+        "training 921/1000, 3 min 57 s left",
+    ]
