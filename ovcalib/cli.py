@@ -218,6 +218,15 @@ def quantize(
             show_default="auto, by --deploy-isa",
         ),
     ] = None,
+    activation_ranges: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-ranges",
+            metavar="auto|min-max|mean-min-max|histogram",
+            help="Extremes over all images, the mean of each image's (NNCF's default), or by a histogram.",
+            show_default="auto: min-max, or mean-min-max for transformers and where that is closer to FP32",
+        ),
+    ] = None,
     bias_correction: Annotated[
         str | None,
         typer.Option(
@@ -302,7 +311,8 @@ def quantize(
         "model": model, "calib": calib, "num_samples": num_samples, "eval": eval_, "limit": limit, "mode": mode,
         "max_drop": max_drop, "metric": metric, "validate_on": validate_on, "max_time": max_time,
         "max_iterations": max_iterations, "preset": preset, "deploy_isa": deploy_isa, "overflow_fix": overflow_fix,
-        "bias_correction": bias_correction, "guard": guard, "model_type": model_type, "ignore": ignore or None,
+        "activation_ranges": activation_ranges, "bias_correction": bias_correction, "guard": guard,
+        "model_type": model_type, "ignore": ignore or None,
         "options": key_values(options), "allow_overlap": allow_overlap, "download": download, "device": device,
         "benchmark_time": benchmark_time, "seed": seed, "dynamic_batch": dynamic_batch,
         **model_fields(weights, input_shape, mean, std, short_side, trust_remote_code),

@@ -52,7 +52,14 @@ from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
-from ovcalib.safeguards import Judge, choose_biases, choose_range, guard_warning, operations_to_guard
+from ovcalib.safeguards import (
+    Judge,
+    choose_activation_ranges,
+    choose_biases,
+    choose_weight_range,
+    guard_warning,
+    operations_to_guard,
+)
 from ovcalib.types import (
     ModelRecord,
     ModelSpec,
@@ -164,9 +171,11 @@ def quantize_recipe(
             quantize = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
             int8 = quantize(settings)
             judge = Judge(fp32, calibration)
-            saturation = None
+            ranges_nmse = saturation = None
+            if recipe.activation_ranges == "auto" and not settings.transformer:
+                int8, settings, ranges_nmse = choose_activation_ranges(int8, settings, quantize, judge)
             if recipe.overflow_fix == "auto" and recipe.deploy_isa == "any":
-                int8, settings, saturation = choose_range(int8, settings, quantize, judge)
+                int8, settings, saturation = choose_weight_range(int8, settings, quantize, judge)
                 if saturation is not None and saturation.halved is not None:
                     warnings.append(saturation.warning())
         bias_nmse = None
@@ -196,6 +205,8 @@ def quantize_recipe(
             overflow_fix=settings.overflow_fix,
             saturation_nmse=(saturation.here, saturation.elsewhere) if saturation else None,
             deploy_isa=recipe.deploy_isa,
+            activation_ranges=settings.activation_ranges,
+            ranges_nmse=ranges_nmse,
             bias_correction=settings.bias_correction,
             bias_nmse=bias_nmse,
             transformer=settings.transformer,
@@ -324,10 +335,14 @@ def batch_one(graph: ov.Model, spec: ModelSpec) -> ov.Model:
 def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
     """The quantization settings that a recipe comes to for a graph."""
     transformer = has_attention(graph) if recipe.model_type == "auto" else recipe.model_type == "transformer"
+    ranges = recipe.activation_ranges
+    if ranges == "auto":
+        ranges = "mean-min-max" if transformer else "min-max"
     ignored = [op.get_friendly_name() for ops in match_operations(graph, recipe.ignore).values() for op in ops]
     return Settings(
         preset=recipe.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(recipe.overflow_fix, recipe.deploy_isa),
+        activation_ranges=ranges,
         bias_correction="layerwise" if recipe.bias_correction == "auto" else recipe.bias_correction,
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),

@@ -22,6 +22,7 @@ from ovcalib.export.to_openvino import refuse_quantized_graph
 from ovcalib.graph import layer_name, set_input_range
 
 Preset = Literal["performance", "mixed"]
+ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
@@ -48,13 +49,17 @@ BIAS_IMAGES = 64
 class Settings:
     """How to quantize, fully resolved.
 
-    bias_correction   "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
-    transformer       attention is there: SmoothQuant and the mixed preset apply
-    ignored           friendly names of operations that stay in float
+    activation_ranges   of a tensor that has one: "min-max", the extremes over all images; "mean-min-max", the mean of
+                        each image's extremes, as is NNCF's default; "histogram", what leaves a histogram of all
+                        values the least error. Those of single channels are extremes, but for "histogram"
+    bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
+    transformer         attention is there: SmoothQuant and the mixed preset apply
+    ignored             friendly names of operations that stay in float
     """
 
     preset: Preset = "performance"
     overflow_fix: OverflowFix = "first-layer"
+    activation_ranges: ActivationRanges = "min-max"
     bias_correction: BiasCorrection = "layerwise"
     transformer: bool = False
     ignored: tuple[str, ...] = ()
@@ -111,7 +116,7 @@ def quantize_default(
     tick: Callable[[int], None] = lambda done: None,
     log: io.TextIOBase | None = None,
 ) -> ov.Model:
-    """INT8 by min-max ranges over every image of the calibration set, with bias correction.
+    """INT8 by ranges over every image of the calibration set, with bias correction.
 
     The range of the network's input is that of pixels, where the images were made: it is known without any image.
 
@@ -138,6 +143,12 @@ def quantize_default(
                 "first-layer": nncf.OverflowFix.FIRST_LAYER,
                 "enable": nncf.OverflowFix.ENABLE,
             }[settings.overflow_fix]
+            estimators = nncf.quantization.range_estimator.RangeEstimatorParametersSet
+            if settings.activation_ranges != "mean-min-max":  # named, it would be taken for channels too
+                advanced["activations_range_estimator_params"] = {
+                    "min-max": estimators.MINMAX,
+                    "histogram": estimators.HISTOGRAM,
+                }[settings.activation_ranges]
             # Made anew for every call: nncf.quantize writes into the object that it is given.
             options = nncf.AdvancedQuantizationParameters(
                 overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "layerwise"), **advanced

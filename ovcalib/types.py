@@ -55,6 +55,8 @@ class Recipe(Frozen):
     calib            calibration source; `options` are its -O key=value. None: bn-inversion where the model has
                      BatchNorm statistics, else fractal
     num_samples      images, never batches; None: what the source suggests
+    activation_ranges
+                     auto: min-max, or mean-min-max for transformers and where that is closer to FP32
     bias_correction  auto: layerwise, or none where that is closer to FP32
     guard            leave operations in float that INT8 cannot hold
     metric           None: top1 where the validation images have labels, else agreement
@@ -86,6 +88,7 @@ class Recipe(Frozen):
     preset: Literal["performance", "mixed"] | None = None
     overflow_fix: Literal["auto", "disable", "first-layer", "enable"] = "auto"
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"] = "any"
+    activation_ranges: Literal["auto", "min-max", "mean-min-max", "histogram"] = "auto"
     bias_correction: Literal["auto", "none", "fast", "full", "layerwise"] = "auto"
     guard: bool = True
     model_type: Literal["auto", "cnn", "transformer"] = "auto"
@@ -277,6 +280,9 @@ class Quantization(Frozen):
     overflow_fix       what it came to, whatever was asked
     saturation_nmse    NMSE of the outputs on the kernels of this CPU and on those of one without VNNI, on the last
                        calibration images, before the overflow fix was settled; None where a machine was named
+    activation_ranges  what they came to, whatever was asked
+    ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on the last calibration images; None
+                       where the first gave no reason to try the other
     bias_correction    what it came to, whatever was asked
     bias_nmse          NMSE of the outputs with bias correction and without it, on the last calibration images; None
                        where it was not for us to choose
@@ -293,6 +299,9 @@ class Quantization(Frozen):
     overflow_fix: str
     saturation_nmse: tuple[float, float] | None = None
     deploy_isa: str
+    # Records of earlier versions have NNCF's default.
+    activation_ranges: str = "mean-min-max"
+    ranges_nmse: tuple[float, float] | None = None
     bias_correction: str
     bias_nmse: tuple[float, float] | None = None
     transformer: bool

@@ -32,6 +32,15 @@ def summary(result: Result) -> dict[str, str]:
     return row
 
 
+def activation_ranges(quantization: Quantization) -> str:
+    """What the ranges of activations came to, and why."""
+    if quantization.ranges_nmse is None:
+        return quantization.activation_ranges
+    return "{} (NMSE {:.2g} with min-max and {:.2g} with mean-min-max)".format(
+        quantization.activation_ranges, *quantization.ranges_nmse
+    )
+
+
 def bias_correction(quantization: Quantization) -> str:
     """What bias correction came to, and why."""
     if quantization.bias_nmse is None:
@@ -80,6 +89,7 @@ def markdown_report(result: Result) -> str:
         "",
         f"- preset {quantization.preset}, overflow fix {quantization.overflow_fix} (deployment ISA: "
         f"{quantization.deploy_isa})",
+        f"- activation ranges: {activation_ranges(quantization)}",
         f"- bias correction: {bias_correction(quantization)}",
         f"- {quantization.int8_operations} operations in INT8, {quantization.float_operations} layers in float, "
         f"{quantization.seconds:.1f} s",

@@ -15,7 +15,14 @@ from typing import Any
 
 from ovcalib import __version__
 from ovcalib.report import charts
-from ovcalib.report.markdown import bias_correction, escape_markdown, markdown_report, megabytes, points
+from ovcalib.report.markdown import (
+    activation_ranges,
+    bias_correction,
+    escape_markdown,
+    markdown_report,
+    megabytes,
+    points,
+)
 from ovcalib.report.tables import Table, shown
 from ovcalib.rundir import write_atomically
 from ovcalib.types import Benchmark, BenchmarkRun, Candidate, Diagnosis, Noise, OperationDiagnosis, Recipe, Result
@@ -137,6 +144,7 @@ def result_page(
             ("outcome", result.outcome),
             ("preset", quantization.preset),
             ("overflow fix", f"{quantization.overflow_fix} (deployment ISA: {quantization.deploy_isa})"),
+            ("activation ranges", activation_ranges(quantization)),
             ("bias correction", bias_correction(quantization)),
             ("operations in INT8", quantization.int8_operations),
             ("layers left in float", quantization.float_operations),

@@ -30,7 +30,7 @@ from ovcalib.pipeline import batch_one, restore_to_goal
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
 from ovcalib.runtime import check_device, outputs_of
-from ovcalib.safeguards import Judge, choose_biases, choose_range
+from ovcalib.safeguards import Judge, choose_activation_ranges, choose_biases, choose_weight_range
 from ovcalib.saturation import outputs_on_avx2
 from ovcalib.types import Recipe
 
@@ -317,6 +317,61 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
     assert chosen == settings
 
 
+def network_set(images):
+    """A calibration set of network inputs, float32 [N, C, H, W]."""
+    count, channels, height, width = images.shape
+    return CalibrationSet(
+        images, None, Preprocessing(height=height, width=width, mean=(0.0,) * channels, std=(1.0,) * channels),
+        Provenance(source="npz:x", options={}, num_samples=count, requested=count, seed=0, seconds=0.0,
+                   domain="network", labels=None),
+    )  # fmt: skip
+
+
+def positive_convolution(rng, channels=8):
+    """A graph of one convolution and ReLU whose weights are positive."""
+    x = ops.parameter([1, channels, 8, 8], np.float32, "x")
+    weights = rng.uniform(0.5, 1.0, (channels, channels, 1, 1)).astype(np.float32)
+    conv = ops.convolution(x, ops.constant(weights), [1, 1], [0, 0], [0, 0], [1, 1])
+    return ov.Model([ops.relu(conv)], [x], "positive")
+
+
+def top_of_input(int8):
+    """Largest value of the quantizer of the network's input."""
+    (quantizer,) = (t.get_node() for t in int8.get_parameters()[0].output(0).get_target_inputs())
+    return float(quantizer.input_value(2).get_node().get_data().max())
+
+
+def test_activation_ranges_are_those_of_all_images(rng):
+    graph = positive_convolution(rng)
+    images = rng.uniform(0, 1, (10, 8, 8, 8)).astype(np.float32)
+    images *= np.arange(1, 11, dtype=np.float32).reshape(-1, 1, 1, 1) / images.max(axis=(1, 2, 3), keepdims=True)
+    top = {
+        ranges: top_of_input(quantize_default(graph, network_set(images), Settings(activation_ranges=ranges)))
+        for ranges in ("min-max", "mean-min-max", "histogram")
+    }
+    assert top["min-max"] == pytest.approx(10)
+    assert top["mean-min-max"] == pytest.approx(5.5)
+    assert 5.5 < top["histogram"] <= 10.1
+
+
+def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
+    graph = positive_convolution(rng)
+    images = rng.uniform(0, 1, (300, 8, 8, 8)).astype(np.float32)
+    settings = Settings(bias_correction="none")
+
+    def choose(calibration):
+        quantize = partial(quantize_default, graph, calibration)
+        judge = Judge(graph, calibration)
+        return judge, *choose_activation_ranges(quantize(settings), settings, quantize, judge)
+
+    _, _, kept, errors = choose(network_set(images))
+    assert (kept, errors) == (settings, None)
+    images[17] *= 1000
+    judge, int8, came_to, (extremes, mean) = choose(network_set(images))
+    assert came_to == replace(settings, activation_ranges="mean-min-max")
+    assert judge.error(int8) == mean < extremes / 10
+
+
 needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
 
 
@@ -328,12 +383,7 @@ def saturating(rng):
     conv = ops.convolution(x, ops.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1])
     graph = ov.Model([ops.relu(conv)], [x], "saturating")
     inputs = [rng.uniform(0.5, 1.0, (1, 64, 8, 8)).astype(np.float32) for _ in range(8)]
-    calibration = CalibrationSet(
-        np.concatenate(inputs), None, Preprocessing(height=8, width=8, mean=(0.0,) * 64, std=(1.0,) * 64),
-        Provenance(source="npz:x", options={}, num_samples=8, requested=8, seed=0, seconds=0.0, domain="network",
-                   labels=None),
-    )  # fmt: skip
-    return graph, calibration
+    return graph, network_set(np.concatenate(inputs))
 
 
 @needs_avx2
@@ -357,14 +407,14 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
     quantize = partial(quantize_default, graph, calibration)
     settings = Settings(overflow_fix="disable", bias_correction="none")
     judge = Judge(graph, calibration)
-    chosen, came_to, saturation = choose_range(quantize(settings), settings, quantize, judge)
+    chosen, came_to, saturation = choose_weight_range(quantize(settings), settings, quantize, judge)
     assert came_to == replace(settings, overflow_fix="enable")
     assert graph_sha256(chosen) == graph_sha256(quantize(came_to))
     assert saturation.halved == judge.error(chosen) < saturation.elsewhere
     assert f"{saturation.elsewhere:.2g}" in saturation.warning()
     assert "--deploy-isa" in saturation.warning()
     # What is safe already stays as it is.
-    assert choose_range(chosen, came_to, lambda settings: pytest.fail("not to be tried"), judge)[:2] == (
+    assert choose_weight_range(chosen, came_to, lambda settings: pytest.fail("not to be tried"), judge)[:2] == (
         chosen,
         came_to,
     )
@@ -374,4 +424,4 @@ def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimddp"}))
     assert outputs_on_avx2(toy_graph, [toy.calibration(1)[0]]) is None
     judge = Judge(toy_graph, toy.calibration(2))
-    assert choose_range(toy_graph, Settings(), lambda settings: pytest.fail("not to be tried"), judge)[2] is None
+    assert choose_weight_range(toy_graph, Settings(), lambda settings: pytest.fail("not to be tried"), judge)[2] is None
