@@ -12,6 +12,7 @@ evaluation images, seconds those of the whole quantization. Cells that FILE hold
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import tempfile
@@ -30,7 +31,7 @@ from ovcalib.models import load_model
 from ovcalib.progress import Progress
 from ovcalib.quantization import BiasCorrection, OverflowFix, quantize_default
 from ovcalib.runtime import OpenVINORunner
-from ovcalib.safeguards import Judge, choose_biases
+from ovcalib.safeguards import Judge, quantize_by_outputs
 
 CORRECTIONS = (*get_args(BiasCorrection), "chosen")
 
@@ -56,14 +57,14 @@ def measure(args: argparse.Namespace) -> None:
             for correction in (c for c in args.correction if c not in done):
                 began = time.perf_counter()
                 asked = replace(settings, bias_correction="layerwise" if correction == "chosen" else correction)
-                int8 = quantize_default(fp32, made, asked, log=io.StringIO())
-                if correction == "chosen":
-                    int8, asked, _ = choose_biases(int8, asked, Judge(fp32, made))
+                quantize = functools.partial(quantize_default, fp32, made, log=io.StringIO())
+                ours = {"bias_correction"} if correction == "chosen" else ()
+                chosen = quantize_by_outputs(quantize, asked, ours, Judge(fp32, made))
                 seconds = time.perf_counter() - began
-                outputs = collect(OpenVINORunner(int8), items)
+                outputs = collect(OpenVINORunner(chosen.int8), items)
                 agreed = agreement(reference, outputs, args.eval, True)
                 cells.append({
-                    "arm": arm, "seed": seed, "correction": correction, "came_to": asked.bias_correction,
+                    "arm": arm, "seed": seed, "correction": correction, "came_to": chosen.settings.bias_correction,
                     "seconds": round(seconds, 1), "agreement": agreed.top1, "nmse": agreed.nmse,
                     "top1": None if outputs.labels is None else float(hits(outputs.values, outputs.labels).mean()),
                 })  # fmt: skip

@@ -4,17 +4,18 @@
         --arm real:imagefolder:cifar10-jpeg/train --arm fractal --arm noise --arm bn-inversion --arm "dgh output=none" \
         -o benchmarks/results/calibration-resnet20.json
 
-An arm is a source with its options. All arms have the same number of images to make, the same settings (deployment on
-vnni, the instruction set of the machine of the committed results; the default's bias correction, unless one is named
-with `--bias-correction`; `bias_correction.py` compares them) and the same evaluation images. Finished cells are kept in
-the output file, and a run that is started again goes on after them. Agreement is with FP32; NMSE is the squared error
-of the logits over the squared logits of FP32. Rank correlations over all cells tell how each part of the score orders
-them.
+An arm is a source with its options. All arms have the same number of images to make, the same evaluation images and
+the same settings: deployment on vnni, the instruction set of the machine of the committed results, else the default's
+unless `--activation-ranges` or `--bias-correction` name others (`bias_correction.py` compares the latter). Finished
+cells are kept in the output file, and a run that is started again goes on after them. Agreement is with FP32; NMSE is
+the squared error of the logits over the squared logits of FP32. Rank correlations over all cells tell how each part of
+the score orders them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -35,9 +36,9 @@ from ovcalib.calibration.sets import CalibrationSet, read_set
 from ovcalib.evaluation import accuracy, agreement, collect
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import BiasCorrection, quantize_default
+from ovcalib.quantization import ActivationRanges, BiasCorrection, quantize_default
 from ovcalib.runtime import OpenVINORunner
-from ovcalib.safeguards import Judge, choose_biases
+from ovcalib.safeguards import Judge, quantize_by_outputs
 from ovcalib.types import Recipe
 
 SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
@@ -46,7 +47,7 @@ SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
 def measure(args: argparse.Namespace) -> None:
     out = Path(args.output)
     cells: list[dict[str, Any]] = json.loads(out.read_text())["cells"] if out.exists() else []
-    recipe = model_recipe(args, bias_correction=args.bias_correction)
+    recipe = model_recipe(args, activation_ranges=args.activation_ranges, bias_correction=args.bias_correction)
     model = load_model(args.model, pipeline.model_options(recipe), print)
     with tempfile.TemporaryDirectory() as folder:
         fp32, _ = pipeline.export(model, Path(folder), Progress())
@@ -62,23 +63,24 @@ def measure(args: argparse.Namespace) -> None:
             source, *options = arm.split()
             request = Request(count=args.count, seed=seed, spec=model.spec, module=model.module)
             made, cpu_seconds = make_set(source, dict(option.split("=", 1) for option in options), request, args.keep)
-            int8, used = quantize_default(fp32, made, settings, log=io.StringIO()), settings
-            if recipe.bias_correction == "auto":
-                int8, used, _ = choose_biases(int8, settings, Judge(fp32, made))
-            outputs = collect(OpenVINORunner(int8), items)
+            quantize = functools.partial(quantize_default, fp32, made, log=io.StringIO())
+            chosen = quantize_by_outputs(quantize, settings, pipeline.left_open(recipe, settings), Judge(fp32, made))
+            outputs = collect(OpenVINORunner(chosen.int8), items)
             agreed = agreement(reference, outputs, args.eval, True)
             score = score_set(model.module, made, model.spec.name) if model.module is not None else None
             cells.append({
                 "arm": arm, "seed": seed,
                 "seconds": round(made.provenance.seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
                 "top1": accuracy(outputs.values, outputs.labels).top1 if outputs.labels is not None else None,
-                "agreement": agreed.top1, "nmse": agreed.nmse, "bias_correction": used.bias_correction,
+                "agreement": agreed.top1, "nmse": agreed.nmse, "activation_ranges": chosen.settings.activation_ranges,
+                "bias_correction": chosen.settings.bias_correction,
                 **(score.model_dump() if score else {}),
             })  # fmt: skip
             print(json.dumps(cells[-1]), flush=True)
             out.write_text(json.dumps({
                 "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
-                "bias_correction": recipe.bias_correction, "fp32_top1": baseline,
+                "activation_ranges": recipe.activation_ranges, "bias_correction": recipe.bias_correction,
+                "fp32_top1": baseline,
                 "environment": machine.environment(), "torch_threads": os.environ.get("OMP_NUM_THREADS"),
                 "cells": cells,
             }, indent=1) + "\n")  # fmt: skip
@@ -151,6 +153,7 @@ def model_recipe(args: argparse.Namespace, **more: Any) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
+    parser.add_argument("--activation-ranges", default="auto", choices=("auto", *get_args(ActivationRanges)))
     parser.add_argument("--bias-correction", default="auto", choices=("auto", *get_args(BiasCorrection)))
     measure(parser.parse_args())
 

@@ -5,8 +5,8 @@
 `fp32/model.xml` and `calibration.npz` are those of any result of `ovcalib quantize` (300 images). Both ways read them,
 quantize with the same settings and write the IR; ovcalib also checks the images and the spread of the activations,
 measures agreement and writes its result. They are timed after imports, in turns, in one process. The two INT8 models
-are then timed in turns. Bias correction is NNCF's full one, so that the models can be the same; timed beside are
-ovcalib with its own (`default`) and NNCF with its fast one, which is NNCF's default (`bare-fast`).
+are then timed in turns. Activation ranges and bias correction (full) are NNCF's, so that the models can be the same;
+timed beside are ovcalib with its own (`default`) and NNCF with its fast one, which is NNCF's default (`bare-fast`).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def bare(model: Path, images: Path, folder: Path, fast: bool = False) -> None:
     ov.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
 
 
-def toolkit(model: Path, images: Path, folder: Path, bias_correction: str = "full") -> None:
+def toolkit(model: Path, images: Path, folder: Path, **settings: str) -> None:
     count = len(np.load(images)["images"])
     ovcalib.quantize(
         str(model), folder / "out", calib=f"npz:{images}", num_samples=count, benchmark_time=0,
-        bias_correction=bias_correction,
+        **settings,
     )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ways = {
-        "bare": bare, "ovcalib": toolkit, "bare-fast": functools.partial(bare, fast=True),
-        "default": functools.partial(toolkit, bias_correction="auto"),
+        "bare": bare, "bare-fast": functools.partial(bare, fast=True), "default": toolkit,
+        "ovcalib": functools.partial(toolkit, bias_correction="full", activation_ranges="mean-min-max"),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as root:

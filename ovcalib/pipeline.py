@@ -52,14 +52,7 @@ from ovcalib.report.pages import write_result_report
 from ovcalib.restoration import Restoration, deadline, restore_accuracy
 from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
-from ovcalib.safeguards import (
-    Judge,
-    choose_activation_ranges,
-    choose_biases,
-    choose_weight_range,
-    guard_warning,
-    operations_to_guard,
-)
+from ovcalib.safeguards import Judge, guard_warning, operations_to_guard, quantize_by_outputs
 from ovcalib.types import (
     ModelRecord,
     ModelSpec,
@@ -169,18 +162,10 @@ def quantize_recipe(
         quantizing = time.monotonic()
         with progress.task("calibrating", len(calibration)) as tick:
             quantize = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
-            int8 = quantize(settings)
-            judge = Judge(fp32, calibration)
-            ranges_nmse = saturation = None
-            if recipe.activation_ranges == "auto" and not settings.transformer:
-                int8, settings, ranges_nmse = choose_activation_ranges(int8, settings, quantize, judge)
-            if recipe.overflow_fix == "auto" and recipe.deploy_isa == "any":
-                int8, settings, saturation = choose_weight_range(int8, settings, quantize, judge)
-                if saturation is not None and saturation.halved is not None:
-                    warnings.append(saturation.warning())
-        bias_nmse = None
-        if recipe.bias_correction == "auto":
-            int8, settings, bias_nmse = choose_biases(int8, settings, judge)
+            chosen = quantize_by_outputs(quantize, settings, left_open(recipe, settings), Judge(fp32, calibration))
+        int8, settings, saturation = chosen.int8, chosen.settings, chosen.saturation
+        if saturation is not None and saturation.halved is not None:
+            warnings.append(saturation.warning())
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
@@ -206,9 +191,9 @@ def quantize_recipe(
             saturation_nmse=(saturation.here, saturation.elsewhere) if saturation else None,
             deploy_isa=recipe.deploy_isa,
             activation_ranges=settings.activation_ranges,
-            ranges_nmse=ranges_nmse,
+            ranges_nmse=chosen.ranges_nmse,
             bias_correction=settings.bias_correction,
-            bias_nmse=bias_nmse,
+            bias_nmse=chosen.bias_nmse,
             transformer=settings.transformer,
             ignored=settings.ignored,
             guarded={layer_name(operation.name): round(operation.sqnr_db, 2) for operation in drowned},
@@ -347,6 +332,16 @@ def resolve_settings(recipe: Recipe, graph: ov.Model) -> Settings:
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),
     )
+
+
+def left_open(recipe: Recipe, settings: Settings) -> frozenset[str]:
+    """The settings that a recipe leaves to what the outputs say."""
+    wanted = {
+        "activation_ranges": recipe.activation_ranges == "auto" and not settings.transformer,
+        "overflow_fix": recipe.overflow_fix == "auto" and recipe.deploy_isa == "any",
+        "bias_correction": recipe.bias_correction == "auto",
+    }
+    return frozenset(name for name, ours in wanted.items() if ours)
 
 
 def with_calibration(recipe: Recipe, model: Model, progress: Progress) -> Recipe:

@@ -8,7 +8,7 @@ the range of weights where full ones saturate on CPUs without VNNI, and no bias 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -94,6 +94,41 @@ class Saturation:
             f"{self.here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE "
             f"{self.halved:.2g}); where the model will run on VNNI, AMX, a GPU or an NPU, say so with --deploy-isa"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """An INT8 model, its settings, and what they were chosen by; None where there was nothing to choose.
+
+    ranges_nmse   see `choose_activation_ranges`
+    saturation    see `choose_weight_range`
+    bias_nmse     see `choose_biases`
+    """
+
+    int8: ov.Model
+    settings: Settings
+    ranges_nmse: tuple[float, float] | None
+    saturation: Saturation | None
+    bias_nmse: tuple[float, float] | None
+
+
+def quantize_by_outputs(
+    quantize: Callable[[Settings], ov.Model], settings: Settings, left_open: Container[str], judge: Judge
+) -> Chosen:
+    """Quantize, and change the settings that nobody made where the outputs are closer to FP32 with others.
+
+    quantize    makes the INT8 model of settings
+    left_open   of "activation_ranges", "overflow_fix" and "bias_correction" those that are ours to choose
+    """
+    int8 = quantize(settings)
+    ranges_nmse = saturation = bias_nmse = None
+    if "activation_ranges" in left_open:
+        int8, settings, ranges_nmse = choose_activation_ranges(int8, settings, quantize, judge)
+    if "overflow_fix" in left_open:
+        int8, settings, saturation = choose_weight_range(int8, settings, quantize, judge)
+    if "bias_correction" in left_open:
+        int8, settings, bias_nmse = choose_biases(int8, settings, judge)
+    return Chosen(int8, settings, ranges_nmse, saturation, bias_nmse)
 
 
 def choose_activation_ranges(

@@ -14,6 +14,7 @@ import pytest
 from openvino import opset13 as ops
 
 from ovcalib import Preprocessing, machine
+from ovcalib.api import make_recipe
 from ovcalib.calibration import CalibrationSet, Provenance
 from ovcalib.errors import DeviceError, ModelError
 from ovcalib.evaluation import Items, calibration_items, nmse
@@ -26,7 +27,7 @@ from ovcalib.graph import (
     quantized_operations,
     restore_biases,
 )
-from ovcalib.pipeline import batch_one, restore_to_goal
+from ovcalib.pipeline import batch_one, left_open, resolve_settings, restore_to_goal
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
 from ovcalib.runtime import check_device, outputs_of
@@ -285,7 +286,6 @@ def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted):
 
 
 def test_p6_zero_iterations_are_refused_before_anything_runs():
-    from ovcalib.api import make_recipe
     from ovcalib.errors import UsageError
 
     with pytest.raises(UsageError, match=r"--max-iterations 0"):
@@ -418,6 +418,20 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
         chosen,
         came_to,
     )
+
+
+def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
+    def ours(**given):
+        recipe = make_recipe(model="toy", **given)
+        return left_open(recipe, resolve_settings(recipe, toy_graph))
+
+    assert ours() == {"activation_ranges", "overflow_fix", "bias_correction"}
+    assert ours(deploy_isa="vnni") == {"activation_ranges", "bias_correction"}
+    assert ours(activation_ranges="min-max", overflow_fix="disable", bias_correction="fast") == set()
+    # NNCF's ranges were not tried against extremes on attention.
+    assert ours(model_type="transformer") == {"overflow_fix", "bias_correction"}
+    attentive = make_recipe(model="toy", model_type="transformer")
+    assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
 
 
 def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
