@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Mean and, over seeds, the largest distance from it."""
+    """Mean and, over seeds, the standard deviation."""
     lines = ["| calibration | bias correction | top-1 % | agreement % | NMSE | s |", "|---|---|---|---|---|---|"]
     for arm in dict.fromkeys(cell["arm"] for cell in cells):
         for correction in CORRECTIONS:

@@ -104,7 +104,7 @@ def make_set(source: str, options: dict[str, str], request: Request, keep: str |
 
 
 def table(arms: Iterable[str], cells: list[dict[str, Any]], baseline: float | None) -> str:
-    """Mean and, over seeds, the largest distance from it."""
+    """Mean and, over seeds, the standard deviation."""
     lines = [
         f"FP32 top-1 {'-' if baseline is None else f'{100 * baseline:.2f} %'}", "",
         "| calibration | top-1 INT8 % | agreement % | NMSE | CPU s | seeds |", "|---|---|---|---|---|---|",
@@ -124,9 +124,9 @@ def table(arms: Iterable[str], cells: list[dict[str, Any]], baseline: float | No
 
 
 def spread(values: list[float], digits: int) -> str:
-    mean = float(np.mean(values))
-    far = max(abs(v - mean) for v in values)
-    return f"{mean:.{digits}f}" + (f" ±{far:.{digits}f}" if len(values) > 1 else "")
+    """Mean ± standard deviation; one value has none."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
