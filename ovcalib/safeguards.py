@@ -26,8 +26,9 @@ from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
 # Images of the calibration set on which the spread of activations is measured, and those that judge INT8 models.
 GUARD_IMAGES = 8
 JUDGING_ITEMS = 32
-# An error that ranges may be to blame for: the networks measured are at 0.0005 to 0.02 with their extremes.
-SUSPECT_NMSE = 0.05
+# An error that ranges may be to blame for. CIFAR-10 networks are below it with the extremes, but for RepVGG, whose few
+# large activations bring it to 0.07, and the mean back to 0.003.
+SUSPECT_NMSE = 0.005
 # So much more error on the kernels of AVX2 than on others is saturation.
 SATURATED_NMSE = 0.01
 # Operations that a warning names.
@@ -136,8 +137,8 @@ def choose_activation_ranges(
 ) -> tuple[ov.Model, Settings, tuple[float, float] | None]:
     """Take the mean of each image's extremes where a few images have spoilt the extremes over all.
 
-    Activations beyond their range are clipped, which costs far more than coarser levels: on CIFAR-10 networks, NNCF's
-    mean has 2 to 20 times the NMSE of the extremes. But one image far beyond the others leaves them few levels.
+    Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
+    mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels.
     quantize   makes the INT8 model of other settings
     returns    the graph, its settings, and NMSE with the extremes and with the mean; None where it was not tried
     """
