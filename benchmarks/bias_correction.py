@@ -5,7 +5,8 @@
 
 Every arm is a calibration source, every seed a set of it; the ranges are the same for all corrections of a set. Here
 `chosen` is the default of ovcalib: layerwise, or none where that is closer to FP32 on the last images of the set.
-`--overflow-fix enable` gives weights half their range, as on CPUs without VNNI. Error and agreement are those of the
+`--overflow-fix enable` gives weights half their range, as on CPUs without VNNI; `--activation-ranges` is as with
+calibration.py, but nothing is chosen by the outputs, and auto is min-max. Error and agreement are those of the
 evaluation images, seconds those of the whole quantization. Cells that FILE holds already are not measured again.
 """
 
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace) -> None:
                 print(json.dumps(cells[-1]), flush=True)
                 out.write_text(json.dumps({
                     "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
-                    "overflow_fix": args.overflow_fix,
+                    "overflow_fix": args.overflow_fix, "activation_ranges": settings.activation_ranges,
                     "fp32_top1": None if reference.labels is None
                     else float(hits(reference.values, reference.labels).mean()),
                     "environment": machine.environment(), "cells": cells,

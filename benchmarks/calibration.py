@@ -47,7 +47,7 @@ SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
 def measure(args: argparse.Namespace) -> None:
     out = Path(args.output)
     cells: list[dict[str, Any]] = json.loads(out.read_text())["cells"] if out.exists() else []
-    recipe = model_recipe(args, activation_ranges=args.activation_ranges, bias_correction=args.bias_correction)
+    recipe = model_recipe(args, bias_correction=args.bias_correction)
     model = load_model(args.model, pipeline.model_options(recipe), print)
     with tempfile.TemporaryDirectory() as folder:
         fp32, _ = pipeline.export(model, Path(folder), Progress())
@@ -141,19 +141,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=128, help="images of every arm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value key=value"')
+    parser.add_argument("--activation-ranges", default="auto", choices=("auto", *get_args(ActivationRanges)))
     parser.add_argument("--keep", help="folder of the sets, so that a run with other settings does not make them again")
     parser.add_argument("-o", "--output", required=True)
 
 
 def model_recipe(args: argparse.Namespace, **more: Any) -> Recipe:
-    fields = {key: getattr(args, key) for key in ("weights", "input_shape", "mean", "std") if getattr(args, key)}
+    given = "weights", "input_shape", "mean", "std", "activation_ranges"
+    fields = {key: getattr(args, key) for key in given if getattr(args, key)}
     return api.make_recipe(model=args.model, eval=args.eval, limit=args.limit, deploy_isa="vnni", **fields, **more)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.add_argument("--activation-ranges", default="auto", choices=("auto", *get_args(ActivationRanges)))
     parser.add_argument("--bias-correction", default="auto", choices=("auto", *get_args(BiasCorrection)))
     measure(parser.parse_args())
 
