@@ -51,7 +51,7 @@ class Settings:
 
     activation_ranges   of a tensor that has one: "min-max", the extremes over all images; "mean-min-max", the mean of
                         each image's extremes, as is NNCF's default; "histogram", what leaves a histogram of all
-                        values the least error. Those of single channels are extremes, but for "histogram"
+                        values the least error. Those of single channels are extremes with each of them
     bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
     transformer         attention is there: SmoothQuant and the mixed preset apply
     ignored             friendly names of operations that stay in float
