@@ -21,7 +21,7 @@ from ovcalib.benchmark import compare_latency, memory_of
 from ovcalib.calibration import CalibrationSet, Request, generate, images_wanted, open_source
 from ovcalib.calibration.sets import preflight
 from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
-from ovcalib.errors import DataError, ModelError
+from ovcalib.errors import DataError, ModelError, UnknownNameError
 from ovcalib.evaluation import (
     Items,
     Outputs,
@@ -135,6 +135,7 @@ def quantize_recipe(
             open_source(recipe.calib, model.spec, model.module, recipe.options)  # refuses before anything is exported
         warnings = list(model.warnings)
         evaluation = open_evaluation(recipe, recipe.eval, model.spec) if recipe.eval else None
+        validation = open_validation(recipe, evaluation, model.spec) if recipe.mode == "accuracy-aware" else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
         settings = resolve_settings(recipe, fp32)
 
@@ -164,21 +165,21 @@ def quantize_recipe(
             quantize = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
             chosen = quantize_by_outputs(quantize, settings, left_open(recipe, settings), Judge(fp32, calibration))
         int8, settings, saturation = chosen.int8, chosen.settings, chosen.saturation
-        if saturation is not None and saturation.halved is not None:
+        if saturation is not None and saturation.avoided:
             warnings.append(saturation.warning())
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
-            if recipe.validate_on is None and evaluation is not None:
+            if validation is None:
+                # The whole set, with the labels that came with it.
+                on, steering = name_of(calibration), Items(lambda: calibration_items(calibration))
+            elif validation is evaluation:
                 on, steering = where, items
                 warnings.append(
                     "the evaluation images also steered the accuracy-aware search; name others with --validate"
                 )
-            elif recipe.validate_on is None or recipe.validate_on == CALIBRATION:
-                # The whole set, with the labels that came with it.
-                on, steering = name_of(calibration), Items(lambda: calibration_items(calibration))
             else:
-                on, steering = recipe.validate_on, open_evaluation(recipe, recipe.validate_on, model.spec).items()
+                on, steering = validation.data.reference, validation.items()
             restoration, restored = restore_to_goal(recipe, fp32, int8, on, steering, out_of_time, progress)
             int8 = restoration.model
         seconds = time.monotonic() - quantizing
@@ -189,6 +190,7 @@ def quantize_recipe(
             subset_size=len(calibration),
             overflow_fix=settings.overflow_fix,
             saturation_nmse=(saturation.here, saturation.elsewhere) if saturation else None,
+            halved_nmse=saturation.halved if saturation else None,
             deploy_isa=recipe.deploy_isa,
             activation_ranges=settings.activation_ranges,
             ranges_nmse=chosen.ranges_nmse,
@@ -460,6 +462,31 @@ def open_evaluation(recipe: Recipe, reference: str, spec: ModelSpec) -> Evaluati
     return Evaluation(data, spec, labels, order)
 
 
+def open_validation(recipe: Recipe, evaluation: Evaluation | None, spec: ModelSpec) -> Evaluation | None:
+    """The images that steer accuracy-aware quantization; None where those of the calibration set do.
+
+    raises   DataError also where they have no labels, and the metric needs some
+    """
+    if recipe.validate_on == CALIBRATION:
+        return None
+    validation = evaluation
+    if recipe.validate_on is not None:
+        try:
+            validation = open_evaluation(recipe, recipe.validate_on, spec)
+        except UnknownNameError as error:
+            if error.name != recipe.validate_on:
+                raise
+            raise UnknownNameError("images for --validate:", error.name, [*error.known, CALIBRATION]) from error
+    if validation is not None:
+        require_labels(recipe.metric, validation.labels, validation.data.reference)
+    return validation
+
+
+def require_labels(metric: str | None, labels: Any, on: str) -> None:
+    if metric == "top1" and labels is None:
+        raise DataError(f"--metric top1 needs labels, and {on} has none. Use --metric agreement, or labelled images.")
+
+
 def restore_to_goal(
     recipe: Recipe,
     fp32: ov.Model,
@@ -471,9 +498,8 @@ def restore_to_goal(
 ) -> tuple[Restoration[ov.Model], Restored]:
     """Accuracy-aware quantization, from the default INT8 model on, steered by `items` of the set `on`."""
     reference = collect(OpenVINORunner(fp32), items)
+    require_labels(recipe.metric, reference.labels, on)
     metric = recipe.metric or ("agreement" if reference.labels is None else "top1")
-    if metric == "top1" and reference.labels is None:
-        raise DataError(f"--metric top1 needs labels, and {on} has none. Use --metric agreement, or labelled images.")
     subset = list(islice(items, RANKING_ITEMS))
 
     def score(outputs: Outputs) -> float:

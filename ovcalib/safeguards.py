@@ -77,19 +77,42 @@ class Judge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An INT8 model and the settings that made it; `judge` is asked once."""
+
+    int8: ov.Model
+    settings: Settings
+    judge: Judge
+
+    @cached_property
+    def error(self) -> float:
+        return self.judge.error(self.int8)
+
+    @cached_property
+    def error_on_avx2(self) -> float | None:
+        return self.judge.error_on_avx2(self.int8)
+
+
+@dataclasses.dataclass(frozen=True)
 class Saturation:
     """NMSE of the outputs of an INT8 model.
 
     here        on the kernels of this CPU
     elsewhere   on those of AVX2
-    halved      with half the range of weights, the same everywhere; None where it was not tried or is no better
+    halved      with half the range of weights, the same everywhere; None where there was no need to try
     """
 
     here: float
     elsewhere: float
     halved: float | None
 
+    @property
+    def avoided(self) -> bool:
+        """Half the range is the better one."""
+        return self.halved is not None and self.halved < self.elsewhere
+
     def warning(self) -> str:
+        """Why weights have half their range, where that avoids the saturation."""
         return (
             f"on a CPU without VNNI the sums of products would saturate (output NMSE {self.elsewhere:.2g}; with VNNI "
             f"{self.here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE "
@@ -121,66 +144,59 @@ def quantize_by_outputs(
     quantize    makes the INT8 model of settings
     left_open   of "activation_ranges", "overflow_fix" and "bias_correction" those that are ours to choose
     """
-    int8 = quantize(settings)
+
+    def make(settings: Settings) -> Candidate:
+        return Candidate(quantize(settings), settings, judge)
+
+    best = make(settings)
     ranges_nmse = saturation = bias_nmse = None
     if "activation_ranges" in left_open:
-        int8, settings, ranges_nmse = choose_activation_ranges(int8, settings, quantize, judge)
+        best, ranges_nmse = choose_activation_ranges(best, make)
     if "overflow_fix" in left_open:
-        int8, settings, saturation = choose_weight_range(int8, settings, quantize, judge)
+        best, saturation = choose_weight_range(best, make)
     if "bias_correction" in left_open:
-        int8, settings, bias_nmse = choose_biases(int8, settings, judge)
-    return Chosen(int8, settings, ranges_nmse, saturation, bias_nmse)
+        best, bias_nmse = choose_biases(best)
+    return Chosen(best.int8, best.settings, ranges_nmse, saturation, bias_nmse)
 
 
 def choose_activation_ranges(
-    int8: ov.Model, settings: Settings, quantize: Callable[[Settings], ov.Model], judge: Judge
-) -> tuple[ov.Model, Settings, tuple[float, float] | None]:
+    extremes: Candidate, make: Callable[[Settings], Candidate]
+) -> tuple[Candidate, tuple[float, float] | None]:
     """Take the mean of each image's extremes where a few images have spoilt the extremes over all.
 
     Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
     mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels.
-    quantize   makes the INT8 model of other settings
-    returns    the graph, its settings, and NMSE with the extremes and with the mean; None where it was not tried
+    returns   the better one, and NMSE with the extremes and with the mean; None where the mean was not tried
     """
-    extremes = judge.error(int8)
-    if extremes <= SUSPECT_NMSE:
-        return int8, settings, None
-    mean = dataclasses.replace(settings, activation_ranges="mean-min-max")
-    graph = quantize(mean)
-    errors = extremes, judge.error(graph)
-    return (graph, mean, errors) if errors[1] < errors[0] else (int8, settings, errors)
+    if extremes.error <= SUSPECT_NMSE:
+        return extremes, None
+    mean = make(dataclasses.replace(extremes.settings, activation_ranges="mean-min-max"))
+    return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
 
 
-def choose_weight_range(
-    int8: ov.Model, settings: Settings, quantize: Callable[[Settings], ov.Model], judge: Judge
-) -> tuple[ov.Model, Settings, Saturation | None]:
+def choose_weight_range(full: Candidate, make: Callable[[Settings], Candidate]) -> tuple[Candidate, Saturation | None]:
     """Give weights half their range where the full one saturates on the kernels of AVX2.
 
-    quantize   makes the INT8 model of other settings
-    returns    the graph, its settings, and what was measured; None where this CPU cannot tell
+    returns   the better one there, and what was measured; None where this CPU cannot tell
     """
-    elsewhere = judge.error_on_avx2(int8)
+    elsewhere = full.error_on_avx2
     if elsewhere is None:
-        return int8, settings, None
-    here = judge.error(int8)
-    if elsewhere > here + SATURATED_NMSE:
-        half = dataclasses.replace(settings, overflow_fix="enable")
-        graph = quantize(half)
-        halved = judge.error(graph)
-        if halved < elsewhere:
-            return graph, half, Saturation(here, elsewhere, halved)
-    return int8, settings, Saturation(here, elsewhere, None)
+        return full, None
+    if elsewhere <= full.error + SATURATED_NMSE:
+        return full, Saturation(full.error, elsewhere, None)
+    half = make(dataclasses.replace(full.settings, overflow_fix="enable"))
+    saturation = Saturation(full.error, elsewhere, half.error)
+    return half if saturation.avoided else full, saturation
 
 
-def choose_biases(int8: ov.Model, settings: Settings, judge: Judge) -> tuple[ov.Model, Settings, tuple[float, float]]:
+def choose_biases(corrected: Candidate) -> tuple[Candidate, tuple[float, float]]:
     """Leave bias correction out where the outputs are closer to FP32 without it.
 
     A shift of the mean is a poor account of an error that grows with the activation, and on few images a matter of
     chance. The last images tell, which the correction has not seen where there are enough.
-    returns   the graph, its settings, and the NMSE of the outputs with the correction and without it
+    returns   the better one, and the NMSE of the outputs with the correction and without it
     """
-    plain = restore_biases(int8, judge.fp32)
-    errors = judge.error(int8), judge.error(plain)
-    if not errors[0] > errors[1]:
-        return int8, settings, errors
-    return plain, dataclasses.replace(settings, bias_correction="none"), errors
+    judge = corrected.judge
+    settings = dataclasses.replace(corrected.settings, bias_correction="none")
+    plain = Candidate(restore_biases(corrected.int8, judge.fp32), settings, judge)
+    return plain if plain.error < corrected.error else corrected, (corrected.error, plain.error)

@@ -280,6 +280,7 @@ class Quantization(Frozen):
     overflow_fix       what it came to, whatever was asked
     saturation_nmse    NMSE of the outputs on the kernels of this CPU and on those of one without VNNI, on the last
                        calibration images, before the overflow fix was settled; None where a machine was named
+    halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
     activation_ranges  what they came to, whatever was asked
     ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on the last calibration images; None
                        where the first gave no reason to try the other
@@ -298,6 +299,7 @@ class Quantization(Frozen):
     subset_size: int
     overflow_fix: str
     saturation_nmse: tuple[float, float] | None = None
+    halved_nmse: float | None = None
     deploy_isa: str
     # Records of earlier versions have NNCF's default.
     activation_ranges: str = "mean-min-max"

@@ -139,6 +139,21 @@ def test_the_calibration_set_can_steer(data, tmp_path, toy):
     assert (steered["metric"], steered["count"]) == ("agreement", 120)
 
 
+def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(pipeline, "export", lambda *a, **k: pytest.fail("too late"))
+    np.savez(tmp_path / "bare.npz", images=toy.images[:30])
+    arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--mode", "accuracy-aware",
+                 "-o", tmp_path / "out"]  # fmt: skip
+    found = run(*arguments, "--validate", "calibrate")
+    assert found.exit_code == 2
+    assert "Did you mean 'calibration'?" in found.stderr
+    for where in (["--validate", f"npz:{tmp_path}/bare.npz"], ["--eval", f"npz:{tmp_path}/bare.npz"]):
+        found = run(*arguments, *where, "--metric", "top1")
+        assert found.exit_code == 4
+        assert "has none. Use --metric agreement" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
     found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 8, "--mode",
                 "accuracy-aware", "--metric", "agreement", "--max-drop", 0, "--max-time", 0.001, "--eval", data / "eval",

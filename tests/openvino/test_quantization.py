@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -31,7 +30,7 @@ from ovcalib.pipeline import batch_one, left_open, resolve_settings, restore_to_
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
 from ovcalib.runtime import check_device, outputs_of
-from ovcalib.safeguards import Judge, choose_activation_ranges, choose_biases, choose_weight_range
+from ovcalib.safeguards import Candidate, Judge, choose_activation_ranges, choose_biases, choose_weight_range
 from ovcalib.saturation import outputs_on_avx2
 from ovcalib.types import Recipe
 
@@ -306,15 +305,22 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
     add = next(op for op in harmed.get_ordered_ops() if op.get_type_name() == "Add")
     value = add.input_value(1).get_node().get_data()
     add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
-    graph, chosen, (corrected, plain) = choose_biases(harmed, settings, Judge(toy_graph, toy.calibration()))
-    assert chosen.bias_correction == "none"
+    judge = Judge(toy_graph, toy.calibration())
+    chosen, (corrected, plain) = choose_biases(Candidate(harmed, settings, judge))
+    assert chosen.settings == replace(settings, bias_correction="none")
     assert corrected > 10 * plain
-    assert outputs(graph, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
+    assert outputs(chosen.int8, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
     # Where the outputs are no closer without it, it stays.
-    already = restore_biases(int8, toy_graph)
-    graph, chosen, errors = choose_biases(already, settings, Judge(toy_graph, toy.calibration()))
+    already = Candidate(restore_biases(int8, toy_graph), settings, judge)
+    kept, errors = choose_biases(already)
     assert errors[0] == errors[1]
-    assert chosen == settings
+    assert kept is already
+
+
+def maker(graph, calibration):
+    """What makes the candidates of a graph."""
+    judge = Judge(graph, calibration)
+    return lambda settings: Candidate(quantize_default(graph, calibration, settings), settings, judge)
 
 
 def network_set(images):
@@ -360,16 +366,15 @@ def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
     settings = Settings(bias_correction="none")
 
     def choose(calibration):
-        quantize = partial(quantize_default, graph, calibration)
-        judge = Judge(graph, calibration)
-        return judge, *choose_activation_ranges(quantize(settings), settings, quantize, judge)
+        make = maker(graph, calibration)
+        return choose_activation_ranges(make(settings), make)
 
-    _, _, kept, errors = choose(network_set(images))
-    assert (kept, errors) == (settings, None)
+    kept, errors = choose(network_set(images))
+    assert (kept.settings, errors) == (settings, None)
     images[17] *= 1000
-    judge, int8, came_to, (extremes, mean) = choose(network_set(images))
-    assert came_to == replace(settings, activation_ranges="mean-min-max")
-    assert judge.error(int8) == mean < extremes / 10
+    chosen, (extremes, mean) = choose(network_set(images))
+    assert chosen.settings == replace(settings, activation_ranges="mean-min-max")
+    assert chosen.error == mean < extremes / 10
 
 
 needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
@@ -403,21 +408,19 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
 
 @needs_avx2
 def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
-    graph, calibration = saturating
-    quantize = partial(quantize_default, graph, calibration)
+    make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
-    judge = Judge(graph, calibration)
-    chosen, came_to, saturation = choose_weight_range(quantize(settings), settings, quantize, judge)
-    assert came_to == replace(settings, overflow_fix="enable")
-    assert graph_sha256(chosen) == graph_sha256(quantize(came_to))
-    assert saturation.halved == judge.error(chosen) < saturation.elsewhere
+    chosen, saturation = choose_weight_range(make(settings), make)
+    assert chosen.settings == replace(settings, overflow_fix="enable")
+    assert graph_sha256(chosen.int8) == graph_sha256(make(chosen.settings).int8)
+    assert saturation.halved == chosen.error < saturation.elsewhere
+    assert saturation.avoided
     assert f"{saturation.elsewhere:.2g}" in saturation.warning()
     assert "--deploy-isa" in saturation.warning()
     # What is safe already stays as it is.
-    assert choose_weight_range(chosen, came_to, lambda settings: pytest.fail("not to be tried"), judge)[:2] == (
-        chosen,
-        came_to,
-    )
+    kept, saturation = choose_weight_range(chosen, lambda settings: pytest.fail("not to be tried"))
+    assert kept is chosen
+    assert not saturation.avoided
 
 
 def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
@@ -437,5 +440,5 @@ def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
 def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimddp"}))
     assert outputs_on_avx2(toy_graph, [toy.calibration(1)[0]]) is None
-    judge = Judge(toy_graph, toy.calibration(2))
-    assert choose_weight_range(toy_graph, Settings(), lambda settings: pytest.fail("not to be tried"), judge)[2] is None
+    candidate = Candidate(toy_graph, Settings(), Judge(toy_graph, toy.calibration(2)))
+    assert choose_weight_range(candidate, lambda settings: pytest.fail("not to be tried")) == (candidate, None)
