@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +26,8 @@ FolderOpt = Annotated[
 ]
 OutputOpt = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default=False)]
 DeviceOpt = Annotated[str, typer.Option("-d", "--device", metavar="auto|cpu|cuda", help="Where torch computes.")]
-TorchSeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+TorchSeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.", min=0)]
+Precision = Literal["auto", "half", "float32"]
 
 
 ClassifierOpt = Annotated[
@@ -64,24 +65,25 @@ def train_teacher(
     ] = "small",
     kimg: Annotated[
         float | None,
-        typer.Option("--kimg", help="Length in thousands of images shown.", show_default="the preset's"),
+        typer.Option("--kimg", help="Length in thousands of images shown.", min=0.001, show_default="the preset's"),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", help="Images a step, over all processes.", show_default="the preset's"),
+        typer.Option("--batch", help="Images a step, over all processes.", min=1, show_default="the preset's"),
     ] = None,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Pieces of a batch that fit into memory.")] = 1,
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|half|float32", help="Of the convolutions.")
-    ] = "auto",
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Pieces of a batch that fit into memory.", min=1)] = 1,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of the convolutions.")] = "auto",
     path_length_weight: Annotated[
         float, typer.Option("--path-length-weight", help="Weight of the path length penalty; the paper has none.")
     ] = 0.0,
     r1_gamma: Annotated[float, typer.Option("--r1-gamma", help="Weight of the R1 penalty.")] = 0.01,
     score_every: Annotated[
-        float, typer.Option("--score-every", metavar="KIMG", help="Between points of the FID curve; 0 leaves it out.")
+        float,
+        typer.Option("--score-every", metavar="KIMG", help="Between points of the FID curve; 0 leaves it out.", min=0),
     ] = 50.0,
-    score_count: Annotated[int, typer.Option("--score-count", metavar="N", help="Images of each point.")] = 2_000,
+    score_count: Annotated[
+        int, typer.Option("--score-count", metavar="N", help="Images of each point.", min=10)
+    ] = 2_000,
     inception_weights: InceptionOpt = None,
     classifier: ClassifierOpt = "resnet20-cifar10",
     weights: WeightsOpt = None,
@@ -91,7 +93,7 @@ def train_teacher(
     debug: DebugOpt = False,
 ) -> None:
     """Train StyleGAN2-ADA on labelled images. Start with `torchrun` for several GPUs."""
-    from ovcalib.errors import UsageError, require
+    from ovcalib.errors import require
 
     require("torch", "quantize", "`ovcalib gan train-teacher`")
     from ovcalib.gan import studies, teacher
@@ -103,15 +105,9 @@ def train_teacher(
         "path_length_weight": path_length_weight, "r1_gamma": r1_gamma, "seed": seed,
     }  # fmt: skip
     recipe = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if precision not in ("auto", "half", "float32"):
-        raise UsageError(f"--precision {precision}: expected auto, half or float32.")
-    if recipe.kimg <= 0 or recipe.batch < 1 or recipe.accumulate < 1:
-        raise UsageError("--kimg, --batch and --accumulate must be positive.")
     progress = terminal()
     images = load_training_images(data, download=bool(download))
     progress.say(f"{len(images.images)} images of {len(images.classes) or 'no'} classes")
-    if score_every < 0 or score_count < 10:
-        raise UsageError(f"--score-every {score_every} --score-count {score_count}: expected at least 0 and 10.")
     score = None
     if score_every:
         score = studies.progress_score(
@@ -131,11 +127,15 @@ def train_teacher(
 def collect(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="FILE.pkl (official) or FILE.safetensors.")],
     output: OutputOpt,
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Pairs.")] = 50_000,
-    truncation: Annotated[float, typer.Option("--truncation", help="psi, 0 to 1.")] = 1.0,
-    noise: Annotated[str, typer.Option("--noise", metavar="const|random|none", help="Noise of the layers.")] = "const",
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Pairs.", min=1)] = 50_000,
+    truncation: Annotated[
+        float, typer.Option("--truncation", metavar="PSI", help="1 leaves it out.", min=0, max=2)
+    ] = 1.0,
+    noise: Annotated[
+        Literal["const", "random", "none"], typer.Option("--noise", help="Noise of the layers.")
+    ] = "const",
     z: Annotated[
-        str, typer.Option("--z", metavar="gaussian|uniform01", help="uniform01 is what the publication drew.")
+        Literal["gaussian", "uniform01"], typer.Option("--z", help="uniform01 is what the publication drew.")
     ] = "gaussian",
     device: DeviceOpt = "auto",
     seed: TorchSeedOpt = 0,
@@ -143,7 +143,7 @@ def collect(
     debug: DebugOpt = False,
 ) -> None:
     """Write pairs (z, class, image) of a teacher, which are all that a student learns from."""
-    from ovcalib.errors import UsageError, require
+    from ovcalib.errors import require
     from ovcalib.rundir import REQUEST, RunDir, write_json
 
     require("torch", "quantize", "`ovcalib gan collect`")
@@ -152,21 +152,17 @@ def collect(
     from ovcalib.gan.training import pick_device
     from ovcalib.models.weights import file_sha256
 
-    if noise not in ("const", "random", "none") or z not in ("gaussian", "uniform01"):
-        raise UsageError(f"--noise {noise} --z {z}: expected const, random or none, and gaussian or uniform01.")
-    if count < 1 or not 0 <= truncation <= 2:
-        raise UsageError(f"--count {count} --truncation {truncation}: expected at least 1, and 0 to 2.")
     progress = terminal()
     loaded = load_teacher(Path(teacher))
     loaded.generator.to(pick_device(device))
-    drawer = loaded.drawer(seed, truncation, None, noise, z)  # type: ignore[arg-type]
+    drawer = loaded.drawer(seed, truncation, None, noise, z)
     request = {
         "command": "gan collect", "teacher": teacher, "sha256": file_sha256(Path(teacher)), "count": count,
         "truncation": truncation, "noise": noise, "z": z, "seed": seed,
     }  # fmt: skip
     with RunDir(output, overwrite) as run, progress.task("collecting pairs", count) as tick:
         write_json(run.path / REQUEST, request)
-        pairs = collect_pairs(drawer, count, seed, loaded.generator.config.z_dim, z, tick)  # type: ignore[arg-type]
+        pairs = collect_pairs(drawer, count, seed, loaded.generator.config.z_dim, z, tick)
         save_pairs(pairs, run.path, request)
         run.finish()
     print(f"{len(pairs)} pairs of {pairs.class_count} classes; wrote {output}")
@@ -186,11 +182,13 @@ def distill(
     preset: Annotated[
         str, typer.Option("--preset", metavar="paper|cpu", help="Length, batch and discriminator.")
     ] = "paper",
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes.", show_default="the preset's")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Pairs a step.", show_default="the preset's")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes.", min=1, show_default="the preset's")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Pairs a step.", min=2, show_default="the preset's")
+    ] = None,
     pixel_decay: Annotated[
-        str,
-        typer.Option("--pixel-decay", metavar="per-epoch|per-step", help="per-step is a slip of the published code."),
+        Literal["per-epoch", "per-step"],
+        typer.Option("--pixel-decay", help="per-step is a slip of the published code."),
     ] = "per-epoch",
     lr_decay_from: Annotated[
         int | None,
@@ -205,8 +203,7 @@ def distill(
         ),
     ] = False,
     precision: Annotated[
-        str | None,
-        typer.Option("--precision", metavar="auto|half|float32", help="Autocast.", show_default="the preset's"),
+        Precision | None, typer.Option("--precision", help="Autocast.", show_default="the preset's")
     ] = None,
     device: DeviceOpt = "auto",
     seed: TorchSeedOpt = 0,
@@ -214,17 +211,13 @@ def distill(
     debug: DebugOpt = False,
 ) -> None:
     """Train a DiStyleGAN student on the pairs of a teacher."""
-    from ovcalib.errors import UsageError, require
+    from ovcalib.errors import require
 
     require("torch", "quantize", "`ovcalib gan distill`")
     from ovcalib.gan import distillation
     from ovcalib.gan.pairs import load_pairs
     from ovcalib.gan.training import load_training_images
 
-    if pixel_decay not in ("per-epoch", "per-step"):
-        raise UsageError(f"--pixel-decay {pixel_decay}: expected per-epoch or per-step.")
-    if precision not in (None, "auto", "half", "float32"):
-        raise UsageError(f"--precision {precision}: expected auto, half or float32.")
     given: dict[str, Any] = {
         "epochs": epochs, "batch": batch, "pixel_decay": pixel_decay, "lr_decay_from": lr_decay_from,
         "eval_after_epoch": eval_after_epoch, "precision": precision, "seed": seed,
@@ -232,8 +225,6 @@ def distill(
     recipe = dataclasses.replace(
         distillation.preset(preset), **{key: value for key, value in given.items() if value is not None}
     )
-    if recipe.epochs < 1 or recipe.batch < 2:
-        raise UsageError(f"--epochs {recipe.epochs} --batch {recipe.batch}: expected at least 1 and 2.")
     progress = terminal()
     real = load_training_images(data, download=bool(download)) if data else None
     path = resumable(
@@ -256,7 +247,7 @@ SetsArg = Annotated[
 def score(
     sets: SetsArg,
     reference: Annotated[str, typer.Option("--reference", metavar="DATA", help="Real images to compare with.")],
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Images of each set.")] = 5_000,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Images of each set.", min=2)] = 5_000,
     inception_weights: InceptionOpt = None,
     classifier: ClassifierOpt = "resnet20-cifar10",
     weights: WeightsOpt = None,
@@ -283,9 +274,9 @@ def show(
     sets: SetsArg,
     reference: Annotated[str, typer.Option("--reference", metavar="DATA", help="Real images to show beside them.")],
     output: OutputOpt,
-    each: Annotated[int, typer.Option("--each", metavar="N", help="Images of a class in the grid.")] = 8,
+    each: Annotated[int, typer.Option("--each", metavar="N", help="Images of a class in the grid.", min=1)] = 8,
     tsne: Annotated[
-        int, typer.Option("--tsne", metavar="N", help="Images of each set in the t-SNE; 0 leaves it out.")
+        int, typer.Option("--tsne", metavar="N", help="Images of each set in the t-SNE; 0 leaves it out.", min=0)
     ] = 0,
     classifier: ClassifierOpt = "resnet20-cifar10",
     weights: WeightsOpt = None,
@@ -295,12 +286,9 @@ def show(
     debug: DebugOpt = False,
 ) -> None:
     """Draw grids of real and made images by class, and t-SNE of their features."""
-    from ovcalib.errors import UsageError
     from ovcalib.gan import studies
     from ovcalib.rundir import REQUEST, RunDir, write_json
 
-    if each < 1 or tsne < 0:
-        raise UsageError(f"--each {each} --tsne {tsne}: expected at least 1 and 0.")
     progress = terminal()
     with RunDir(output, overwrite) as run:
         request = {
@@ -334,7 +322,7 @@ def sample(
         str, typer.Argument(metavar="SOURCE", help="stylegan2-ada:FILE or distylegan[:FILE].", show_default=False)
     ],
     output: OutputOpt,
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Images.")] = 100,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Images.", min=1)] = 100,
     seed: TorchSeedOpt = 0,
     overwrite: OverwriteOpt = False,
     debug: DebugOpt = False,
@@ -348,10 +336,8 @@ def sample(
     from ovcalib.gan.sampling import draw_images
 
     name, _, file = generator.partition(":")
-    if count < 1 or name not in ("stylegan2-ada", "distylegan") or (name == "stylegan2-ada" and not file):
-        raise UsageError(
-            f"{generator} --count {count}: expected stylegan2-ada:FILE or distylegan[:FILE], and 1 or more."
-        )
+    if name not in ("stylegan2-ada", "distylegan") or (name == "stylegan2-ada" and not file):
+        raise UsageError(f"{generator!r} is no generator. Expected stylegan2-ada:FILE or distylegan[:FILE].")
     if name == "stylegan2-ada":
         drawer = snapshot.load_teacher(Path(file)).drawer(seed)
     else:

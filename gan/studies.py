@@ -61,8 +61,6 @@ def prepare(
     """Read or make `count` images of every set; fewer where the reference cannot be halved into so many."""
     from ovcalib.models import builtin
 
-    if count < 2:
-        raise UsageError(f"--count {count}: expected at least 2 images.")
     if classifier not in builtin.NAMES:
         raise UsageError(f"--classifier {classifier}: expected a built-in model; see `ovcalib models`.")
     spec = builtin.spec(classifier)
