@@ -166,9 +166,10 @@ def quantize(
         str | None,
         typer.Option(
             "--metric",
-            metavar="top1|agreement",
-            help="What --max-drop is about; agreement with FP32 needs no labels.",
-            show_default="top1 with labels",
+            metavar="top1|agreement|expected-top1",
+            help="What --max-drop is about. The last two need no labels: agreement with FP32, and top-1 as FP32's own "
+            "probabilities let expect.",
+            show_default="top1 with labels, else agreement",
         ),
     ] = None,
     validate_on: Annotated[

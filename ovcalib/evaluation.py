@@ -193,6 +193,24 @@ def same_class(reference: NDArray[np.float32], values: NDArray[np.float32]) -> N
     return np.asarray((reference.argmax(1) == values.argmax(1)) & finite)
 
 
+def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The probability that FP32 gives to the class that a model names for each item, float64 [N].
+
+    Its mean is the top-1 accuracy to expect without labels if the probabilities are calibrated; of FP32 itself it is
+    the average confidence (Hendrycks & Gimpel, ICLR 2017; Guillory et al., ICCV 2021). Where an image lies between two
+    classes it costs little to name the other, so the drop is at most the share of items on which the models disagree,
+    and mostly far below it.
+    reference   outputs of FP32, float32 [N, K]: logits, or probabilities
+    values      outputs of the model; one that is not finite expects 0
+    """
+    scores = reference.astype(np.float64)
+    if scores.min() < 0 or np.abs(scores.sum(1) - 1).max() > 1e-3:
+        scores = np.exp(scores - scores.max(1, keepdims=True))
+        scores /= scores.sum(1, keepdims=True)
+    named = scores[np.arange(len(scores)), values.argmax(1)]
+    return np.asarray(np.where(np.isfinite(values).all(1), named, 0.0))
+
+
 def nmse(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
     """Normalised mean squared error of outputs: sum |reference - values|^2 / sum |reference|^2, over all items."""
     reference, values = reference.astype(np.float64), values.astype(np.float64)

@@ -29,6 +29,7 @@ from ovcalib.evaluation import (
     calibration_items,
     collect,
     compare,
+    expected_hits,
     hits,
     items_of,
     nmse,
@@ -182,6 +183,12 @@ def quantize_recipe(
                 on, steering = validation.data.reference, validation.items()
             restoration, restored = restore_to_goal(recipe, fp32, int8, on, steering, out_of_time, progress)
             int8 = restoration.model
+            if restored.metric == "agreement" and 2 * len(restoration.reverted) > len(restored.ranking):
+                warnings.append(
+                    f"{len(restoration.reverted)} of {len(restored.ranking)} operations are back in float, because "
+                    "images that lie between classes cost agreement, but hardly accuracy. --metric expected-top1, "
+                    "labelled images or a larger --max-drop keep more of them in INT8"
+                )
         seconds = time.monotonic() - quantizing
         outcome: Outcome = restoration.outcome if restoration else "done"
         quantization = Quantization(
@@ -484,7 +491,10 @@ def open_validation(recipe: Recipe, evaluation: Evaluation | None, spec: ModelSp
 
 def require_labels(metric: str | None, labels: Any, on: str) -> None:
     if metric == "top1" and labels is None:
-        raise DataError(f"--metric top1 needs labels, and {on} has none. Use --metric agreement, or labelled images.")
+        raise DataError(
+            f"--metric top1 needs labels, and {on} has none. Use --metric agreement or expected-top1, or "
+            "labelled images."
+        )
 
 
 def restore_to_goal(
@@ -506,6 +516,8 @@ def restore_to_goal(
         if metric == "top1":
             assert reference.labels is not None
             return float(hits(outputs.values, reference.labels).mean())
+        if metric == "expected-top1":
+            return float(expected_hits(reference.values, outputs.values).mean())
         return float(same_class(reference.values, outputs.values).mean())
 
     def error(model: ov.Model) -> float:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ovcalib.data.preprocessing import Preprocessing
 
+# What accuracy-aware quantization watches: the last two without labels.
+GoalMetric = Literal["top1", "agreement", "expected-top1"]
+
 
 class Frozen(BaseModel):
     """A value: immutable, comparable, and with no unknown keys."""
@@ -59,7 +62,8 @@ class Recipe(Frozen):
                      auto: min-max, or mean-min-max for transformers and where that is closer to FP32
     bias_correction  auto: layerwise, or none where that is closer to FP32
     guard            leave operations in float that INT8 cannot hold
-    metric           None: top1 where the validation images have labels, else agreement
+    metric           None: top1 where the validation images have labels, else agreement; expected-top1: see
+                     evaluation.expected_hits
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
     max_time         accuracy-aware: seconds for the whole run
     max_iterations   accuracy-aware: candidates measured on the whole validation set
@@ -94,7 +98,7 @@ class Recipe(Frozen):
     model_type: Literal["auto", "cnn", "transformer"] = "auto"
     ignore: tuple[str, ...] = ()
 
-    metric: Literal["top1", "agreement"] | None = None
+    metric: GoalMetric | None = None
     max_drop: float = Field(default=0.01, ge=0, le=1)
     max_time: float | None = Field(default=None, gt=0)
     max_iterations: int | None = Field(default=None, ge=1)
@@ -264,7 +268,7 @@ class Restored(Frozen):
     ranking       (operation, output error when it alone is quantized), worst first
     """
 
-    metric: Literal["top1", "agreement"]
+    metric: GoalMetric
     on: str
     count: int
     max_drop: float

@@ -137,6 +137,14 @@ def test_the_calibration_set_can_steer(data, tmp_path, toy):
     assert found.exit_code == 0, found.stderr
     steered = json.loads((tmp_path / "alone/result.json").read_text())["quantization"]["restoration"]
     assert (steered["metric"], steered["count"]) == ("agreement", 120)
+    # The probabilities of FP32 in place of labels: a drop that agreement would not allow.
+    found = run(*arguments[:-4], "--max-drop", 0.02, *FAST, "--metric", "expected-top1", "--calib", "noise",
+                "--num-samples", 120, "-o", tmp_path / "expected")  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    steered = json.loads((tmp_path / "expected/result.json").read_text())["quantization"]["restoration"]
+    assert steered["metric"] == "expected-top1"
+    assert 0 < steered["baseline"] < 1
+    assert steered["value"] >= steered["baseline"] - 0.02
 
 
 def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_path, toy, monkeypatch):

@@ -93,6 +93,31 @@ def test_a_constant_or_broken_output_is_never_right():
     assert not ev.same_class(np.eye(2, 3, dtype=np.float32), np.full((2, 3), np.nan, np.float32)).any()
 
 
+def test_expected_hits_have_their_closed_form():
+    odds = np.array([[1, 2, 5], [6, 3, 1]])
+    reference = np.log(odds).astype(np.float32) + np.array([[7], [-900]], np.float32)
+    values = np.array([[0, 1, 0], [5, 0, 0]], np.float32)
+    assert ev.expected_hits(reference, reference) == pytest.approx([5 / 8, 6 / 10], abs=1e-4)
+    assert ev.expected_hits(reference, values) == pytest.approx([2 / 8, 6 / 10], abs=1e-4)
+    # A network that ends in softmax.
+    probabilities = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+    assert ev.expected_hits(probabilities, values) == pytest.approx([2 / 8, 6 / 10])
+    assert ev.expected_hits(reference, np.full((2, 3), np.nan, np.float32)).tolist() == [0, 0]
+
+
+def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng):
+    """And its drop lies between 0 and the share of items on which the models disagree."""
+    reference = rng.normal(0, 2, (20_000, 5)).astype(np.float32)
+    probabilities = np.exp(reference) / np.exp(reference).sum(1, keepdims=True)
+    labels = (probabilities.cumsum(1) < rng.uniform(size=(len(reference), 1))).sum(1).clip(max=4)
+    other = reference + rng.normal(0, 1, reference.shape).astype(np.float32)
+    for values in (reference, other):
+        expected = ev.expected_hits(reference, values).mean()
+        assert ev.hits(values, labels).mean() == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(len(labels)))
+    drop = ev.expected_hits(reference, reference).mean() - ev.expected_hits(reference, other).mean()
+    assert 0 < drop < 1 - ev.same_class(reference, other).mean()
+
+
 def test_nmse_has_its_closed_form():
     reference = np.array([[3.0, 4.0], [0.0, 5.0]], np.float32)
     assert ev.nmse(reference, reference) == 0
