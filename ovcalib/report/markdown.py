@@ -32,6 +32,42 @@ def summary(result: Result) -> dict[str, str]:
     return row
 
 
+def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
+    """How INT8 was made, and why so."""
+    facts = [
+        ("mode", quantization.mode),
+        ("preset", quantization.preset),
+        ("overflow fix", overflow_fix(quantization)),
+        ("activation ranges", activation_ranges(quantization)),
+        ("bias correction", bias_correction(quantization)),
+        ("operations in INT8", str(quantization.int8_operations)),
+        ("layers left in float", str(quantization.float_operations)),
+        ("ignored", ", ".join(quantization.ignored) or "none"),
+    ]
+    found = quantization.restoration
+    if found:
+        facts += [
+            (
+                "goal",
+                f"{found.metric} on {found.count} images of {found.on} at most {100 * found.max_drop:.2f} points under "
+                f"FP32; FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} "
+                "validations",
+            ),
+            ("given back to float", ", ".join(quantization.reverted) or "none"),
+        ]
+    return [*facts, ("seconds", f"{quantization.seconds:.1f}")]
+
+
+def overflow_fix(quantization: Quantization) -> str:
+    """What the overflow fix came to, and why."""
+    reasons = [f"deployment ISA: {quantization.deploy_isa}"]
+    if quantization.saturation_nmse is not None:
+        reasons.append("NMSE {:.2g} here and {:.2g} without VNNI".format(*quantization.saturation_nmse))
+    if quantization.halved_nmse is not None:
+        reasons.append(f"{quantization.halved_nmse:.2g} with half the range of weights")
+    return f"{quantization.overflow_fix} ({', '.join(reasons)})"
+
+
 def activation_ranges(quantization: Quantization) -> str:
     """What the ranges of activations came to, and why."""
     if quantization.ranges_nmse is None:
@@ -87,22 +123,8 @@ def markdown_report(result: Result) -> str:
         "",
         "## Quantization",
         "",
-        f"- preset {quantization.preset}, overflow fix {quantization.overflow_fix} (deployment ISA: "
-        f"{quantization.deploy_isa})",
-        f"- activation ranges: {activation_ranges(quantization)}",
-        f"- bias correction: {bias_correction(quantization)}",
-        f"- {quantization.int8_operations} operations in INT8, {quantization.float_operations} layers in float, "
-        f"{quantization.seconds:.1f} s",
+        *(f"- {name}: {escape_markdown(value)}" for name, value in quantization_facts(quantization)),
     ]
-    if quantization.ignored:
-        lines.append(f"- ignored: {', '.join(quantization.ignored)}")
-    if quantization.restoration:
-        found = quantization.restoration
-        lines += [
-            f"- goal: {found.metric} on {escape_markdown(found.on)} at most {100 * found.max_drop:.2f} points under "
-            f"FP32; FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} validations",
-            f"- back in float: {', '.join(quantization.reverted) or 'none'}",
-        ]
     if result.benchmark:
         fp32, int8 = (result.benchmark.latency_ms[name] for name in ("fp32", "int8"))
         lines += [

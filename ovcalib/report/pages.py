@@ -16,12 +16,11 @@ from typing import Any
 from ovcalib import __version__
 from ovcalib.report import charts
 from ovcalib.report.markdown import (
-    activation_ranges,
-    bias_correction,
     escape_markdown,
     markdown_report,
     megabytes,
     points,
+    quantization_facts,
 )
 from ovcalib.report.tables import Table, shown
 from ovcalib.rundir import write_atomically
@@ -105,8 +104,7 @@ def result_page(
     diagnoses: Sequence[Diagnosis] = (),
     preview: Path | None = None,
 ) -> str:
-    calibration, quantization, accuracy = result.calibration, result.quantization, result.accuracy
-    latency = result.benchmark
+    calibration, accuracy, latency = result.calibration, result.accuracy, result.benchmark
     return render(
         "result.html.j2",
         title=f"{result.model.name} in INT8",
@@ -139,19 +137,7 @@ def result_page(
         source=calibration["source"],
         calibration=calibration_facts(result),
         preview=data_uri(preview) if preview and preview.is_file() else None,
-        quantization=[
-            ("mode", quantization.mode),
-            ("outcome", result.outcome),
-            ("preset", quantization.preset),
-            ("overflow fix", f"{quantization.overflow_fix} (deployment ISA: {quantization.deploy_isa})"),
-            ("activation ranges", activation_ranges(quantization)),
-            ("bias correction", bias_correction(quantization)),
-            ("operations in INT8", quantization.int8_operations),
-            ("layers left in float", quantization.float_operations),
-            ("ignored", ", ".join(quantization.ignored) or "none"),
-            ("given back to float", ", ".join(quantization.reverted) or "none"),
-            ("seconds", f"{quantization.seconds:.1f}"),
-        ],
+        quantization=[("outcome", result.outcome), *quantization_facts(result.quantization)],
         latency_chart=charts.steps(
             f"Latency on {latency.device}",
             {name.upper(): (v.edges, v.counts, v.p50) for name, v in latency.latency_ms.items()},
@@ -229,7 +215,9 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
         tiles.append(tile("latency p50", "-", result.benchmark_reason or "not measured"))
     tiles.append(
         tile(
-            "size", f"{megabytes(size.fp32)} → {megabytes(size.int8)} MB", f"{size.fp32 / size.int8:.1f} times smaller"
+            "size",
+            f"{megabytes(size.fp32)} → {megabytes(size.int8)} MB",
+            f"{size.fp32 / size.int8:.1f} times smaller" if size.int8 <= size.fp32 else "larger than FP32",
         )
     )
     memory = latency.memory_bytes if latency else None

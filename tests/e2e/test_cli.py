@@ -143,6 +143,10 @@ def test_the_calibration_set_can_steer(data, tmp_path, toy):
     assert found.exit_code == 0, found.stderr
     steered = json.loads((tmp_path / "expected/result.json").read_text())["quantization"]["restoration"]
     assert steered["metric"] == "expected-top1"
+    for report in ("report.html", "report.md"):
+        text = (tmp_path / "expected" / report).read_text()
+        assert "expected-top1 on 120 images of the calibration set (noise) at most 2.00 points under FP32" in text
+        assert "given back to float" in text
     assert 0 < steered["baseline"] < 1
     assert steered["value"] >= steered["baseline"] - 0.02
 
