@@ -73,7 +73,8 @@ DIFFERENCES = """\
 - Tool: the paper quantizes with the Post-training Optimization Tool of OpenVINO 2022.1; it is gone, and ours is NNCF.
 - Accuracy-aware: the paper allows 2 points and measures them on the calibration images with their labels; ours allows
   0.3 points, measured on the same: top-1 where the images came with labels (real, GANs, IntraQ), else agreement with
-  FP32. The evaluation images steer nothing.
+  FP32, which bounds the drop from above and gives more operations back than it takes. The evaluation images steer
+  nothing.
 - RepVGG is in its multi-branch training form, as in the paper."""
 
 
