@@ -29,7 +29,7 @@ from ovcalib.pipeline import (
 from ovcalib.progress import Progress
 from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import EVALUATION_PRECISION, OpenVINORunner
-from ovcalib.types import Evaluated, ModelSpec, Parity, Recipe
+from ovcalib.types import Evaluated, ModelSpec, Parity, Recipe, option_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,10 +220,10 @@ def make_recipe(**fields: Any) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        field = "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
+        field = "".join(str(part) for part in first["loc"][:1])
         if first["type"] == "extra_forbidden":
             raise UsageError(f"A recipe has no field {field!r}. It has: {', '.join(Recipe.model_fields)}.") from error
-        raise UsageError(f"--{field} {_shown(first.get('input'))}: {_reason(first)}.") from error
+        raise UsageError(f"{option_of(field)} {_shown(first.get('input'))}: {_reason(first)}.") from error
 
 
 def _shown(value: Any) -> str:

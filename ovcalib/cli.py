@@ -307,6 +307,7 @@ def quantize(
     """Quantize a model to INT8 and prove the result."""
     from ovcalib import api
     from ovcalib.report.markdown import summary
+    from ovcalib.types import STEERING_FIELDS, option_of
 
     given = {
         "model": model, "calib": calib, "num_samples": num_samples, "eval": eval_, "limit": limit, "mode": mode,
@@ -322,6 +323,10 @@ def quantize(
     if "model" not in fields:
         raise UsageError("No model was given. Expected ovcalib quantize MODEL; see `ovcalib models`.")
     resolved = api.make_recipe(**fields)
+    if resolved.mode == "default":
+        for name in STEERING_FIELDS:
+            if given[name] is not None:
+                raise UsageError(f"{option_of(name)} {given[name]} does nothing without --mode accuracy-aware.")
     progress = terminal()
     if dry_run:
         show_plan(resolved, progress, as_json)

@@ -37,7 +37,7 @@ from ovcalib.report.records import read_record
 from ovcalib.rundir import REQUEST, write_atomically, write_json
 from ovcalib.sweep_engines import Engine, open_engine
 from ovcalib.sweep_tables import csv_report, markdown_report
-from ovcalib.types import Benchmark, Frozen, Recipe, Result
+from ovcalib.types import STEERING_FIELDS, Benchmark, Frozen, Recipe, Result
 
 STATE = "sweep.json"
 LOCK = ".lock"
@@ -218,8 +218,8 @@ SET_FIELDS = (
     "options", "download",
 )  # fmt: skip
 
-# What the default algorithm does not ask for: cells of it stay where only these differ.
-STEERING_FIELDS = ("metric", "max_drop", "max_time", "max_iterations", "validate_on")
+# What does not change the INT8 model of the default algorithm: cells of it stay where only these differ.
+NOT_OF_DEFAULT = {*STEERING_FIELDS, "max_drop"}
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def plan(sweep: SweepRecipe) -> list[Cell]:
                 "mode": mode, "seed": seed, "eval": sweep.eval, "limit": sweep.limit, "benchmark_time": 0,
             }
         )  # fmt: skip
-        fields = recipe.model_dump(mode="json", exclude=set(STEERING_FIELDS) if mode == "default" else None)
+        fields = recipe.model_dump(mode="json", exclude=NOT_OF_DEFAULT if mode == "default" else None)
         key, set_key = key_of(fields), key_of({name: fields[name] for name in SET_FIELDS})
         cells.append(Cell(model.label, source.label, mode, seed, recipe, key, set_key, model.command))
     return cells

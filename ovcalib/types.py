@@ -112,6 +112,15 @@ class Recipe(Frozen):
     benchmark_time: float = Field(default=2.0, ge=0)
 
 
+# Fields of Recipe that the default algorithm does not ask for.
+STEERING_FIELDS = ("metric", "max_time", "max_iterations", "validate_on")
+
+
+def option_of(field: str) -> str:
+    """What a field of Recipe is called on the command line."""
+    return "--validate" if field == "validate_on" else f"--{field.replace('_', '-')}"
+
+
 # Results: numbers as numbers, the unit in the name, null with a reason for what was not measured --------------
 
 

@@ -24,7 +24,18 @@ from ovcalib.report.markdown import (
 )
 from ovcalib.report.tables import Table, shown
 from ovcalib.rundir import write_atomically
-from ovcalib.types import Benchmark, BenchmarkRun, Candidate, Diagnosis, Noise, OperationDiagnosis, Recipe, Result
+from ovcalib.types import (
+    STEERING_FIELDS,
+    Benchmark,
+    BenchmarkRun,
+    Candidate,
+    Diagnosis,
+    Noise,
+    OperationDiagnosis,
+    Recipe,
+    Result,
+    option_of,
+)
 
 FORMATS = ("html", "md", "csv")
 # On the page; the JSON and the CSV hold all of them.
@@ -317,13 +328,13 @@ def condition_facts(noise: Noise) -> list[tuple[str, str]]:
 
 def quantize_command(recipe: Recipe) -> str:
     """The command line that this recipe is the resolution of; defaults are left out."""
-    special = {"validate_on": "--validate"}
     words = ["ovcalib", "quantize", recipe.model]
+    silent = {"model", *(STEERING_FIELDS if recipe.mode == "default" else ())}
     for name, field in Recipe.model_fields.items():
         value = getattr(recipe, name)
-        if name == "model" or value == field.default:
+        if name in silent or value == field.default:
             continue
-        option = special.get(name, f"--{name.replace('_', '-')}")
+        option = option_of(name)
         if name == "options":
             for key, text in value.items():
                 words += ["-O", f"{key}={text}"]

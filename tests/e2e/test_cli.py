@@ -166,6 +166,16 @@ def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", [["--validate", "calibration"], ["--metric", "top1"], ["--max-time", 9],
+                                    ["--max-iterations", 1]])  # fmt: skip
+def test_options_of_the_other_algorithm_are_refused(tmp_path, option):
+    found = run("quantize", "resnet20-cifar10", *option, "-o", tmp_path / "out")
+    assert found.exit_code == 2
+    assert f"{option[0]} {option[1]}" in found.stderr
+    assert "does nothing without --mode accuracy-aware" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
     found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 8, "--mode",
                 "accuracy-aware", "--metric", "agreement", "--max-drop", 0, "--max-time", 0.001, "--eval", data / "eval",

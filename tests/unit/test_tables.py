@@ -53,12 +53,15 @@ def test_ticks_are_round_numbers():
 def test_the_command_says_what_differs_from_the_defaults():
     recipe = Recipe(
         model="a b", calib="noise", mean=(0.5, 0.25), options={"k": "v"}, ignore=("layer1.*",), allow_overlap=True,
-        validate_on="x", num_samples=7, guard=False,
+        mode="accuracy-aware", validate_on="x", num_samples=7, guard=False,
     )  # fmt: skip
     assert quantize_command(recipe) == (
-        "ovcalib quantize 'a b' --mean 0.5,0.25 --calib noise --num-samples 7 -O k=v --no-guard --ignore 'layer1.*' --validate x "
-        "--allow-overlap"
+        "ovcalib quantize 'a b' --mean 0.5,0.25 --calib noise --num-samples 7 -O k=v --mode accuracy-aware "
+        "--no-guard --ignore 'layer1.*' --validate x --allow-overlap"
     )
+    # A cell of a sweep; the command would refuse what says nothing to the default algorithm.
+    recipe = Recipe(model="m", metric="agreement", validate_on="calibration")
+    assert quantize_command(recipe) == "ovcalib quantize m"
 
 
 @pytest.mark.parametrize(
