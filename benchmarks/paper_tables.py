@@ -72,9 +72,8 @@ DIFFERENCES = """\
 - Weights: the paper takes the published checkpoints; ours are named below by their SHA-256.
 - Tool: the paper quantizes with the Post-training Optimization Tool of OpenVINO 2022.1; it is gone, and ours is NNCF.
 - Accuracy-aware: the paper allows 2 points and measures them on the calibration images with their labels; ours allows
-  0.3 points, measured on the same: top-1 where the images came with labels (real, GANs, IntraQ), else agreement with
-  FP32, which bounds the drop from above and gives more operations back than it takes. The evaluation images steer
-  nothing.
+  0.3 points, measured on the same: top-1 where the images came with labels (real, GANs, IntraQ), else top-1 as
+  FP32's probabilities let expect. The evaluation images steer nothing.
 - RepVGG is in its multi-branch training form, as in the paper."""
 
 

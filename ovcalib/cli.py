@@ -169,7 +169,7 @@ def quantize(
             metavar="top1|agreement|expected-top1",
             help="What --max-drop is about. The last two need no labels: agreement with FP32, and top-1 as FP32's own "
             "probabilities let expect.",
-            show_default="top1 with labels, else agreement",
+            show_default="top1 with labels, else expected-top1",
         ),
     ] = None,
     validate_on: Annotated[

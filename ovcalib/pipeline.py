@@ -55,6 +55,7 @@ from ovcalib.rundir import REQUEST, RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
 from ovcalib.safeguards import Judge, guard_warning, operations_to_guard, quantize_by_outputs
 from ovcalib.types import (
+    GoalMetric,
     ModelRecord,
     ModelSpec,
     Outcome,
@@ -139,6 +140,7 @@ def quantize_recipe(
         validation = open_validation(recipe, evaluation, model.spec) if recipe.mode == "accuracy-aware" else None
         fp32, parity = export(model, folder / "fp32", progress, dynamic_batch=recipe.dynamic_batch)
         settings = resolve_settings(recipe, fp32)
+        classification = model.spec.num_classes is not None
 
         if calibration is None:
             calibration = calibrate(recipe, model, progress, run.checkpoint if run is not None else None)
@@ -181,7 +183,9 @@ def quantize_recipe(
                 )
             else:
                 on, steering = validation.data.reference, validation.items()
-            restoration, restored = restore_to_goal(recipe, fp32, int8, on, steering, out_of_time, progress)
+            restoration, restored = restore_to_goal(
+                recipe, fp32, int8, on, steering, classification, out_of_time, progress
+            )
             int8 = restoration.model
             if restored.metric == "agreement" and 2 * len(restoration.reverted) > len(restored.ranking):
                 warnings.append(
@@ -221,7 +225,6 @@ def quantize_recipe(
         written = read_graph(folder / "int8" / "model.xml")
         with progress.task("evaluating INT8", count) as tick:
             outputs = collect(OpenVINORunner(batch_one(written, model.spec)), items, tick)
-        classification = model.spec.num_classes is not None
         agreed = agreement(reference, outputs, where, classification)
         if agreed.top1 is not None and agreed.top1 < COLLAPSED_AGREEMENT:
             warnings.append(
@@ -492,7 +495,7 @@ def open_validation(recipe: Recipe, evaluation: Evaluation | None, spec: ModelSp
 def require_labels(metric: str | None, labels: Any, on: str) -> None:
     if metric == "top1" and labels is None:
         raise DataError(
-            f"--metric top1 needs labels, and {on} has none. Use --metric agreement or expected-top1, or "
+            f"--metric top1 needs labels, and {on} has none. Use --metric expected-top1 or agreement, or "
             "labelled images."
         )
 
@@ -503,13 +506,16 @@ def restore_to_goal(
     int8: ov.Model,
     on: str,
     items: Items,
+    classification: bool,
     out_of_time: Callable[[], bool],
     progress: Progress,
 ) -> tuple[Restoration[ov.Model], Restored]:
     """Accuracy-aware quantization, from the default INT8 model on, steered by `items` of the set `on`."""
     reference = collect(OpenVINORunner(fp32), items)
     require_labels(recipe.metric, reference.labels, on)
-    metric = recipe.metric or ("agreement" if reference.labels is None else "top1")
+    # Where the outputs are no classes, FP32's probabilities say nothing.
+    without_labels: GoalMetric = "expected-top1" if classification else "agreement"
+    metric = recipe.metric or (without_labels if reference.labels is None else "top1")
     subset = list(islice(items, RANKING_ITEMS))
 
     def score(outputs: Outputs) -> float:

@@ -62,8 +62,8 @@ class Recipe(Frozen):
                      auto: min-max, or mean-min-max for transformers and where that is closer to FP32
     bias_correction  auto: layerwise, or none where that is closer to FP32
     guard            leave operations in float that INT8 cannot hold
-    metric           None: top1 where the validation images have labels, else agreement; expected-top1: see
-                     evaluation.expected_hits
+    metric           None: top1 where the validation images have labels, else expected-top1 (evaluation.expected_hits),
+                     or agreement where the outputs are no classes
     max_drop         accuracy-aware: allowed drop of the metric, absolute, as a fraction
     max_time         accuracy-aware: seconds for the whole run
     max_iterations   accuracy-aware: candidates measured on the whole validation set
