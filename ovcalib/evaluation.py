@@ -73,9 +73,10 @@ def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Itera
 
 
 def calibration_items(calibration: CalibrationSet) -> Iterator[Item]:
-    """Items of a calibration set, in either domain."""
+    """Items of a calibration set, in either domain; labels that are only FP32's own answer are left out."""
+    labels = None if calibration.provenance.labels == "pseudo" else calibration.labels
     for i, x in enumerate(calibration):
-        label = None if calibration.labels is None else int(calibration.labels[i])
+        label = None if labels is None else int(labels[i])
         yield Item(x, label, hashlib.blake2b(x.tobytes(), digest_size=16).digest())
 
 

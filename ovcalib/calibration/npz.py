@@ -34,7 +34,7 @@ def images_wanted(spec: ModelSpec, argument: str) -> int:
 
 def generate(request: Request, options: Options) -> Generated:
     """The first images of a file, in its order."""
-    images, labels, domain = load_calibration(Path(request.argument), request.spec)
+    images, domain, labels, origin = load_calibration(Path(request.argument), request.spec)
     if request.count > len(images):
         raise UsageError(
             f"--num-samples {request.count} is more than the {len(images)} images of {request.argument!r}. "
@@ -45,5 +45,5 @@ def generate(request: Request, options: Options) -> Generated:
         images=images[: request.count],
         domain=domain,
         labels=None if labels is None else labels[: request.count],
-        label_origin=None if labels is None else "data",
+        label_origin=origin,
     )

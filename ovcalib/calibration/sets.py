@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from ovcalib.rundir import write_atomically, write_json
 from ovcalib.types import Frozen, ModelSpec, SetScore
 
 Domain = Literal["pixels", "network"]
+LabelOrigin = Literal["data", "method", "pseudo"]
 
 # Sources whose images are somebody's own.
 OWN_IMAGES = frozenset({"real", "npz"})
@@ -46,7 +47,7 @@ class Provenance(Frozen):
     seed: int
     seconds: float
     domain: Domain
-    labels: Literal["data", "method", "pseudo"] | None
+    labels: LabelOrigin | None
     licence: str | None = None
     model: str | None = None
     warnings: tuple[str, ...] = ()
@@ -114,6 +115,7 @@ class CalibrationSet:
         arrays: dict[str, Any] = {"images": self.images, "domain": np.array(self.domain)}
         if self.labels is not None:
             arrays["labels"] = self.labels
+            arrays["label_origin"] = np.array(self.provenance.labels)
         # Not compressed: photographs and noise hardly shrink, and deflate would take longer than NNCF.
         write_atomically(folder / "calibration.npz", lambda partial: _savez(partial, arrays))
         write_description(self, folder)
@@ -157,8 +159,10 @@ def write_description(calibration: CalibrationSet, folder: Path) -> None:
     write_atomically(folder / "preview.png", lambda partial: save_preview(calibration, partial))
 
 
-def load_calibration(path: Path, spec: ModelSpec) -> tuple[NDArray[Any], NDArray[np.int64] | None, Domain]:
-    """Images, labels and domain of an npz file: one that ovcalib wrote, or the user's own arrays.
+def load_calibration(
+    path: Path, spec: ModelSpec
+) -> tuple[NDArray[Any], Domain, NDArray[np.int64] | None, LabelOrigin | None]:
+    """Images, domain, labels and their origin of an npz file: one that ovcalib wrote, or the user's own arrays.
 
     raises   DataError that says what the file holds and what was expected
     """
@@ -191,7 +195,12 @@ def load_calibration(path: Path, spec: ModelSpec) -> tuple[NDArray[Any], NDArray
         raise DataError(
             f"'labels' in {str(path)!r} is {labels.dtype} {list(labels.shape)}; expected integers [{len(images)}]."
         )
-    return images, None if labels is None else labels.astype(np.int64), domain
+    if labels is None:
+        return images, domain, None, None
+    origin = str(arrays.get("label_origin", "data"))
+    if origin not in get_args(LabelOrigin):
+        raise DataError(f"'label_origin' in {str(path)!r} is {origin!r}. Expected data, method or pseudo.")
+    return images, domain, labels.astype(np.int64), cast(LabelOrigin, origin)
 
 
 def preflight(calibration: CalibrationSet) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.calibration.sets import CalibrationSet, Domain, Provenance
+from ovcalib.calibration.sets import CalibrationSet, Domain, LabelOrigin, Provenance
 from ovcalib.errors import UnknownNameError, UsageError
 from ovcalib.types import ModelSpec
 
@@ -60,7 +60,7 @@ class Generated:
     images: NDArray[Any]
     domain: Domain
     labels: NDArray[np.int64] | None = None
-    label_origin: typing.Literal["data", "method", "pseudo"] | None = None
+    label_origin: LabelOrigin | None = None
     licence: str | None = None
     options: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()

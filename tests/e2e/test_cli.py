@@ -143,6 +143,15 @@ def test_the_calibration_set_can_steer(data, tmp_path, toy):
         assert "given back to float" in text
     assert 0 < steered["baseline"] < 1
     assert steered["value"] >= steered["baseline"] - 0.02
+    # FP32's own answers are no labels either, also when they come out of a file.
+    found = run(*arguments, "--calib", "zeroq", "--num-samples", 8, "-O", "steps=1", "-o", tmp_path / "pseudo")
+    assert found.exit_code == 0, found.stderr
+    again = f"npz:{tmp_path}/pseudo/calibration.npz"
+    assert run(*arguments, "--calib", again, "-o", tmp_path / "again").exit_code == 0
+    for name in ("pseudo", "again"):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["calibration"]["labels"] == "pseudo"
+        assert result["quantization"]["restoration"]["metric"] == "expected-top1"
 
 
 def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_path, toy, monkeypatch):

@@ -42,12 +42,12 @@ def test_a_set_survives_saving_exactly(tmp_path, rng, dtype):
     labels = np.array([3, 1, 2, 0])
     made = calibration_set(images, labels)
     made.save(tmp_path)
-    again, again_labels, domain = load_calibration(tmp_path / "calibration.npz", SPEC)
+    again, domain, again_labels, origin = load_calibration(tmp_path / "calibration.npz", SPEC)
     assert np.array_equal(again, images)
     assert again.dtype == images.dtype
     assert again_labels is not None
     assert again_labels.tolist() == labels.tolist()
-    assert domain == made.domain
+    assert (domain, origin) == (made.domain, "data")
     described = json.loads((tmp_path / "calibration.json").read_text())
     assert described["provenance"]["num_samples"] == 4
     assert described["preprocessing"]["mean"] == list(SPEC.preprocessing.mean)
