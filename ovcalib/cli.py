@@ -306,7 +306,7 @@ def quantize(
 ) -> None:
     """Quantize a model to INT8 and prove the result."""
     from ovcalib import api
-    from ovcalib.report.markdown import summary
+    from ovcalib.report.markdown import KERNELS, kernels_error, summary
     from ovcalib.types import STEERING_FIELDS, option_of
 
     given = {
@@ -345,6 +345,8 @@ def quantize(
         print(result.record.model_dump_json(indent=2))
     else:
         print_table([summary(result.record)])
+        for found in result.record.quantization.output_error:
+            print(f"output error on {KERNELS[found.kernels]}: {kernels_error(found)}")
         print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.html'}")
     raise typer.Exit(OUTCOME_CODES[result.record.outcome])
 

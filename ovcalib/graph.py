@@ -220,6 +220,47 @@ def fold_weights(layers: Iterable[Layer]) -> None:
         layer.op.input(1).replace_source_output(_fold(layer.op.input_value(1)))
 
 
+def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]] | None:
+    """The weights of a layer as integers, and their scale for each output channel; None for any other form.
+
+    returns   int8 in the layer's own shape, and float64 broadcastable to it; their product is what the layer computes
+              with
+    """
+    value = layer.op.input_value(1)
+    shape = list(value.get_shape())
+    node = _node(value)
+    if node.get_type_name() == "Reshape":
+        node = _node(node.input_value(0))
+    if node.get_type_name() != "Multiply" or _node(node.input_value(0)).get_type_name() != "Convert":
+        return None
+    constant = _node(_node(node.input_value(0)).input_value(0))
+    scale = np.array(_node(_fold(node.input_value(1))).get_data(), np.float64)
+    if constant.get_type_name() != "Constant" or constant.get_element_type().to_string() != "i8":
+        return None
+    integers = np.array(constant.get_data(), np.int8)
+    return integers.reshape(shape), np.broadcast_to(scale, integers.shape).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a quantized activation: value = step * (level - zero), level in 0..255."""
+
+    step: float
+    zero: int
+
+
+def activation_levels(value: ov.Output) -> Levels | None:
+    """The levels of a value that was quantized with one range a tensor, seen through moving operations; else None."""
+    quantizers = _quantizers(value)
+    if not quantizers:
+        return None
+    low, high = _range(quantizers[0])
+    if low.size > 1 or quantizers[0].get_attributes()["levels"] != 256:
+        return None
+    step = (float(high.item()) - float(low.item())) / 255
+    return Levels(step, round(-float(low.item()) / step))
+
+
 def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) -> None:
     """Add to the bias of layers, in place.
 

@@ -50,11 +50,6 @@ def isa() -> str | None:
     return next((name for flag, name in ISA_FLAGS.items() if flag in cpu_flags()), None)
 
 
-def has_int8_dot_product() -> bool:
-    """Whether INT8 products are summed in 32 bits, so that full-range weights cannot overflow."""
-    return bool(cpu_flags() & {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp"})
-
-
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies in bfloat16, rather than emulating it."""
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})

@@ -45,6 +45,7 @@ from ovcalib.graph import (
     quantized_operations,
     restore,
 )
+from ovcalib.kernels import is_emulated, kernels_of, proof_kernels, runner_for
 from ovcalib.models import Model, ModelOptions, load_model
 from ovcalib.models.weights import file_sha256
 from ovcalib.progress import Progress
@@ -56,6 +57,7 @@ from ovcalib.runtime import OpenVINORunner, check_device
 from ovcalib.safeguards import Judge, guard_warning, operations_to_guard, quantize_by_outputs
 from ovcalib.types import (
     GoalMetric,
+    Kernels,
     ModelRecord,
     ModelSpec,
     Outcome,
@@ -166,10 +168,12 @@ def quantize_recipe(
         quantizing = time.monotonic()
         with progress.task("calibrating", len(calibration)) as tick:
             quantize = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
-            chosen = quantize_by_outputs(quantize, settings, left_open(recipe, settings), Judge(fp32, calibration))
+            judge = Judge(fp32, calibration)
+            chosen = quantize_by_outputs(quantize, settings, left_open(recipe, settings), judge)
         int8, settings, saturation = chosen.int8, chosen.settings, chosen.saturation
         if saturation is not None and saturation.avoided:
             warnings.append(saturation.warning())
+        kernels = proof_kernels(recipe.deploy_isa)
         restoration: Restoration[ov.Model] | None = None
         restored: Restored | None = None
         if recipe.mode == "accuracy-aware":
@@ -184,7 +188,7 @@ def quantize_recipe(
             else:
                 on, steering = validation.data.reference, validation.items()
             restoration, restored = restore_to_goal(
-                recipe, fp32, int8, on, steering, classification, out_of_time, progress
+                recipe, fp32, int8, kernels, on, steering, classification, out_of_time, progress
             )
             int8 = restoration.model
             if restored.metric == "agreement" and 2 * len(restoration.reverted) > len(restored.ranking):
@@ -193,6 +197,7 @@ def quantize_recipe(
                     "images that lie between classes cost agreement, but hardly accuracy. --metric expected-top1, "
                     "labelled images or a larger --max-drop keep more of them in INT8"
                 )
+        output_error = judge.errors(int8, kernels_of(recipe.deploy_isa))
         seconds = time.monotonic() - quantizing
         outcome: Outcome = restoration.outcome if restoration else "done"
         quantization = Quantization(
@@ -200,7 +205,8 @@ def quantize_recipe(
             preset=settings.preset,
             subset_size=len(calibration),
             overflow_fix=settings.overflow_fix,
-            saturation_nmse=(saturation.here, saturation.elsewhere) if saturation else None,
+            output_error=output_error,
+            saturation_nmse=(saturation.vnni, saturation.avx2) if saturation else None,
             halved_nmse=saturation.halved if saturation else None,
             deploy_isa=recipe.deploy_isa,
             activation_ranges=settings.activation_ranges,
@@ -224,8 +230,9 @@ def quantize_recipe(
         # What is measured from here on is the file, not the graph that it was written from.
         written = read_graph(folder / "int8" / "model.xml")
         with progress.task("evaluating INT8", count) as tick:
-            outputs = collect(OpenVINORunner(batch_one(written, model.spec)), items, tick)
-        agreed = agreement(reference, outputs, where, classification)
+            outputs = collect(runner_for(batch_one(written, model.spec), kernels), items, tick)
+        executed = {"kernels": kernels, "emulated": is_emulated(kernels)}
+        agreed = agreement(reference, outputs, where, classification).model_copy(update=executed)
         if agreed.top1 is not None and agreed.top1 < COLLAPSED_AGREEMENT:
             warnings.append(
                 f"agreement collapsed: INT8 names another class than FP32 for {1 - agreed.top1:.1%} of {where}. "
@@ -236,6 +243,8 @@ def quantize_recipe(
         proven = (
             compare(reference, outputs, evaluation.protocol, model.spec.classes) if evaluation is not None else None
         )
+        if proven is not None:
+            proven = proven.model_copy(update=executed)
 
         latency, latency_reason = None, "left out (--benchmark-time 0)"
         if recipe.benchmark_time > 0:
@@ -504,6 +513,7 @@ def restore_to_goal(
     recipe: Recipe,
     fp32: ov.Model,
     int8: ov.Model,
+    kernels: Kernels,
     on: str,
     items: Items,
     classification: bool,
@@ -527,7 +537,7 @@ def restore_to_goal(
         return float(same_class(reference.values, outputs.values).mean())
 
     def error(model: ov.Model) -> float:
-        return nmse(reference.values[: len(subset)], collect(OpenVINORunner(model), subset).values)
+        return nmse(reference.values[: len(subset)], collect(runner_for(model, kernels), subset).values)
 
     with ExitStack() as stack:
         tasks: dict[str, Any] = {}
@@ -540,7 +550,7 @@ def restore_to_goal(
         found = restore_accuracy(
             operations=[op.get_friendly_name() for op in quantized_operations(int8)],
             build=functools.partial(restore, int8, fp32),
-            validate=lambda model: score(collect(OpenVINORunner(model), items)),
+            validate=lambda model: score(collect(runner_for(model, kernels), items)),
             error=error,
             baseline=score(reference),
             max_drop=recipe.max_drop,

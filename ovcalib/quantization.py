@@ -14,18 +14,17 @@ from typing import Any, Literal
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovcalib import machine
 from ovcalib.bias_correction import correct_biases
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError, OvcalibError, require
 from ovcalib.export.to_openvino import refuse_quantized_graph
 from ovcalib.graph import layer_name, set_input_range
+from ovcalib.kernels import DeployISA, host_kernels
 
 Preset = Literal["performance", "mixed"]
 ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
-DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
 
 # Without a 32-bit INT8 dot product, products are summed in 16 bits, where full-range weights overflow: "enable" halves
 # the range of all weights. "first-layer" halves the first layer's, whose unsigned input is where it happens most; it is
@@ -70,7 +69,7 @@ def resolve_overflow_fix(asked: OverflowFix | Literal["auto"], deploy_isa: Deplo
     if asked != "auto":
         return asked
     if deploy_isa == "host":
-        return "disable" if machine.has_int8_dot_product() else "enable"
+        return "disable" if host_kernels() == "vnni" else "enable"
     return OVERFLOW_FIX[deploy_isa]
 
 

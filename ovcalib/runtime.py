@@ -39,10 +39,17 @@ class OpenVINORunner:
 
     graph       with batch 1
     precision   inference precision hint: "f32", "bf16", "f16", or None for the device's default
+    config      further properties of the device
     """
 
-    def __init__(self, graph: ov.Model, device: str = "CPU", precision: str | None = EVALUATION_PRECISION) -> None:
-        config = {"PERFORMANCE_HINT": "THROUGHPUT"}
+    def __init__(
+        self,
+        graph: ov.Model,
+        device: str = "CPU",
+        precision: str | None = EVALUATION_PRECISION,
+        config: Mapping[str, str] | None = None,
+    ) -> None:
+        config = {"PERFORMANCE_HINT": "THROUGHPUT", **(config or {})}
         if precision is not None:
             config["INFERENCE_PRECISION_HINT"] = precision
         self.compiled = compile_graph(graph, device, config)

@@ -8,6 +8,7 @@ the range of weights where full ones saturate on CPUs without VNNI, and no bias 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from ovcalib.calibration import CalibrationSet
 from ovcalib.evaluation import nmse
 from ovcalib.graph import layer_name, restore_biases
+from ovcalib.kernels import is_emulated, outputs_on, without_saturation
 from ovcalib.quantization import Settings
 from ovcalib.runtime import outputs_of
-from ovcalib.saturation import outputs_on_avx2
 from ovcalib.spread import MIN_SQNR_DB, Expected, drowning, expected_sqnr
+from ovcalib.types import Kernels, KernelsError
 
 # Images of the calibration set on which the spread of activations is measured, and those that judge INT8 models.
 GUARD_IMAGES = 8
@@ -56,7 +58,11 @@ def guard_warning(drowned: Sequence[Expected]) -> str:
 
 
 class Judge:
-    """How far INT8 models are from FP32 on the last images of a calibration set."""
+    """How far INT8 models are from FP32 on the last images of a calibration set.
+
+    Sums do not saturate here, and every CPU computes the same: the emulation in float32 of a CPU with VNNI. So neither
+    ranges nor biases are chosen by what only this CPU does.
+    """
 
     def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
         self.fp32 = fp32
@@ -68,12 +74,19 @@ class Judge:
 
     def error(self, int8: ov.Model) -> float:
         """NMSE of the outputs."""
-        return nmse(self.reference, outputs_of(int8, self.inputs))
+        return nmse(self.reference, outputs_of(without_saturation(int8), self.inputs))
 
-    def error_on_avx2(self, int8: ov.Model) -> float | None:
-        """NMSE of the outputs on the kernels of AVX2; None where this CPU cannot tell."""
-        outputs = outputs_on_avx2(int8, self.inputs)
-        return None if outputs is None else nmse(self.reference, outputs)
+    def errors(self, int8: ov.Model, wanted: Sequence[Kernels]) -> tuple[KernelsError, ...]:
+        """The output error on each kind of kernels: executed where this CPU has them, else emulated."""
+        found = [(kernels, nmse(self.reference, outputs_on(kernels, int8, self.inputs))) for kernels in wanted]
+        return tuple(
+            KernelsError(kernels=kernels, nmse=error if math.isfinite(error) else None, emulated=is_emulated(kernels))
+            for kernels, error in found
+        )
+
+    def error_on_avx2(self, int8: ov.Model) -> float:
+        """NMSE of the outputs on kernels whose sums saturate. Raises KernelsFailedError."""
+        return nmse(self.reference, outputs_on("avx2", int8, self.inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Candidate:
         return self.judge.error(self.int8)
 
     @cached_property
-    def error_on_avx2(self) -> float | None:
+    def error_on_avx2(self) -> float:
         return self.judge.error_on_avx2(self.int8)
 
 
@@ -97,25 +110,25 @@ class Candidate:
 class Saturation:
     """NMSE of the outputs of an INT8 model.
 
-    here        on the kernels of this CPU
-    elsewhere   on those of AVX2
-    halved      with half the range of weights, the same everywhere; None where there was no need to try
+    vnni     where sums do not saturate
+    avx2     on the kernels of AVX2
+    halved   with half the range of weights, the same on both; None where there was no need to try
     """
 
-    here: float
-    elsewhere: float
+    vnni: float
+    avx2: float
     halved: float | None
 
     @property
     def avoided(self) -> bool:
         """Half the range is the better one."""
-        return self.halved is not None and self.halved < self.elsewhere
+        return self.halved is not None and self.halved < self.avx2
 
     def warning(self) -> str:
         """Why weights have half their range, where that avoids the saturation."""
         return (
-            f"on a CPU without VNNI the sums of products would saturate (output NMSE {self.elsewhere:.2g}; with VNNI "
-            f"{self.here:.2g}), so all weights use half of their range, which is safe everywhere (NMSE "
+            f"on a CPU without VNNI the sums of products would saturate (output NMSE {self.avx2:.2g}; with VNNI "
+            f"{self.vnni:.2g}), so all weights use half of their range, which is safe everywhere (NMSE "
             f"{self.halved:.2g}); where the model will run on VNNI, AMX, a GPU or an NPU, say so with --deploy-isa"
         )
 
@@ -174,18 +187,16 @@ def choose_activation_ranges(
     return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
 
 
-def choose_weight_range(full: Candidate, make: Callable[[Settings], Candidate]) -> tuple[Candidate, Saturation | None]:
+def choose_weight_range(full: Candidate, make: Callable[[Settings], Candidate]) -> tuple[Candidate, Saturation]:
     """Give weights half their range where the full one saturates on the kernels of AVX2.
 
-    returns   the better one there, and what was measured; None where this CPU cannot tell
+    returns   the better one there, and what was measured
+    raises    KernelsFailedError
     """
-    elsewhere = full.error_on_avx2
-    if elsewhere is None:
-        return full, None
-    if elsewhere <= full.error + SATURATED_NMSE:
-        return full, Saturation(full.error, elsewhere, None)
+    if full.error_on_avx2 <= full.error + SATURATED_NMSE:
+        return full, Saturation(full.error, full.error_on_avx2, None)
     half = make(dataclasses.replace(full.settings, overflow_fix="enable"))
-    saturation = Saturation(full.error, elsewhere, half.error)
+    saturation = Saturation(full.error, full.error_on_avx2, half.error)
     return half if saturation.avoided else full, saturation
 
 

@@ -10,6 +10,8 @@ from ovcalib.data.preprocessing import Preprocessing
 
 # What accuracy-aware quantization watches: the last two without labels.
 GoalMetric = Literal["top1", "agreement", "expected-top1"]
+# The INT8 arithmetic of a CPU; see ovcalib.kernels.
+Kernels = Literal["vnni", "avx2"]
 
 
 class Frozen(BaseModel):
@@ -184,6 +186,7 @@ class Accuracy(Frozen):
     drop_points   top-1 of FP32 minus top-1 of INT8, in percentage points; its interval is paired
     per_class     every class of which there are images
     confusions    the mistakes that INT8 makes more often than FP32, most added first, at most 20
+    kernels, emulated   on which INT8 was measured, see KernelsError; None in records of earlier versions
     """
 
     protocol: str
@@ -195,6 +198,8 @@ class Accuracy(Frozen):
     drop_ci95: tuple[float, float]
     per_class: tuple[ClassAccuracy, ...] = ()
     confusions: tuple[Confusion, ...] = ()
+    kernels: Kernels | None = None
+    emulated: bool = False
 
 
 class Agreement(Frozen):
@@ -203,12 +208,15 @@ class Agreement(Frozen):
     top1   fraction in 0..1; None for models without class logits
     nmse   squared error of the outputs over the squared outputs of FP32; None where INT8 is not finite
     on     which images
+    kernels, emulated   see KernelsError; None in records of earlier versions
     """
 
     count: int
     top1: float | None
     nmse: float | None
     on: str
+    kernels: Kernels | None = None
+    emulated: bool = False
 
 
 class Parity(Frozen):
@@ -287,11 +295,24 @@ class Restored(Frozen):
     ranking: tuple[tuple[str, float], ...]
 
 
+class KernelsError(Frozen):
+    """Output error of the INT8 model on one kind of kernels, on the last calibration images.
+
+    kernels    vnni: sums of products do not saturate; avx2: they do, see ovcalib.kernels
+    emulated   this CPU does not have them: computed in another way that gives the same
+    """
+
+    kernels: Kernels
+    nmse: float | None
+    emulated: bool
+
+
 class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
-    saturation_nmse    NMSE of the outputs on the kernels of this CPU and on those of one without VNNI, on the last
+    output_error       of the model as it was written, on the kernels of all machines that it is for
+    saturation_nmse    NMSE of the outputs on the kernels of a CPU with VNNI and of one without, on the last
                        calibration images, before the overflow fix was settled; None where a machine was named
     halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
     activation_ranges  what they came to, whatever was asked
@@ -311,6 +332,7 @@ class Quantization(Frozen):
     preset: str
     subset_size: int
     overflow_fix: str
+    output_error: tuple[KernelsError, ...] = ()
     saturation_nmse: tuple[float, float] | None = None
     halved_nmse: float | None = None
     deploy_isa: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ovcalib.types import Quantization, Result
+from ovcalib.types import Accuracy, Agreement, KernelsError, Quantization, Result
+
+KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
 
 
 def points(fraction: float | None) -> str:
@@ -24,9 +26,10 @@ def summary(result: Result) -> dict[str, str]:
     if result.accuracy:
         low, high = result.accuracy.int8.ci95
         row["top-1 FP32"] = points(result.accuracy.fp32.top1)
-        row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}"
+        emulated = " (emulated)" if result.accuracy.emulated else ""
+        row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}{emulated}"
         row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
-    row["agreement"] = points(result.agreement.top1)
+    row["agreement"] = points(result.agreement.top1) + (" (emulated)" if result.agreement.emulated else "")
     row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
     row["p50 ms"] = f"{latency['fp32'].p50:.3g} -> {latency['int8'].p50:.3g}" if latency else "-"
     return row
@@ -40,6 +43,7 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("overflow fix", overflow_fix(quantization)),
         ("activation ranges", activation_ranges(quantization)),
         ("bias correction", bias_correction(quantization)),
+        *((f"output error on {KERNELS[e.kernels]}", kernels_error(e)) for e in quantization.output_error),
         ("operations in INT8", str(quantization.int8_operations)),
         ("layers left in float", str(quantization.float_operations)),
         ("ignored", ", ".join(quantization.ignored) or "none"),
@@ -58,11 +62,26 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
     return [*facts, ("seconds", f"{quantization.seconds:.1f}")]
 
 
+def kernels_error(found: KernelsError) -> str:
+    """NMSE on the last calibration images, and whether this CPU executed it."""
+    nmse = "not finite" if found.nmse is None else f"NMSE {found.nmse:.2g}"
+    return f"{nmse} ({'emulated' if found.emulated else 'executed'})"
+
+
+def execution(found: Agreement | Accuracy) -> str:
+    """What INT8 ran on, for a sentence that ends there; nothing for records that do not say."""
+    if found.kernels is None:
+        return ""
+    if found.emulated:
+        return f"; INT8 emulated as on {KERNELS[found.kernels]}, which this CPU lacks"
+    return f"; INT8 executed on {KERNELS[found.kernels]}"
+
+
 def overflow_fix(quantization: Quantization) -> str:
     """What the overflow fix came to, and why."""
     reasons = [f"deployment ISA: {quantization.deploy_isa}"]
     if quantization.saturation_nmse is not None:
-        reasons.append("NMSE {:.2g} here and {:.2g} without VNNI".format(*quantization.saturation_nmse))
+        reasons.append("NMSE {:.2g} with VNNI and {:.2g} without".format(*quantization.saturation_nmse))
     if quantization.halved_nmse is not None:
         reasons.append(f"{quantization.halved_nmse:.2g} with half the range of weights")
     return f"{quantization.overflow_fix} ({', '.join(reasons)})"
@@ -99,16 +118,17 @@ def markdown_report(result: Result) -> str:
         "",
     ]
     if result.accuracy:
+        accuracy, (low, high) = result.accuracy, result.accuracy.drop_ci95
         lines += [
-            f"Accuracy was measured on {escape_markdown(result.accuracy.protocol)}. The drop has the 95 % interval "
-            f"{result.accuracy.drop_ci95[0]:+.2f} to {result.accuracy.drop_ci95[1]:+.2f} points (paired).",
+            f"Accuracy was measured on {escape_markdown(accuracy.protocol)}{execution(accuracy)}. The drop has the "
+            f"95 % interval {low:+.2f} to {high:+.2f} points (paired).",
         ]
     else:
         lines += [f"Accuracy was not measured: {escape_markdown(result.accuracy_reason or '')}."]
     lines += [
         f"Agreement is how often INT8 names the class that FP32 names, here on {result.agreement.count} images of "
         f"{escape_markdown(result.agreement.on)}; it is not accuracy. Output error (NMSE): "
-        f"{'-' if result.agreement.nmse is None else f'{result.agreement.nmse:.4g}'}.",
+        f"{'-' if result.agreement.nmse is None else f'{result.agreement.nmse:.4g}'}{execution(result.agreement)}.",
         "",
     ]
     if result.warnings:

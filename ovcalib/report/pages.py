@@ -17,6 +17,7 @@ from ovcalib import __version__
 from ovcalib.report import charts
 from ovcalib.report.markdown import (
     escape_markdown,
+    execution,
     markdown_report,
     megabytes,
     points,
@@ -137,12 +138,12 @@ def result_page(
         else None,
         accuracy_note=f"Top-1 in %, 95 % intervals (Wilson), on {accuracy.protocol}. The drop of "
         f"{accuracy.drop_points:.2f} points has the paired 95 % interval {accuracy.drop_ci95[0]:.2f} to "
-        f"{accuracy.drop_ci95[1]:.2f}."
+        f"{accuracy.drop_ci95[1]:.2f}{execution(accuracy)}."
         if accuracy
         else f"Accuracy was not measured: {result.accuracy_reason}.",
         agreement_note=f"INT8 names the class that FP32 names for {points(result.agreement.top1)} of "
         f"{result.agreement.count} images of {result.agreement.on}; that is agreement, not accuracy. Output error "
-        f"(NMSE): {shown(result.agreement.nmse)}.",
+        f"(NMSE): {shown(result.agreement.nmse)}{execution(result.agreement)}.",
         classes=class_table(result),
         confusions=confusion_table(result),
         source=calibration["source"],
@@ -196,6 +197,8 @@ def result_verdict(result: Result) -> dict[str, str]:
         mood = "bad" if result.agreement.top1 < 0.9 else "unsure"
     else:
         text, mood = f"Output error (NMSE) {shown(result.agreement.nmse)}; accuracy was not measured", "unsure"
+    if result.agreement.emulated:
+        text += ", emulated for a CPU other than this one"
     if latency:
         text += f", and is {latency.speedup:.2f} times as fast on {latency.device}"
         mood = "unsure" if latency.speedup < 1 and mood == "good" else mood

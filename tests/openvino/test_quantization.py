@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovcalib import Preprocessing, machine
+from ovcalib import Preprocessing
 from ovcalib.api import make_recipe
 from ovcalib.calibration import CalibrationSet, Provenance
 from ovcalib.errors import DeviceError, ModelError
@@ -26,12 +26,12 @@ from ovcalib.graph import (
     quantized_operations,
     restore_biases,
 )
+from ovcalib.kernels import host_kernels, outputs_on
 from ovcalib.pipeline import batch_one, left_open, resolve_settings, restore_to_goal
 from ovcalib.progress import Progress
 from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
 from ovcalib.runtime import check_device, outputs_of
 from ovcalib.safeguards import Candidate, Judge, choose_activation_ranges, choose_biases, choose_weight_range
-from ovcalib.saturation import outputs_on_avx2
 from ovcalib.types import Recipe
 
 
@@ -114,9 +114,9 @@ def test_p17_the_overflow_fix_follows_the_machine_that_was_named(isa, fix):
     assert resolve_overflow_fix("enable", isa) == "enable"
 
 
-@pytest.mark.parametrize(("dot_product", "fix"), [(True, "disable"), (False, "enable")])
-def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, dot_product, fix):
-    monkeypatch.setattr(machine, "has_int8_dot_product", lambda: dot_product)
+@pytest.mark.parametrize(("kernels", "fix"), [("vnni", "disable"), ("avx2", "enable")])
+def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, kernels, fix):
+    monkeypatch.setattr("ovcalib.quantization.host_kernels", lambda: kernels)
     assert resolve_overflow_fix("auto", "host") == fix
     assert resolve_overflow_fix("auto", "any") == "first-layer"
 
@@ -256,7 +256,9 @@ def search(toy, toy_graph, int8, **fields):
     recipe = Recipe(model="toy", mode="accuracy-aware", **fields)
     calibration = toy.calibration(images=toy.images)
     labelled = Items(lambda: (i for i in calibration_items(calibration)))
-    found, record = restore_to_goal(recipe, toy_graph, int8, "toy", labelled, True, lambda: False, Progress())
+    found, record = restore_to_goal(
+        recipe, toy_graph, int8, host_kernels(), "toy", labelled, True, lambda: False, Progress()
+    )
     return found, record
 
 
@@ -375,9 +377,6 @@ def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
     assert chosen.error == mean < extremes / 10
 
 
-needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
-
-
 @pytest.fixture
 def saturating(rng):
     """A graph whose products VNNI adds in 32 bits, 255 x 127 twice being more than 16 bits hold; and its images."""
@@ -389,7 +388,6 @@ def saturating(rng):
     return graph, network_set(np.concatenate(inputs))
 
 
-@needs_avx2
 def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
     graph, calibration = saturating
     inputs = calibration.inputs()
@@ -397,23 +395,21 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
     errors = {}
     for fix in ("disable", "enable"):
         int8 = quantize_default(graph, calibration, Settings(overflow_fix=fix, bias_correction="none"))
-        errors[fix] = nmse(expected, outputs_on_avx2(int8, inputs))
-        if machine.has_int8_dot_product():
-            assert nmse(expected, outputs_of(int8, inputs)) < 1e-3
+        errors[fix] = nmse(expected, outputs_on("avx2", int8, inputs))
+        assert nmse(expected, outputs_on("vnni", int8, inputs)) < 1e-3
     assert errors["enable"] < 1e-3
     assert errors["disable"] > 0.05
 
 
-@needs_avx2
 def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
     make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
     chosen, saturation = choose_weight_range(make(settings), make)
     assert chosen.settings == replace(settings, overflow_fix="enable")
     assert graph_sha256(chosen.int8) == graph_sha256(make(chosen.settings).int8)
-    assert saturation.halved == chosen.error < saturation.elsewhere
+    assert saturation.halved == chosen.error < saturation.avx2
     assert saturation.avoided
-    assert f"{saturation.elsewhere:.2g}" in saturation.warning()
+    assert f"{saturation.avx2:.2g}" in saturation.warning()
     assert "--deploy-isa" in saturation.warning()
     # What is safe already stays as it is.
     kept, saturation = choose_weight_range(chosen, lambda settings: pytest.fail("not to be tried"))
@@ -435,8 +431,12 @@ def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
     assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
 
 
-def test_a_cpu_that_cannot_tell_says_nothing(toy, toy_graph, monkeypatch):
-    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimddp"}))
-    assert outputs_on_avx2(toy_graph, [toy.calibration(1)[0]]) is None
-    candidate = Candidate(toy_graph, Settings(), Judge(toy_graph, toy.calibration(2)))
-    assert choose_weight_range(candidate, lambda settings: pytest.fail("not to be tried")) == (candidate, None)
+def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating):
+    graph, calibration = saturating
+    judge = Judge(graph, calibration)
+    int8 = quantize_default(graph, calibration, Settings(overflow_fix="disable", bias_correction="none"))
+    assert judge.error(int8) < 1e-3
+    assert judge.error_on_avx2(int8) > 0.05
+    found = {error.kernels: error.nmse for error in judge.errors(int8, ("vnni", "avx2"))}
+    assert found["vnni"] < 1e-3
+    assert found["avx2"] > 0.05
