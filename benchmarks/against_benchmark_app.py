@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ovcalib import machine
-from ovcalib.benchmark import Setting, benchmark
+from ovcalib.measurement.benchmark import Setting, benchmark
+from ovcalib.measurement.environment import environment
 
 LIMIT = 0.05
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "against_benchmark_app.json")
     args = parser.parse_args()
     rows = [compare(model, hint, args.time, args.rounds) for model in args.models for hint in ("latency", "throughput")]
-    result = {"seconds": args.time, "rounds": args.rounds, "environment": machine.environment(), "results": rows}
+    result = {"seconds": args.time, "rounds": args.rounds, "environment": environment().model_dump(), "results": rows}
     print(json.dumps(rows, indent=2))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")

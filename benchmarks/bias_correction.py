@@ -25,14 +25,18 @@ from typing import Any, get_args
 import numpy as np
 from calibration import add_model_options, make_set, model_recipe, spread
 
-from ovcalib import machine, pipeline
-from ovcalib.calibration import Request
-from ovcalib.evaluation import agreement, collect, hits
+from ovcalib import pipeline
+from ovcalib.calibration.sources import Request
+from ovcalib.evaluation.classification import agreement
+from ovcalib.evaluation.metrics import hits
+from ovcalib.evaluation.outputs import collect
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import BiasCorrection, OverflowFix, quantize_default
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.selection import Judge, quantize_by_outputs
+from ovcalib.quantization.settings import BiasCorrection, OverflowFix
 from ovcalib.runtime import OpenVINORunner
-from ovcalib.safeguards import Judge, quantize_by_outputs
 
 CORRECTIONS = (*get_args(BiasCorrection), "chosen")
 
@@ -75,7 +79,7 @@ def measure(args: argparse.Namespace) -> None:
                     "overflow_fix": args.overflow_fix, "activation_ranges": settings.activation_ranges,
                     "fp32_top1": None if reference.labels is None
                     else float(hits(reference.values, reference.labels).mean()),
-                    "environment": machine.environment(), "cells": cells,
+                    "environment": environment().model_dump(), "cells": cells,
                 }, indent=1) + "\n")  # fmt: skip
     print(table(cells))
 

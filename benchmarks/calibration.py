@@ -29,17 +29,20 @@ from typing import Any, get_args
 import numpy as np
 from scipy.stats import spearmanr
 
-from ovcalib import api, machine, pipeline
-from ovcalib.calibration import Request, generate
+from ovcalib import api, pipeline
 from ovcalib.calibration.score import score_set
 from ovcalib.calibration.sets import CalibrationSet, read_set
-from ovcalib.evaluation import accuracy, agreement, collect
+from ovcalib.calibration.sources import Request, generate
+from ovcalib.evaluation.classification import accuracy, agreement
+from ovcalib.evaluation.outputs import collect
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
-from ovcalib.quantization import ActivationRanges, BiasCorrection, quantize_default
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.selection import Judge, quantize_by_outputs
+from ovcalib.quantization.settings import ActivationRanges, BiasCorrection
+from ovcalib.records.recipe import Recipe
 from ovcalib.runtime import OpenVINORunner
-from ovcalib.safeguards import Judge, quantize_by_outputs
-from ovcalib.types import Recipe
 
 SCORES = ("bn_distance", "range_coverage", "diversity", "output_range_distance")
 
@@ -81,7 +84,7 @@ def measure(args: argparse.Namespace) -> None:
                 "model": args.model, "eval": args.eval, "evaluated": len(reference), "count": args.count,
                 "activation_ranges": recipe.activation_ranges, "bias_correction": recipe.bias_correction,
                 "fp32_top1": baseline,
-                "environment": machine.environment(), "torch_threads": os.environ.get("OMP_NUM_THREADS"),
+                "environment": environment().model_dump(), "torch_threads": os.environ.get("OMP_NUM_THREADS"),
                 "cells": cells,
             }, indent=1) + "\n")  # fmt: skip
     print(table(args.arm, cells, baseline))

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 import ovcalib
-from ovcalib import api, machine
+from ovcalib import api
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.models.resnet import BasicBlock
 from ovcalib.pipeline import model_options
-from ovcalib.safeguards import GUARD_IMAGES
-from ovcalib.spread import expected_sqnr
+from ovcalib.quantization.expected_noise import expected_sqnr
+from ovcalib.quantization.selection import GUARD_IMAGES
 
 MODEL = "resnet20-cifar10"
 
@@ -57,7 +58,7 @@ def main() -> None:
             print(json.dumps(cells[-1]), flush=True)
     record = {
         "model": MODEL, "calib": args.calib, "num_samples": args.num_samples, "eval": args.eval, "limit": args.limit,
-        "environment": machine.environment(), "cells": cells,
+        "environment": environment().model_dump(), "cells": cells,
     }  # fmt: skip
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ovcalib import api, machine
-from ovcalib.calibration import Request, generate
+from ovcalib import api
+from ovcalib.calibration.sources import Request, generate
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.pipeline import model_options
 
@@ -60,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         ),
         "kib_an_image": round(1024 * (large["peak_mib"] - small["peak_mib"]) / extra, 2),
         "time_exponent_images": round(float(exponent), 3),
-        "environment": machine.environment(),
+        "environment": environment().model_dump(),
     }  # fmt: skip
 
 

@@ -35,13 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ovcalib import api, machine
-from ovcalib.calibration import Request, generate
+from ovcalib import api
 from ovcalib.calibration.bfloat16 import bfloat16_is_fast
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.dgh import Options
 from ovcalib.calibration.inversion import Run, swinging
 from ovcalib.calibration.inversion_options import resolve
+from ovcalib.calibration.sources import Request, generate
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.pipeline import model_options
 
@@ -154,7 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "over_ours": {name: round(value / result["ours"], 2) for name, value in result.items()},
         "mct": {"steps": args.mct_steps + 1, "seconds": round(mct_seconds, 1)} if args.mct_python else None,
         "race": {f"bn-inversion steps={steps}": round(seconds, 2) for steps, seconds in race.items()},
-        "environment": machine.environment(),
+        "environment": environment().model_dump(),
     }  # fmt: skip
 
 

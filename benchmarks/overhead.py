@@ -26,8 +26,8 @@ import numpy as np
 import openvino as ov
 
 import ovcalib
-from ovcalib.benchmark import compare_latency
-from ovcalib.export.to_openvino import graph_sha256, read_graph, stored_spec
+from ovcalib.graph.files import graph_sha256, read_graph, stored_spec
+from ovcalib.measurement.benchmark import compare_latency
 
 
 def bare(model: Path, images: Path, folder: Path, fast: bool = False) -> None:

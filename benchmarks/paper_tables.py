@@ -17,9 +17,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from ovcalib.records.result import Result
+from ovcalib.records.sweep import Sweep
 from ovcalib.report.markdown import escape_markdown
-from ovcalib.sweep import Sweep, read_results, read_sweep
-from ovcalib.sweep_tables import (
+from ovcalib.sweep.state import read_results, read_sweep
+from ovcalib.sweep.tables import (
     AGREEMENT,
     DROP,
     NMSE,
@@ -35,7 +37,6 @@ from ovcalib.sweep_tables import (
     over_seeds,
     shown_estimate,
 )
-from ovcalib.types import Result
 
 MODELS = ("ResNet20", "VGG16", "MobileNetV2", "ShuffleNetV2", "RepVGG")
 # The narrow relatives of benchmarks/paper_narrow.yaml, which a CPU can train, and the model of the paper beside each.
@@ -153,7 +154,7 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
     ]
     if sweep:
         lines += provenance(sweep, results)
-        versions = next((r.environment["versions"] for r in results.values()), {})
+        versions = next((r.environment.versions for r in results.values()), {})
         lines += [f"- Versions: {', '.join(f'{name} {value}' for name, value in versions.items() if value)}"]
     for title, mode, published in (
         ("Table 1a: default algorithm", "default", TABLE_1A),

@@ -27,15 +27,18 @@ from pathlib import Path
 import nncf
 from nncf.quantization.advanced_parameters import QuantizationParameters
 
-from ovcalib import api, machine, pipeline
-from ovcalib.calibration import Request, generate
-from ovcalib.evaluation import agreement, collect, hits
-from ovcalib.export.to_openvino import read_graph, write_ir
+from ovcalib import api, pipeline
+from ovcalib.calibration.sources import Request, generate
+from ovcalib.evaluation.classification import agreement
+from ovcalib.evaluation.metrics import hits
+from ovcalib.evaluation.outputs import collect
+from ovcalib.graph.files import read_graph, write_ir
+from ovcalib.measurement.environment import environment
 from ovcalib.models import load_model
 from ovcalib.progress import Progress
+from ovcalib.quantization.expected_noise import expected_sqnr
+from ovcalib.quantization.selection import GUARD_IMAGES
 from ovcalib.runtime import OpenVINORunner
-from ovcalib.safeguards import GUARD_IMAGES
-from ovcalib.spread import expected_sqnr
 
 FIXES = {
     "disable": nncf.OverflowFix.DISABLE,
@@ -94,7 +97,7 @@ def main() -> None:
                     cells.append(cell)
     record = {
         "model": args.model, "calib": args.calib, "num_samples": args.num_samples, "eval": args.eval,
-        "environment": machine.environment(), "cells": cells,
+        "environment": environment().model_dump(), "cells": cells,
     }  # fmt: skip
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from ovcalib.data.sets import ImageData, load_images, open_data
 from ovcalib.models import builtin
-from ovcalib.models.weights import file_sha256, load_state_dict, save_state_dict
+from ovcalib.models.weights import load_state_dict, save_state_dict
+from ovcalib.rundir import file_sha256
 
 PAD = 4  # pixels of reflection around the image, from which a crop of the original size is taken
 

@@ -11,7 +11,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.errors import ModelError
-from ovcalib.types import Parity
+from ovcalib.records.result import Parity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ def first_difference(module: nn.Module, onnx_path: Path, x: NDArray[np.float32])
     import torch
 
     from ovcalib.export.to_onnx import module_scope
-    from ovcalib.export.to_openvino import read_graph
+    from ovcalib.graph.files import read_graph
 
     modules = dict(module.named_modules())
     tensors: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _onnx_runner(path: Path) -> tuple[Callable[[NDArray[np.float32]], list[NDArr
     try:
         import onnxruntime
     except ImportError:
-        from ovcalib.export.to_openvino import read_graph
+        from ovcalib.graph.files import read_graph
 
         return _ir_runner(read_graph(path)), "openvino"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -45,9 +45,8 @@ from ovcalib.gan.training import (
     save_checkpoint,
     step_seed,
 )
-from ovcalib.models.weights import file_sha256
 from ovcalib.progress import Progress
-from ovcalib.rundir import write_json
+from ovcalib.rundir import file_sha256, write_json
 
 FEATURE_WEIGHTS = (1 / 16, 1 / 8, 1 / 4, 1.0)  # from the finest map to the coarsest
 SAVE_EVERY_S = 120.0
@@ -156,7 +155,7 @@ class StudentTraining:
             self.real_images, self.real_labels = real.images, real.labels
         self.steps_per_epoch = min(len(pairs), len(self.real_images)) // recipe.batch
         if not self.steps_per_epoch:
-            raise UsageError(f"{len(pairs)} pairs make no batch of {recipe.batch}. Collect more, or lower --batch.")
+            raise UsageError(f"{len(pairs)} pairs make no batch of {recipe.batch}. Collect more, or lower `batch`.")
         config = StudentConfig(z_dim=pairs.z.shape[1], c_dim=pairs.class_count)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)

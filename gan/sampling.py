@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovcalib.errors import DataError
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 ZDistribution = Literal["gaussian", "uniform01"]
 PixelMap = Literal["affine", "minmax-per-image"]

@@ -20,7 +20,7 @@ from ovcalib.errors import DataError, UsageError, require
 if TYPE_CHECKING:
     from torch import nn
 
-    from ovcalib.types import ModelSpec
+    from ovcalib.records.model import ModelSpec
 
 Floats = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]

@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 
 from ovcalib.data.sets import cache_dir
 from ovcalib.errors import ModelError
-from ovcalib.models.weights import file_sha256
-from ovcalib.rundir import write_atomically
+from ovcalib.rundir import file_sha256, write_atomically
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from ovcalib.errors import DataError, UsageError
 from ovcalib.gan.pictures import by_class, grid, save_png, scatter, titled
 from ovcalib.gan.scores import Extractor, Reference, classifier_extractor, embed, find_inception, noise_images
 from ovcalib.progress import Progress
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 CLASSES_SHOWN = 10  # at most so many rows in a grid
 
@@ -62,7 +62,7 @@ def prepare(
     from ovcalib.models import builtin
 
     if classifier not in builtin.NAMES:
-        raise UsageError(f"--classifier {classifier}: expected a built-in model; see `ovcalib models`.")
+        raise UsageError(f"`classifier={classifier}`: expected a built-in model; see `ovcalib models`.")
     spec = builtin.spec(classifier)
     both = _read(reference, spec, 2 * count, seed, download)
     half = len(both.images) // 2
@@ -80,7 +80,7 @@ def score_sets(study: Study, inception: Path | None, progress: Progress) -> dict
     """The measures of each set, of real images (the floor) and of noise (the ceiling)."""
     weights = find_inception(inception)
     if weights is None:
-        progress.say("Inception's weights are not there (--inception-weights); measuring with the classifier instead")
+        progress.say("Inception's weights are not there (`inception_weights`); measuring with the classifier instead")
     reference = Reference(study.real.images, None if weights else study.extractor(), weights)
     height, width = study.real.images.shape[1:3]
     arms = {
@@ -126,9 +126,10 @@ def progress_score(
 
 
 def _extractor(classifier: str, weights: str | None, progress: Progress) -> Extractor:
-    from ovcalib.models.load import ModelOptions, load_model
+    from ovcalib.models.load import load_model
+    from ovcalib.records.options import ModelOptions
 
-    loaded = load_model(classifier, ModelOptions(weights=weights), progress.say)
+    loaded = load_model(ModelOptions(reference=classifier, weights=weights), say=progress.say)
     assert loaded.module is not None
     return classifier_extractor(classifier.rpartition("-")[0], loaded.module, loaded.spec)
 
@@ -170,7 +171,8 @@ def _part(images: ImageSet, part: slice) -> ImageSet:
 
 
 def _make(reference: str, spec: ModelSpec, count: int, seed: int, download: bool, progress: Progress) -> ImageSet:
-    from ovcalib.calibration import SOURCES, Request, generate
+    from ovcalib.calibration import SOURCES
+    from ovcalib.calibration.sources import Request, generate
 
     if reference.partition(":")[0] in set(SOURCES) - {"real", "npz"}:
         with progress.task(reference, count) as tick:
@@ -180,7 +182,7 @@ def _make(reference: str, spec: ModelSpec, count: int, seed: int, download: bool
     if len(found.images) < count:
         raise DataError(
             f"{reference!r} holds {len(found.images)} images, but {count} are compared: the measures depend on the "
-            f"number. Pass --count {len(found.images)}, or give more images."
+            f"number. Pass `count={len(found.images)}`, or give more images."
         )
     return found
 

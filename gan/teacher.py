@@ -41,9 +41,8 @@ from ovcalib.gan.training import (
     step_seed,
     workers,
 )
-from ovcalib.models.weights import file_sha256
 from ovcalib.progress import Progress
-from ovcalib.rundir import write_json
+from ovcalib.rundir import file_sha256, write_json
 
 BETAS = (0.0, 0.99)
 PATH_DECAY = 0.01

@@ -90,9 +90,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N.") from error
+        raise UsageError(f"`device={name}`: expected auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(f"--device {name}: torch can use {torch.cuda.device_count()} CUDA devices of this machine.")
+        raise DeviceError(f"`device={name}`: torch can use {torch.cuda.device_count()} CUDA devices of this machine.")
     return device
 
 

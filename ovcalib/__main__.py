@@ -1,3 +1,3 @@
-from ovcalib.cli import main
+from ovcalib.cli.app import main
 
 main()

@@ -1,203 +1,364 @@
-"""The functions behind the commands, for Python."""
+"""The functions behind the commands, for Python.
+
+Keywords are the fields of the option groups in `ovcalib.records.options`, which say what each means, takes and
+defaults to; `help(ovcalib.quantize)` lists them. Every function raises `ovcalib.OvcalibError`, whose subclasses say
+whose fault it is: `UsageError`, `ModelError`, `DataError`, `DeviceError`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from pydantic import ValidationError
-
-from ovcalib.calibration import SOURCES, CalibrationSet
+from ovcalib.calibration import SOURCES
+from ovcalib.calibration.make import make_set, resolve_calibration
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import usage
-from ovcalib.doctor import doctor
-from ovcalib.errors import UsageError
-from ovcalib.evaluation import accuracy, collect
-from ovcalib.models import builtin as builtin_models
-from ovcalib.models import list_models, load_model
-from ovcalib.pipeline import (
-    QuantizationResult,
-    batch_one,
-    calibrate,
-    export,
-    model_options,
-    open_evaluation,
-    quantize_recipe,
-    with_calibration,
+from ovcalib.errors import DataError, UsageError
+from ovcalib.evaluation.classification import accuracy
+from ovcalib.evaluation.dataset import open_dataset
+from ovcalib.evaluation.outputs import collect
+from ovcalib.export.convert import export
+from ovcalib.graph.files import batch_one
+from ovcalib.keywords import (
+    BenchmarkKeywords,
+    ConvertKeywords,
+    DiagnoseKeywords,
+    EvaluateKeywords,
+    GenerateKeywords,
+    LoadKeywords,
+    QuantizeKeywords,
 )
+from ovcalib.models import builtin
+from ovcalib.models.load import Model, list_models
+from ovcalib.models.load import load_model as _load_model
+from ovcalib.pipeline import QuantizationResult
+from ovcalib.pipeline import quantize as _quantize
 from ovcalib.progress import Progress
-from ovcalib.rundir import REQUEST, RunDir, write_json
-from ovcalib.runtime import EVALUATION_PRECISION, OpenVINORunner
-from ovcalib.types import Evaluated, ModelSpec, Parity, Recipe, option_of
+from ovcalib.records.base import checked
+from ovcalib.records.benchmark import Benchmark
+from ovcalib.records.diagnosis import Diagnosis
+from ovcalib.records.documented import documented
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.options import (
+    BenchmarkOptions,
+    ConvertOptions,
+    DiagnosisOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    ModelOptions,
+)
+from ovcalib.records.recipe import Recipe, make_recipe
+from ovcalib.records.result import Evaluated, Parity
+from ovcalib.records.sweep import Sweep, SweepRecipe
+from ovcalib.rundir import Workspace
+from ovcalib.runtime import OpenVINORunner
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "benchmark",
     "convert",
-    "doctor",
+    "diagnose",
     "evaluate",
     "generate",
     "load_model",
     "make_recipe",
     "models",
     "quantize",
-    "quantize_recipe",
+    "report",
+    "run_recipe",
     "sources",
+    "sweep",
 ]
 
-Format = Literal["npz", "imagefolder", "datumaro"]
+Folder = str | Path
 
 
+@documented(QuantizeKeywords)
 def quantize(
     model: str | nn.Module,
-    output: str | Path | None = None,
+    output: Folder | None = None,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **recipe: Any,
+    **options: Unpack[QuantizeKeywords],
 ) -> QuantizationResult:
-    """Quantize a model to INT8, prove the result, and write both into a folder.
+    """Quantize a model to INT8 and prove the result.
 
-    model      a reference (`resnet20-cifar10`, `torchvision:NAME`, `FILE.onnx`, ...) or a torch module
-    output     folder; None keeps nothing but the returned value
-    progress   ovcalib.progress.Terminal() for bars; None for silence
-    recipe     fields of ovcalib.Recipe: calib, num_samples, mode, eval, ...
-    raises     ovcalib.OvcalibError
+    model       a reference (`resnet20-cifar10`, `torchvision:NAME`, `FILE.onnx`, `package.module:factory`, ...) or a
+                torch module, which stays as it is
+    output      folder that appears whole when all is done; None keeps nothing but the returned value
+    overwrite   replace an earlier result in that folder
+    progress    `ovcalib.progress.Terminal()` shows bars, also in a notebook; None shows nothing
+    returns     the record (`result.json`), both OpenVINO graphs and the calibration set
     """
-    name, module = (model, None) if isinstance(model, str) else (type(model).__name__, model)
-    return quantize_recipe(
-        make_recipe(model=name, **recipe),
-        None if output is None else Path(output),
-        module=module,
-        overwrite=overwrite,
-        progress=progress,
+    reference, module = _reference(model)
+    return run_recipe(
+        make_recipe(model=reference, **options), output, module=module, overwrite=overwrite, progress=progress
     )
 
 
+def run_recipe(
+    recipe: Recipe,
+    output: Folder | None = None,
+    *,
+    module: nn.Module | None = None,
+    calibration: CalibrationSet | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizationResult:
+    """Run a recipe, as `quantize` does.
+
+    module        the torch module itself, instead of the one that the recipe's reference names
+    calibration   the set itself, where it was made before from the recipe's calibration options
+    """
+    return _quantize(
+        recipe, _path(output), module=module, calibration=calibration, overwrite=overwrite, progress=progress
+    )
+
+
+@documented(GenerateKeywords)
 def generate(
     source: str,
     model: str | nn.Module,
     count: int | None = None,
-    output: str | Path | None = None,
+    output: Folder | None = None,
     *,
-    form: Format = "npz",
-    score: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **recipe: Any,
+    **options: Unpack[GenerateKeywords],
 ) -> CalibrationSet:
-    """Make a calibration set for a model, and write it where `output` says.
+    """Make a calibration set for a model.
 
-    source   a calibration source, such as `fractal` or `real:DATA`
-    count    images; None: what the source suggests
-    form     npz keeps the images exactly; imagefolder and datumaro hold them as 8-bit PNG
-    score    compare the set with the model's BatchNorm statistics; the result is in its provenance
-    recipe   fields of ovcalib.Recipe that describe the model and the source: seed, options, weights, ...
+    source    a calibration source, such as `fractal` or `real:DATA`
+    count     images; None: what the source suggests
+    output    folder for calibration.npz, calibration.json and preview.png, or for images (`format`); None writes
+              nothing
+    returns   the set; its `provenance` says how it was made, and holds the score
     """
     progress = progress or Progress()
-    name, module = (model, None) if isinstance(model, str) else (type(model).__name__, model)
-    resolved = make_recipe(model=name, calib=source, num_samples=count, **recipe)
-    loaded = load_model(module if module is not None else name, model_options(resolved), progress.say)
-    resolved = with_calibration(resolved, loaded, progress)
-    if output is None:
-        return calibrate(resolved, loaded, progress, score=score)
-    with RunDir(Path(output), overwrite) as run:
-        write_json(run.path / REQUEST, resolved.model_dump(mode="json"))
-        calibration = calibrate(resolved, loaded, progress, run.checkpoint, score)
-        if form == "npz":
-            calibration.save(run.path)
-        else:
-            from ovcalib.calibration.writers import write_images
+    reference, module = _reference(model)
+    about, rest = _model_options(reference, options)
+    asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
+    loaded = _load_model(about, module, progress.say)
+    resolved = resolve_calibration(asked, loaded, progress)
+    request = {"model": about.model_dump(mode="json"), "calibration": resolved.model_dump(mode="json")}
+    with Workspace(_path(output), overwrite, request) as work:
+        calibration = make_set(
+            resolved, loaded, progress, download=asked.download, resume=work.resume, score=asked.score
+        )
+        if output is not None:
+            if asked.format == "npz":
+                calibration.save(work.path)
+            else:
+                from ovcalib.calibration.writers import write_images
 
-            write_images(calibration, loaded.spec, run.path, form)
-        run.finish()
+                write_images(calibration, loaded.spec, work.path, asked.format)
+            work.finish()
     return calibration
 
 
+@documented(ConvertKeywords)
 def convert(
     model: str | nn.Module,
-    output: str | Path,
+    output: Folder,
     *,
-    to: tuple[str, ...] = ("onnx", "ir"),
-    dynamic_batch: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **recipe: Any,
+    **options: Unpack[ConvertKeywords],
 ) -> Parity:
-    """Write a model as ONNX and as OpenVINO IR (FP32), and prove that they compute what the model does.
+    """Write a model as ONNX and as OpenVINO IR (FP32), and check that all forms compute the same.
 
-    to        "onnx", "ir" or both
-    returns   the parity of torch, ONNX and IR
+    output    folder for model.onnx, model.xml and model.bin
+    returns   the largest differences between torch, ONNX and IR
     """
-    unknown = set(to) - {"onnx", "ir"}
-    if unknown or not to:
-        raise UsageError(f"--to {','.join(to)}: expected onnx, ir or onnx,ir.")
     progress = progress or Progress()
-    name, module = (model, None) if isinstance(model, str) else (type(model).__name__, model)
-    resolved = make_recipe(model=name, **recipe)
-    loaded = load_model(module if module is not None else name, model_options(resolved), progress.say)
+    reference, module = _reference(model)
+    about, rest = _model_options(reference, options)
+    to = checked(ConvertOptions, rest).to
+    loaded = _load_model(about, module, progress.say)
     if "onnx" in to and loaded.module is None:
-        raise UsageError(f"{name!r} is a graph already; it converts to IR alone. Pass --to ir.")
-    with RunDir(Path(output), overwrite) as run:
-        write_json(run.path / REQUEST, resolved.model_dump(mode="json"))
-        _, parity = export(loaded, run.path, progress, dynamic_batch)
-        if "onnx" not in to:
-            (run.path / "model.onnx").unlink(missing_ok=True)
-        if "ir" not in to:
-            for suffix in (".xml", ".bin"):
-                (run.path / "model").with_suffix(suffix).unlink()
-        run.finish()
+        raise UsageError(f"{reference!r} is a graph already; it converts to IR alone. Use `to=ir`.")
+    with Workspace(Path(output), overwrite, {"model": about.model_dump(mode="json"), "to": to}) as work:
+        parity = export(loaded, work.path, progress, about.dynamic_batch).parity
+        unwanted = {"onnx": (".onnx",), "ir": (".xml", ".bin")}
+        for form in unwanted.keys() - set(to):
+            for suffix in unwanted[form]:
+                (work.path / "model").with_suffix(suffix).unlink(missing_ok=True)
+        work.finish()
     return parity
 
 
+@documented(EvaluateKeywords)
 def evaluate(
     model: str | nn.Module,
     data: str,
     *,
-    device: str = "CPU",
-    precision: str | None = EVALUATION_PRECISION,
     progress: Progress | None = None,
-    **recipe: Any,
+    **options: Unpack[EvaluateKeywords],
 ) -> Evaluated:
     """Accuracy of a model on labelled images, on a device.
 
-    precision   inference precision hint: "f32", "f16", "bf16", or None for the device's default
+    data   imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE
     """
     progress = progress or Progress()
-    name, module = (model, None) if isinstance(model, str) else (type(model).__name__, model)
-    resolved = make_recipe(model=name, eval=data, device=device, **recipe)
-    loaded = load_model(module if module is not None else name, model_options(resolved), progress.say)
-    evaluation = open_evaluation(resolved, data, loaded.spec)
-    if evaluation.labels is None:
-        raise UsageError(f"{data!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure.")
+    reference, module = _reference(model)
+    about, rest = _model_options(reference, options)
+    asked = checked(EvaluateOptions, {"data": data, **rest})
+    loaded = _load_model(about, module, progress.say)
+    dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
+    if dataset.labels is None:
+        raise DataError(f"{data!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure.")
     with tempfile.TemporaryDirectory() as folder:
-        graph = loaded.graph if loaded.graph is not None else export(loaded, Path(folder), progress)[0]
-        runner = OpenVINORunner(batch_one(graph, loaded.spec), device, precision)
-    with progress.task(f"evaluating on {device}", len(evaluation)) as tick:
-        outputs = collect(runner, evaluation.items(), tick)
+        graph = loaded.graph if loaded.graph is not None else export(loaded, Path(folder), progress).graph
+        precision = None if asked.precision == "default" else asked.precision
+        runner = OpenVINORunner(batch_one(graph, loaded.spec), asked.device, precision)
+    with progress.task(f"evaluating on {asked.device}", len(dataset)) as tick:
+        outputs = collect(runner, dataset.images().items, tick)
     assert outputs.labels is not None
     return Evaluated(
         model=loaded.spec.name,
-        protocol=evaluation.protocol,
+        protocol=dataset.protocol,
         count=len(outputs),
         data_sha256=outputs.digest,
-        device=device,
+        device=asked.device,
         precision=precision,
         accuracy=accuracy(outputs.values, outputs.labels),
     )
 
 
+@documented(BenchmarkKeywords)
+def benchmark(
+    models: Folder | Sequence[Folder],
+    output: Folder | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[BenchmarkKeywords],
+) -> Benchmark:
+    """Measure speed and memory of models in turns, each in its own process, and prove that INT8 ran.
+
+    models    FILE.xml or FILE.onnx, or a result folder, which stands for its FP32 and INT8 models
+    output    folder for benchmark.json and report.html, .md and .csv; None writes nothing
+    """
+    from ovcalib.measurement.benchmark import benchmark as measure
+    from ovcalib.measurement.device_parity import device_parity
+    from ovcalib.report.benchmark import write_benchmark_report
+    from ovcalib.rundir import write_json
+
+    progress = progress or Progress()
+    paths = _paths(models)
+    about, rest = _model_options("", options)
+    asked = checked(BenchmarkOptions, rest)
+    with Workspace(
+        _path(output), overwrite, {"models": list(map(str, paths)), **asked.model_dump(mode="json")}
+    ) as work:
+        found = measure(paths, asked, progress)
+        if asked.data is not None:
+            found = found.model_copy(update={"parity": device_parity(paths, asked, about, progress)})
+        if output is not None:
+            write_json(work.path / "benchmark.json", found.model_dump(mode="json"))
+            write_benchmark_report(found, work.path)
+            work.finish()
+    return found
+
+
+@documented(DiagnoseKeywords)
+def diagnose(
+    fp32: Folder,
+    int8: Folder,
+    output: Folder | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[DiagnoseKeywords],
+) -> Diagnosis:
+    """Compare a quantized model with its float original, operation by operation.
+
+    fp32     FILE.xml or FILE.onnx
+    int8     FILE.xml of the same network after quantization
+    output   folder for diagnosis.json and report.html, .md and .csv; None writes nothing
+    raises   ModelError where the two are not one network
+    """
+    from ovcalib.diagnosis.diagnose import diagnose as compare
+    from ovcalib.report.diagnosis import write_diagnosis_report
+    from ovcalib.rundir import write_json
+
+    about, rest = _model_options(str(fp32), options)
+    asked = checked(DiagnosisOptions, rest)
+    request = {"model": about.model_dump(mode="json"), "int8": str(int8), **asked.model_dump(mode="json")}
+    with Workspace(_path(output), overwrite, request) as work:
+        found = compare(about, str(int8), asked, progress or Progress())
+        if output is not None:
+            write_json(work.path / "diagnosis.json", found.model_dump(mode="json"))
+            write_diagnosis_report(found, work.path)
+            work.finish()
+    return found
+
+
+def report(
+    results: Folder | Sequence[Folder],
+    output: Folder | None = None,
+    *,
+    formats: Iterable[Literal["html", "md", "csv"]] = ("html", "md", "csv"),
+    latency: bool = True,
+) -> list[Path]:
+    """Write the report of a result, with its benchmark and diagnosis, or a comparison of several results.
+
+    results   folders that ovcalib wrote, or their JSON files
+    output    folder; None is that of the one result, or the current one for several
+    latency   False leaves latency out, to compare results of different machines
+    returns   the files written
+    """
+    from ovcalib.report.build import build_report
+
+    return build_report(_paths(results), list(formats), _path(output), latency)
+
+
+def sweep(
+    recipe: SweepRecipe | Folder,
+    output: Folder,
+    *,
+    jobs: int = 1,
+    engine: str = "local",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Quantize every model with every source, mode and seed; the same call goes on after an interruption.
+
+    recipe    what to run, or a YAML file with it
+    output    folder of a new sweep, or of this same one, which then goes on
+    jobs      cells at once, for the engine "local"
+    engine    "local", or "dask:ADDRESS" with workers that see the same folders
+    resume    go on in the folder of another recipe; cells that both have are kept
+    returns   the state of every cell, with the error of a failed one
+    """
+    from ovcalib.sweep.plan import read_sweep_recipe
+    from ovcalib.sweep.run import run_sweep
+
+    content = recipe if isinstance(recipe, SweepRecipe) else read_sweep_recipe(Path(recipe))
+    return run_sweep(content, Path(output), jobs=jobs, engine=engine, resume=resume, progress=progress)
+
+
+@documented(LoadKeywords)
+def load_model(model: str | nn.Module, **options: Unpack[LoadKeywords]) -> Model:
+    """The model behind a reference: its spec, and a torch module or an OpenVINO graph."""
+    reference, module = _reference(model)
+    return _load_model(_model_options(reference, options)[0], module)
+
+
 def models(pattern: str = "*") -> list[ModelSpec]:
     """The built-in models whose names match a wildcard pattern."""
-    return [builtin_models.spec(name, builtin_models.default_weights(name)) for name in list_models(pattern)]
+    return [builtin.spec(name, builtin.default_weights(name)) for name in list_models(pattern)]
 
 
 def sources() -> dict[str, dict[str, Any]]:
     """Every calibration source: how its reference is written, what it does and what its options are."""
-    import dataclasses
-
     table = {}
     for name in SOURCES:
         source = SOURCES[name]
@@ -211,25 +372,21 @@ def sources() -> dict[str, dict[str, Any]]:
     return table
 
 
-def make_recipe(**fields: Any) -> Recipe:
-    """A Recipe, with a user's mistake said in a user's words.
-
-    raises   UsageError that names the field, the value and what was expected
-    """
-    try:
-        return Recipe.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(str(part) for part in first["loc"][:1])
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"A recipe has no field {field!r}. It has: {', '.join(Recipe.model_fields)}.") from error
-        raise UsageError(f"{option_of(field)} {_shown(first.get('input'))}: {_reason(first)}.") from error
+def _reference(model: str | nn.Module) -> tuple[str, nn.Module | None]:
+    """The reference of a model, and the module itself where it was passed."""
+    return (model, None) if isinstance(model, str) else (type(model).__name__, model)
 
 
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str, Any]]:
+    """The options of the model among keywords, and the others."""
+    own = {name: value for name, value in options.items() if name in ModelOptions.model_fields}
+    rest = {name: value for name, value in options.items() if name not in own}
+    return checked(ModelOptions, {"reference": reference, **own}), rest
 
 
-def _reason(error: Mapping[str, Any]) -> str:
-    message = str(error["msg"])
-    return message[0].lower() + message[1:].removesuffix(".")
+def _path(folder: Folder | None) -> Path | None:
+    return None if folder is None else Path(folder)
+
+
+def _paths(folders: Folder | Sequence[Folder]) -> list[Path]:
+    return [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]

@@ -3,6 +3,7 @@
     OvcalibError                      exit code 1
       UsageError                      2   an option or its value
         UnknownNameError              2   a name that no table holds
+        InvalidOptionError            2   a value that an argument does not take
         MissingDependencyError        2   an optional package that is not installed
       ModelError                      3   the model cannot be read, converted or quantized
       DataError                       4   calibration or evaluation data
@@ -43,11 +44,29 @@ class DeviceError(OvcalibError):
 class UnknownNameError(UsageError):
     """A name outside a table, with the nearest name that the table holds."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], origin: str = "") -> None:
         self.name, self.known = name, sorted(known)
         near = difflib.get_close_matches(name.lower(), self.known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"Unknown {kind} {name!r}.{hint} Available: {', '.join(self.known)}.")
+        unknown = f"{origin}unknown" if origin else "Unknown"
+        super().__init__(f"{unknown} {kind} {name!r}.{hint} Available: {', '.join(self.known)}.")
+
+
+class InvalidOptionError(UsageError):
+    """A value that an argument does not take.
+
+    Rendered for Python here; the command line shows `field` as its flag.
+    """
+
+    def __init__(self, field: str, value: object, reason: str, origin: str = "") -> None:
+        self.field, self.value, self.reason, self.origin = field, value, reason, origin
+        given = "" if value is None else f"={_short(value)}"
+        super().__init__(f"{origin}{field}{given}: {reason}.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class MissingDependencyError(UsageError):

@@ -29,7 +29,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -39,12 +39,12 @@ from openvino import opset13 as ops
 
 from ovcalib import machine
 from ovcalib.errors import DeviceError
-from ovcalib.export.to_openvino import read_graph, write_ir
-from ovcalib.graph import Layer, Levels, activation_levels, fold_weights, integer_weights, quantized_layers
+from ovcalib.graph.editing import fold_weights
+from ovcalib.graph.files import read_graph, write_ir
+from ovcalib.graph.reading import Layer, Levels, activation_levels, integer_weights, quantized_layers
+from ovcalib.records.options import DeployISA
+from ovcalib.records.result import Kernels
 from ovcalib.runtime import OpenVINORunner, Runner
-from ovcalib.types import Kernels
-
-DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 
@@ -176,7 +176,7 @@ class AVX2Process:
                 lines = errors.read().strip().splitlines()
                 raise KernelsFailedError(
                     f"The process that runs AVX2 kernels ended with code {code} after {received} images"
-                    f"{f': {lines[-1]}' if lines else ''}. Name the machine that the model is for with --deploy-isa; "
+                    f"{f': {lines[-1]}' if lines else ''}. Name the machine that the model is for with `deploy_isa`; "
                     "vnni, amx, gpu and npu need no such process."
                 )
 

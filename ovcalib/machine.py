@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 # Flags of /proc/cpuinfo that matter for INT8, best first.
 ISA_FLAGS = {
@@ -61,26 +60,6 @@ def available_cpus() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
-
-
-def environment() -> dict[str, Any]:
-    """The machine block of a result."""
-    from ovcalib.runtime import core
-
-    devices = {name: str(core().get_property(name, "FULL_DEVICE_NAME")) for name in core().available_devices}
-    return {
-        "cpu": devices.get("CPU") or platform.processor() or None,
-        "isa": isa(),
-        "cpus": available_cpus(),
-        "memory_gib": memory_gib(),
-        "devices": devices,
-        "virtual_machine": "hypervisor" in cpu_flags(),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in PACKAGES},
-        },
-    }
 
 
 def memory_gib() -> float | None:

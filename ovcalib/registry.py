@@ -20,10 +20,14 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.table))
 
-    def __getitem__(self, name: str) -> Any:
-        """The module or attribute behind a name. Raises UnknownNameError, with the nearest name."""
+    def check(self, name: str) -> None:
+        """Raise UnknownNameError, with the nearest name, where there is no such name."""
         if name not in self.table:
             raise UnknownNameError(self.kind, name, self.table)
+
+    def __getitem__(self, name: str) -> Any:
+        """The module or attribute behind a name. Raises UnknownNameError."""
+        self.check(name)
         module, _, attribute = self.table[name].partition(":")
         try:
             loaded = importlib.import_module(module)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ovcalib.errors import UsageError
 
@@ -38,23 +40,25 @@ class RunDir:
     """A folder that appears whole: work goes into a hidden sibling, which `finish` moves into place.
 
     A run that fails or is interrupted leaves nothing behind.
+    request   what was asked for, written first
     raises   UsageError where the target cannot be written, or holds files and `overwrite` is not set
     """
 
-    def __init__(self, target: Path, overwrite: bool = False) -> None:
-        self.target = target
+    def __init__(self, target: Path, overwrite: bool = False, request: Any = None) -> None:
+        self.target, self.request = target, request
         self.overwrite = overwrite
         if target.exists() and not target.is_dir():
-            raise UsageError(f"{str(target)!r} is a file. Choose another output folder with -o.")
+            raise UsageError(f"{str(target)!r} is a file. Choose another `output` folder.")
         if target.is_dir() and any(target.iterdir()):
             if not overwrite:
                 raise UsageError(
-                    f"The output folder {str(target)!r} is not empty. Choose another with -o, or pass --overwrite."
+                    f"The output folder {str(target)!r} is not empty. Choose another `output`, or pass "
+                    "`overwrite=True`."
                 )
             if not (target / REQUEST).is_file():
                 raise UsageError(
                     f"The output folder {str(target)!r} holds files that ovcalib did not write and that would be lost. "
-                    "Choose another with -o."
+                    "Choose another `output`."
                 )
         self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
         # Where a source keeps what it has made, so that an interrupted run goes on; gone when the run is done.
@@ -67,6 +71,7 @@ class RunDir:
             raise UsageError(f"The folder {str(target.parent)!r} cannot be written: {error.strerror}.") from error
 
     def __enter__(self) -> RunDir:
+        write_json(self.path / REQUEST, self.request)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -97,3 +102,47 @@ class RunDir:
         else:
             self.path.rename(self.target)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Workspace:
+    """The folder that a run works in: that of a `RunDir`, or a temporary one where nothing is to be kept.
+
+    path      the folder
+    resume    where a source keeps what it has made so far, or None
+    """
+
+    def __init__(self, output: Path | None, overwrite: bool, request: Any) -> None:
+        self.stack = contextlib.ExitStack()
+        self.run = None if output is None else RunDir(output, overwrite, request)
+
+    def __enter__(self) -> Workspace:
+        if self.run is None:
+            self.path = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+            self.resume = None
+        else:
+            self.stack.enter_context(self.run)
+            self.path, self.resume = self.run.path, self.run.checkpoint
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.stack.__exit__(kind, error, trace)
+
+    def log(self) -> TextIO:
+        """logs/run.log, opened for writing."""
+        (self.path / "logs").mkdir()
+        return (self.path / "logs" / "run.log").open("w")
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.path.rglob("*") if path.is_file())
+
+    def finish(self) -> Path | None:
+        """Move the folder to its place, and return it."""
+        if self.run is None:
+            return None
+        self.run.finish()
+        return self.run.target

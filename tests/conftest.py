@@ -50,7 +50,7 @@ def toy():
     from torch import nn
 
     from ovcalib import ModelSpec, Preprocessing
-    from ovcalib.types import Weights
+    from ovcalib.records.model import Weights
     from tests.toy import ToyNet
 
     spec = ModelSpec(
@@ -78,7 +78,8 @@ class Toy:
         self.net, self.spec, self.images, self.labels = net, spec, images, labels
 
     def calibration(self, count=64, images=None):
-        from ovcalib.calibration import CalibrationSet, Provenance
+        from ovcalib.calibration.sets import CalibrationSet
+        from ovcalib.records.calibration import Provenance
 
         chosen = toy_images(count, 3)[0] if images is None else images
         provenance = Provenance(
@@ -103,8 +104,10 @@ class Toy:
 def toy_graph(toy, tmp_path_factory):
     """The toy network as an FP32 OpenVINO graph."""
     from ovcalib.export.to_onnx import to_onnx
-    from ovcalib.export.to_openvino import to_ir
+    from ovcalib.graph.files import describe, read_graph
 
     path = tmp_path_factory.mktemp("toy") / "toy.onnx"
     to_onnx(toy.net, toy.spec.input_shape, path)
-    return to_ir(path, toy.spec)
+    graph = read_graph(path)
+    describe(graph, toy.spec)
+    return graph

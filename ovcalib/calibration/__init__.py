@@ -12,12 +12,6 @@ To add one, write its file and its line in SOURCES; the command line, `-O`, `ovc
 follow by themselves. Installed packages add theirs through the entry-point group `ovcalib.sources`.
 """
 
-from ovcalib.calibration.sets import CalibrationSet as CalibrationSet
-from ovcalib.calibration.sets import Provenance as Provenance
-from ovcalib.calibration.sources import Request as Request
-from ovcalib.calibration.sources import generate as generate
-from ovcalib.calibration.sources import images_wanted as images_wanted
-from ovcalib.calibration.sources import open_source as open_source
 from ovcalib.registry import Registry
 
 SOURCES = Registry(

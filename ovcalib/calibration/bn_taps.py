@@ -64,7 +64,7 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
     if all((la.mean0 == UNTRAINED[0]).all() and (la.var0 == UNTRAINED[1]).all() for la in layers):
         raise ModelError(
             f"The BatchNorm statistics of {name} are those of a new network (mean 0, variance 1): it was never "
-            "trained, or its weights were not loaded. Pass --weights."
+            "trained, or its weights were not loaded. Pass `weights`."
         )
     return layers
 

@@ -29,7 +29,7 @@ from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from ovcalib.types import ModelSpec
+    from ovcalib.records.model import ModelSpec
 
 NEEDS: frozenset[str] = frozenset()
 

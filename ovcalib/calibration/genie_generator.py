@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from ovcalib.calibration.genie import Options
 from ovcalib.calibration.inversion import Run
+
+if TYPE_CHECKING:
+    from ovcalib.calibration.genie import Options
 
 
 class Generator(nn.Module):

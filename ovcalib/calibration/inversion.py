@@ -37,8 +37,8 @@ from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
 from ovcalib.calibration.sources import Generated, Request
-from ovcalib.data.preprocessing import Preprocessing
 from ovcalib.errors import ModelError
+from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically
 
 CHECKPOINT_EVERY_S = 20.0

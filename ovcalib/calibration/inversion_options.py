@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 # Eight small pictures do not fill a processor: with 32 a ResNet-20 takes half the time, and loses no more.
 SMALL, BATCH_OF_SMALL = 96, 32

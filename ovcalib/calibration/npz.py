@@ -11,7 +11,7 @@ import numpy as np
 from ovcalib.calibration.sets import load_calibration
 from ovcalib.calibration.sources import DEFAULT_IMAGES, Generated, Request
 from ovcalib.errors import UsageError
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 NEEDS = frozenset({"argument"})
 
@@ -37,7 +37,7 @@ def generate(request: Request, options: Options) -> Generated:
     images, domain, labels, origin = load_calibration(Path(request.argument), request.spec)
     if request.count > len(images):
         raise UsageError(
-            f"--num-samples {request.count} is more than the {len(images)} images of {request.argument!r}. "
+            f"`num_samples={request.count}` is more than the {len(images)} images of {request.argument!r}. "
             f"Ask for at most {len(images)}."
         )
     request.tick(request.count, "")

@@ -28,7 +28,7 @@ def generate(request: Request, options: Options) -> Generated:
     data = open_data(request.argument, split="train", download=request.download)
     if request.count > len(data):
         raise UsageError(
-            f"--num-samples {request.count} is more than the {len(data)} images of {request.argument!r}. "
+            f"`num_samples={request.count}` is more than the {len(data)} images of {request.argument!r}. "
             f"Ask for at most {len(data)}."
         )
     warnings = []

@@ -13,7 +13,7 @@ from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
 from ovcalib.calibration.sets import CalibrationSet
-from ovcalib.types import SetScore
+from ovcalib.records.calibration import SetScore
 
 # A training image's activations lie within so many standard deviations of the mean in almost every channel.
 REACH = 3.0

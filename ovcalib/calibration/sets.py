@@ -7,18 +7,16 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.data.preprocessing import Preprocessing
 from ovcalib.errors import DataError
+from ovcalib.records.calibration import Calibration, Domain, LabelOrigin, Provenance
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically, write_json
-from ovcalib.types import Frozen, ModelSpec, SetScore
-
-Domain = Literal["pixels", "network"]
-LabelOrigin = Literal["data", "method", "pseudo"]
 
 # Sources whose images are somebody's own.
 OWN_IMAGES = frozenset({"real", "npz"})
@@ -26,33 +24,6 @@ OWN_IMAGES = frozenset({"real", "npz"})
 MAX_RANGE_FACTOR = 10.0
 PREVIEW_IMAGES = 64
 PREVIEW_SIDE = 96
-
-
-class Provenance(Frozen):
-    """How a calibration set was made.
-
-    source         the reference, as given
-    options        every option of the source, resolved
-    num_samples    images in the set
-    requested      images asked for
-    labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
-    warnings       what the user should know about the set
-    score          how the set looks to the model; where it was not scored, `score_reason` says why
-    """
-
-    source: str
-    options: dict[str, Any]
-    num_samples: int
-    requested: int
-    seed: int
-    seconds: float
-    domain: Domain
-    labels: LabelOrigin | None
-    licence: str | None = None
-    model: str | None = None
-    warnings: tuple[str, ...] = ()
-    score: SetScore | None = None
-    score_reason: str | None = "not asked for"
 
 
 @dataclass(frozen=True)
@@ -108,6 +79,16 @@ class CalibrationSet:
         """One image for a person to look at, uint8 [H, W, C]; values outside black to white are clipped."""
         image = self.images[index]
         return image if self.domain == "pixels" else self.preprocessing.denormalise(image)
+
+    def record(self) -> Calibration:
+        """The calibration block of a result."""
+        return Calibration(**self.provenance.model_dump(), has_labels=self.labels is not None)
+
+    def __repr__(self) -> str:
+        made = self.provenance
+        return (
+            f"<CalibrationSet {len(self)} images from {made.source}, {self.images.dtype} {list(self.images.shape[1:])}>"
+        )
 
     def save(self, folder: Path) -> None:
         """Write calibration.npz, calibration.json and preview.png into a folder; each appears whole or not at all."""

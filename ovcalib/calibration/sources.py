@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.calibration.sets import CalibrationSet, Domain, LabelOrigin, Provenance
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import UnknownNameError, UsageError
-from ovcalib.types import ModelSpec
+from ovcalib.records.calibration import Domain, LabelOrigin, Provenance
+from ovcalib.records.model import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,7 +109,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
     """
     source, argument, options = open_source(reference, request.spec, request.module, overrides)
     if request.count < 1:
-        raise UsageError(f"--num-samples is {request.count}. Expected at least 1 image.")
+        raise UsageError(f"`num_samples={request.count}`: expected at least 1 image.")
     began = time.perf_counter()
     made = source.generate(dataclasses.replace(request, argument=argument), options)
     return CalibrationSet(

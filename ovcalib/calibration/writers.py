@@ -7,7 +7,7 @@ from typing import Literal
 
 from ovcalib.calibration.sets import CalibrationSet, write_description
 from ovcalib.errors import require
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 
 def write_images(
@@ -43,7 +43,7 @@ def _write_folders(calibration: CalibrationSet, spec: ModelSpec, folder: Path) -
 
 
 def _write_datumaro(calibration: CalibrationSet, spec: ModelSpec, folder: Path) -> None:
-    dm = require("datumaro", "quantize", "--format datumaro")
+    dm = require("datumaro", "quantize", "`format=datumaro`")
     items = []
     for i in range(len(calibration)):
         label = [] if calibration.labels is None else [dm.Label(int(calibration.labels[i]))]

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.errors import DataError, UnknownNameError, UsageError, require
-from ovcalib.types import ModelSpec
+from ovcalib.records.model import ModelSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -209,7 +209,7 @@ def _cifar10(reference: str, root: Path, split: Split, download: bool) -> ImageD
     except RuntimeError as error:
         raise DataError(
             f"CIFAR-10 is not in {str(root)!r}. Put the folder cifar-10-batches-py there, "
-            "or pass --download to fetch it (170 MB)."
+            "or pass `download=True` to fetch it (170 MB)."
         ) from error
     except OSError as error:
         raise DataError(f"CIFAR-10 could not be downloaded to {str(root)!r}: {_first_line(error)}") from error

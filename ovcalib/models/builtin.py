@@ -13,10 +13,10 @@ import json
 from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any
 
-from ovcalib.data.preprocessing import Preprocessing
 from ovcalib.errors import UnknownNameError, UsageError
-from ovcalib.types import ModelSpec as ModelSpec
-from ovcalib.types import Weights
+from ovcalib.records.model import ModelSpec as ModelSpec
+from ovcalib.records.model import Weights
+from ovcalib.records.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +101,7 @@ def weights_of(name: str, origin: str | None) -> Weights:
         if file is None:
             shipped = ", ".join(n for n in NAMES if shipped_weights(n))
             raise UsageError(
-                f"No weights are shipped for {name!r}, only for {shipped}. Pass --weights published or FILE."
+                f"No weights are shipped for {name!r}, only for {shipped}. Pass `weights=published` or a file."
             )
         card = json.loads(
             importlib.resources.files("ovcalib.models").joinpath("weights", f"{_trained(name)}.json").read_text()
@@ -111,7 +111,7 @@ def weights_of(name: str, origin: str | None) -> Weights:
         )
     if origin is None:
         raise UsageError(
-            f"No weights are shipped for {name!r}. Pass --weights FILE, or --weights published to download the "
+            f"No weights are shipped for {name!r}. Pass `weights=FILE`, or `weights=published` to download the "
             f"checkpoint of {HUB}."
         )
     digest, percent = PUBLISHED[network][0 if dataset == "cifar10" else 1]

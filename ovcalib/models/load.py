@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ovcalib.data.preprocessing import Preprocessing
 from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, require
 from ovcalib.models import builtin
-from ovcalib.models.weights import apply_state_dict, download, file_sha256, load_state_dict
-from ovcalib.types import ModelSpec, Weights
+from ovcalib.models.copies import private_copy
+from ovcalib.models.weights import apply_state_dict, download, load_state_dict
+from ovcalib.records.model import ModelRecord, ModelSpec, Weights
+from ovcalib.records.options import ModelOptions
+from ovcalib.records.preprocessing import Preprocessing
+from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -28,25 +31,6 @@ IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 # The share of the resized short side that the usual centre crop keeps (224 of 256).
 CROP_SHARE = 0.875
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What the user adds to a model reference.
-
-    weights             "shipped", "published", a file, or None for what the reference implies
-    input_shape         (C, H, W); needed where the model does not tell
-    mean, std           per channel, on the 0..1 scale
-    short_side          pixels of the short side before the centre crop; 0 scales without cropping
-    trust_remote_code   allow `hub:`, which runs code of somebody's repository
-    """
-
-    weights: str | None = None
-    input_shape: tuple[int, int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    short_side: int | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass
@@ -73,21 +57,17 @@ class Model:
 
 
 def load_model(
-    reference: str | nn.Module,
-    options: ModelOptions = ModelOptions(),
-    say: Callable[[str], None] = lambda line: None,
+    options: ModelOptions, module: nn.Module | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Model:
-    """The model that a reference names.
+    """The model that `options.reference` names.
 
-    reference   a built-in name, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml,
-                package.module:factory, or a torch module itself
-    say         receives a line before anything is downloaded
-    raises      UsageError, ModelError
+    module   the torch module itself; the reference is then only its name
+    say      receives a line before anything is downloaded
+    raises   UsageError, ModelError
     """
-    if not isinstance(reference, str):
-        from ovcalib.export.to_onnx import private_copy
-
-        return _from_module(private_copy(reference), type(reference).__name__, Weights(origin="module"), options)
+    reference = options.reference
+    if module is not None:
+        return _from_module(private_copy(module), reference, Weights(origin="module"), options)
     if reference.endswith((".onnx", ".xml")):
         return _from_file(reference, options)
     prefix, colon, rest = reference.partition(":")
@@ -97,6 +77,17 @@ def load_model(
     if loader is not None:
         return loader(rest, options, say)
     return _from_factory(prefix, rest, options)
+
+
+def model_record(model: Model) -> ModelRecord:
+    """The model block of a result."""
+    return ModelRecord(
+        name=model.spec.name,
+        input_shape=model.spec.input_shape,
+        parameters=model.parameters,
+        sha256=model.sha256,
+        weights=model.spec.weights,
+    )
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -112,7 +103,7 @@ def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) 
         if Path(name).is_file():
             raise UsageError(
                 f"{name!r} is a file of an unknown kind. Expected FILE.onnx or FILE.xml; weights of a network of "
-                "your own go in with package.module:factory --weights FILE."
+                "your own go in with package.module:factory and `weights=FILE`."
             )
         raise UnknownNameError("model", name, builtin.NAMES)
     require("torch", "quantize", f"The model {name!r}")
@@ -189,7 +180,7 @@ def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> M
     if not options.trust_remote_code:
         raise UsageError(
             f"'hub:{rest}' downloads the code of github.com/{repository} and runs it. "
-            "If you trust it, pass --trust-remote-code."
+            "If you trust it, pass `trust_remote_code=True`."
         )
     torch = require("torch", "quantize", f"The model 'hub:{rest}'")
     say(f"downloading and running the code of github.com/{repository}")
@@ -238,7 +229,7 @@ def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Mo
 def _from_file(reference: str, options: ModelOptions) -> Model:
     import openvino as ov
 
-    from ovcalib.export.to_openvino import read_graph, stored_spec
+    from ovcalib.graph.files import read_graph, stored_spec
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
@@ -253,7 +244,7 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
         if partial.rank.is_dynamic or len(partial) != 4 or any(partial[i].is_dynamic for i in (1, 2, 3)):
             raise ModelError(
                 f"{reference!r} has the input shape {partial}, which leaves channels, height or width open. "
-                "Pass --input-shape, for example --input-shape 3,224,224."
+                "Pass `input_shape`, for example `input_shape=3,224,224`."
             )
         shape = (partial[1].get_length(), partial[2].get_length(), partial[3].get_length())
     try:
@@ -261,7 +252,7 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
     except RuntimeError as error:
         raise ModelError(
             f"{reference!r} does not take inputs of shape {list(shape)} (its input is {partial}). "
-            "Pass the right --input-shape."
+            "Pass the right `input_shape`."
         ) from error
     preprocessing, warnings = _preprocessing(shape, options, spec.preprocessing if spec else None)
     output = graph.outputs[0].get_partial_shape()
@@ -289,7 +280,7 @@ def _from_module(
         raise ModelError(f"{name!r} is a {type(module).__name__}. Expected a torch.nn.Module.")
     shape = options.input_shape or shape
     if shape is None:
-        raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example --input-shape 3,224,224.")
+        raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example `input_shape=3,224,224`.")
     c, h, w = shape
     module.cpu().float().eval()
     preprocessing, warnings = _preprocessing((c, h, w), options, published)
@@ -329,7 +320,7 @@ def _downloading(reference: str, load: Callable[[], Any]) -> Any:
     except Exception as error:  # hubs raise many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{reference!r} cannot be loaded: {reason}. Without a network, give the weights with --weights FILE."
+            f"{reference!r} cannot be loaded: {reason}. Without a network, give the weights with `weights=FILE`."
         ) from error
 
 
@@ -344,7 +335,7 @@ def _preprocessing(
         if options.mean is None or options.std is None:
             warnings.append(
                 f"Nothing says how the model's input is normalised; assumed mean {','.join(map(str, mean))} and "
-                f"std {','.join(map(str, std))} on the 0..1 scale. Pass --mean and --std."
+                f"std {','.join(map(str, std))} on the 0..1 scale. Pass `mean` and `std`."
             )
         # Small inputs are trained on whole images, large ones on a centre crop.
         known = Preprocessing(
@@ -354,11 +345,12 @@ def _preprocessing(
             std=std,
             short_side=round(min(h, w) / CROP_SHARE) if min(h, w) >= 128 else None,
         )
-    for name, values in (("--mean", options.mean), ("--std", options.std)):
+    for name, values in (("`mean`", options.mean), ("`std`", options.std)):
         if values is not None and len(values) != c:
             raise UsageError(f"{name} has {len(values)} values, but the input has {c} channels.")
     if options.std is not None and min(options.std) <= 0:
-        raise UsageError(f"--std {','.join(map(str, options.std))} has a value that is not positive.")
+        given = ",".join(f"{value:g}" for value in options.std)
+        raise UsageError(f"`std={given}` has a value that is not positive.")
     changes: dict[str, Any] = {"height": h, "width": w}
     if options.mean is not None:
         changes["mean"] = options.mean
@@ -366,7 +358,7 @@ def _preprocessing(
         changes["std"] = options.std
     if options.short_side is not None:
         if 0 < options.short_side < max(h, w):
-            raise UsageError(f"--short-side {options.short_side} is smaller than the input of {h}x{w}.")
+            raise UsageError(f"`short_side={options.short_side}` is smaller than the input of {h}x{w}.")
         changes["short_side"] = options.short_side or None
     return known.model_copy(update=changes), warnings
 
@@ -381,7 +373,7 @@ def _count_classes(module: nn.Module, name: str, shape: tuple[int, int, int]) ->
     except Exception as error:  # the network is the user's code
         raise ModelError(
             f"{name!r} does not take an input of shape {[1, *shape]}: {str(error).splitlines()[0]}. "
-            "Pass the right --input-shape."
+            "Pass the right `input_shape`."
         ) from error
     if isinstance(output, torch.Tensor) and output.ndim == 2:
         return int(output.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import urllib.error
@@ -13,16 +12,12 @@ from typing import TYPE_CHECKING
 
 from ovcalib.data.sets import cache_dir
 from ovcalib.errors import ModelError
+from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TIMEOUT_S = 60
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
@@ -111,11 +106,11 @@ def download(url: str, sha256: str, progress: Callable[[str], None] = lambda lin
         if not digest.startswith(sha256):
             raise ModelError(
                 f"{url} has the SHA-256 {digest[:16]}..., but {sha256}... was expected. "
-                "The download was thrown away; try again, or give the file with --weights FILE."
+                "The download was thrown away; try again, or give the file with `weights=FILE`."
             )
         partial.replace(target)
     except (urllib.error.URLError, OSError) as error:
-        raise ModelError(f"{url} cannot be downloaded: {error}. Fetch it elsewhere and pass --weights FILE.") from error
+        raise ModelError(f"{url} cannot be downloaded: {error}. Fetch it elsewhere and pass `weights=FILE`.") from error
     finally:
         partial.unlink(missing_ok=True)
     return target

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovcalib.errors import UsageError
-from ovcalib.models.weights import file_sha256
-from ovcalib.report.pages import (
-    write_benchmark_report,
-    write_comparison,
-    write_diagnosis_report,
-    write_result_report,
-)
-from ovcalib.report.records import Source, read_records, refuse_other_machines, refuse_other_model
-from ovcalib.rundir import write_json
-from ovcalib.types import Benchmark, Diagnosis, Result
+from ovcalib.records.benchmark import Benchmark
+from ovcalib.records.diagnosis import Diagnosis
+from ovcalib.records.read import Source, read_records, refuse_other_machines, refuse_other_model
+from ovcalib.records.result import Result
+from ovcalib.report.benchmark import write_benchmark_report
+from ovcalib.report.comparison import write_comparison
+from ovcalib.report.diagnosis import write_diagnosis_report
+from ovcalib.report.result import write_result_report
+from ovcalib.rundir import file_sha256, write_json
 
 
 def build_report(

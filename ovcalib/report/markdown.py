@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovcalib.types import Accuracy, Agreement, KernelsError, Quantization, Result
+from ovcalib.records.result import Accuracy, Agreement, KernelsError, Quantization, Result
 
 KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
 
@@ -20,7 +20,7 @@ def summary(result: Result) -> dict[str, str]:
     latency = result.benchmark.latency_ms if result.benchmark else None
     row = {
         "model": result.model.name,
-        "source": f"{result.calibration['source']} x {result.calibration['num_samples']}",
+        "source": f"{result.calibration.source} x {result.calibration.num_samples}",
         "mode": result.quantization.mode,
     }
     if result.accuracy:
@@ -57,7 +57,7 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
                 f"FP32; FP32 {points(found.baseline)}, INT8 {points(found.value)}, after {found.validations} "
                 "validations",
             ),
-            ("given back to float", ", ".join(quantization.reverted) or "none"),
+            ("reverted to float", ", ".join(quantization.reverted) or "none"),
         ]
     return [*facts, ("seconds", f"{quantization.seconds:.1f}")]
 
@@ -108,7 +108,7 @@ def markdown_report(result: Result) -> str:
     row = summary(result)
     quantization, calibration = result.quantization, result.calibration
     lines = [
-        f"# {result.model.name}: INT8, calibrated with {calibration['source']}",
+        f"# {result.model.name}: INT8, calibrated with {calibration.source}",
         "",
         "| " + " | ".join(row) + " |",
         "|" + "---|" * len(row),
@@ -136,10 +136,10 @@ def markdown_report(result: Result) -> str:
     lines += [
         "## Calibration",
         "",
-        f"- {calibration['num_samples']} images from `{calibration['source']}`, seed {calibration['seed']}, "
-        f"made in {calibration['seconds']:.1f} s",
-        f"- domain: {calibration['domain']}; labels: {calibration['labels'] or 'none'}",
-        *(f"- {key}: {value}" for key, value in calibration["options"].items()),
+        f"- {calibration.num_samples} images from `{calibration.source}`, seed {calibration.seed}, "
+        f"made in {calibration.seconds:.1f} s",
+        f"- domain: {calibration.domain}; labels: {calibration.labels or 'none'}",
+        *(f"- {key}: {value}" for key, value in calibration.options.items()),
         "",
         "## Quantization",
         "",
@@ -161,10 +161,10 @@ def markdown_report(result: Result) -> str:
         "",
         "## Machine",
         "",
-        f"- {result.environment['cpu']} ({result.environment['isa'] or 'ISA unknown'}), "
-        f"{result.environment['cpus']} CPUs"
-        f"{', virtual machine' if result.environment['virtual_machine'] else ''}",
-        f"- {', '.join(f'{name} {value}' for name, value in result.environment['versions'].items() if value)}",
+        f"- {result.environment.cpu} ({result.environment.isa or 'ISA unknown'}), "
+        f"{result.environment.cpus} CPUs"
+        f"{', virtual machine' if result.environment.virtual_machine else ''}",
+        f"- {', '.join(f'{name} {value}' for name, value in result.environment.versions.items() if value)}",
         "",
         "Run it again: `ovcalib quantize -c request.json -o DIR`",
         "",

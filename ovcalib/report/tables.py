@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ class Table:
     def rows(self) -> list[list[str]]:
         """The cells as text for people."""
         return [[shown(cell) for cell in row] for row in self.cells]
+
+    def html(self) -> str:
+        """An HTML table; text is escaped."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *([escape_markdown(c) for c in row] for row in self.rows)]

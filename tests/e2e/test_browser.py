@@ -4,10 +4,13 @@ import json
 
 import pytest
 
-from ovcalib.api import make_recipe
-from ovcalib.diagnosis import diagnose
-from ovcalib.report import pages
-from ovcalib.types import Benchmark, Result
+import ovcalib
+from ovcalib.records.benchmark import Benchmark
+from ovcalib.records.result import Result
+from ovcalib.report.benchmark import benchmark_page
+from ovcalib.report.comparison import write_comparison
+from ovcalib.report.diagnosis import diagnosis_page
+from ovcalib.report.result import result_page
 from tests.e2e.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -30,26 +33,29 @@ def folder(result, benchmarked, tmp_path_factory):
     record = record.model_copy(
         update={
             "model": record.model.model_copy(update={"name": HOSTILE}),
-            "calibration": {**record.calibration, "source": HOSTILE, "licence": HOSTILE},
+            "calibration": record.calibration.model_copy(update={"source": HOSTILE, "licence": HOSTILE}),
             "warnings": (HOSTILE,),
-            "recipe": record.recipe.model_copy(update={"calib": HOSTILE}),
+            "recipe": record.recipe.model_copy(
+                update={"calibration": record.recipe.calibration.model_copy(update={"calib": HOSTILE})}
+            ),
         }
     )
     measured = Benchmark.model_validate(json.loads((benchmarked[0] / "benchmark.json").read_text()))
     runs = tuple(run.model_copy(update={"model": HOSTILE + run.model}) for run in measured.runs)
     measured = measured.model_copy(update={"runs": runs, "warnings": (HOSTILE,)})
-    recipe = make_recipe(model=str(result / "fp32/model.xml"), num_samples=4, benchmark_time=0)
-    diagnosis = diagnose(recipe, str(result / "int8/model.xml"), ["noise"])
+    diagnosis = ovcalib.diagnose(
+        result / "fp32/model.xml", result / "int8/model.xml", calib=["noise"], num_samples=4, benchmark_time=0
+    )
     operations = tuple(o.model_copy(update={"name": HOSTILE + o.name}) for o in diagnosis.operations)
     diagnosis = diagnosis.model_copy(update={"operations": operations, "model": HOSTILE, "faults": (HOSTILE,)})
     for name, page in {
-        "result": pages.result_page(record, [measured], [diagnosis], result / "preview.png"),
-        "benchmark": pages.benchmark_page(measured),
-        "diagnosis": pages.diagnosis_page(diagnosis),
+        "result": result_page(record, [measured], [diagnosis], result / "preview.png"),
+        "benchmark": benchmark_page(measured),
+        "diagnosis": diagnosis_page(diagnosis),
     }.items():
         (root / f"{name}.html").write_text(page)
     (root / "comparison").mkdir()
-    pages.write_comparison([record, record.model_copy(update={"outcome": "budget"})], root / "comparison", ["html"])
+    write_comparison([record, record.model_copy(update={"outcome": "budget"})], root / "comparison", ["html"])
     (root / "comparison/report.html").rename(root / "comparison.html")
     return root
 

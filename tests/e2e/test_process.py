@@ -27,7 +27,7 @@ def ovcalib(*arguments, edge=False, **options):
 
 @pytest.fixture(scope="module")
 def ir(toy, toy_graph, tmp_path_factory):
-    from ovcalib.export.to_openvino import write_ir
+    from ovcalib.graph.files import write_ir
 
     root = tmp_path_factory.mktemp("edge")
     write_ir(toy_graph, root / "model.xml")

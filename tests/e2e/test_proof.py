@@ -8,11 +8,11 @@ import shutil
 import jsonschema
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import ovcalib
-from ovcalib import cli
-from ovcalib.report.schema import schema
+from ovcalib.cli import app as cli
+from ovcalib.records.schema import schema
 from tests.e2e.test_process import ovcalib as process
 
 QUICK = ["-t", "0.1"]
@@ -78,7 +78,7 @@ def test_devices_agree_with_cpu_in_f32(benchmarked):
 
 
 def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch):
-    monkeypatch.setattr("ovcalib.device_parity.likeness", lambda a, b: (0.2, 7, 3.5))
+    monkeypatch.setattr("ovcalib.measurement.device_parity.likeness", lambda a, b: (0.2, 7, 3.5))
     found = run("benchmark", result / "int8/model.xml", *QUICK, "--hint", "latency", "--data", result.parent / "images",
                 "--limit", 4, "-o", tmp_path / "out")  # fmt: skip
     assert found.exit_code == 6
@@ -91,7 +91,7 @@ def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch):
     [
         (["-d", "CPU,GPU,NPU"], 6, "Unknown device 'GPU'. Available: AUTO, CPU."),
         (["-d", "CPU,GPU,NPU"], 6, "Unknown device 'NPU'"),
-        (["--hint", "speed"], 2, "--hint speed: expected latency, throughput"),
+        (["--hint", "speed"], 2, "--hint speed: input should be 'latency' or 'throughput'"),
         (["--precision", "int8"], 2, "--precision int8"),
         (["--api", "both"], 2, "--api both"),
         (["--api", "sync", "--requests", "4"], 2, "--requests 4"),
@@ -140,15 +140,19 @@ def test_diagnose_writes_a_report(result, tmp_path):
 def test_the_command_of_the_report_is_the_recipe(result):
     import shlex
 
-    from ovcalib.report.pages import quantize_command
-    from ovcalib.types import Recipe
+    from ovcalib.records.recipe import Recipe
+    from ovcalib.report.result import quantize_command
 
     recipe = Recipe.model_validate(json.loads((result / "request.json").read_text()))
-    words = shlex.split(quantize_command(recipe.model_copy(update={"model": "tests.toy:ToyNet"})))
+    about = recipe.model.model_copy(update={"reference": "tests.toy:ToyNet"})
+    words = shlex.split(quantize_command(recipe.model_copy(update={"model": about})))
     found = run(*words[1:], "--dry-run", "--json")
     assert found.exit_code == 0, found.stderr
     again = json.loads(found.stdout)["recipe"]
-    assert {**again, "model": "ToyNet"} == recipe.model_dump(mode="json")
+    assert again["model"].pop("reference") == "tests.toy:ToyNet"
+    expected = recipe.model_dump(mode="json")
+    expected["model"].pop("reference")
+    assert again == expected
 
 
 def test_several_results_make_a_comparison(result, benchmarked, tmp_path):
@@ -174,7 +178,7 @@ def test_several_results_make_a_comparison(result, benchmarked, tmp_path):
 
 
 def test_writing_the_report_again_keeps_the_list_of_files_true(result, tmp_path):
-    from ovcalib.models.weights import file_sha256
+    from ovcalib.rundir import file_sha256
 
     shutil.copytree(result, tmp_path / "copy")
     assert run("report", tmp_path / "copy").exit_code == 0
@@ -212,7 +216,7 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
     assert {"block.conv", "down.0"} <= set(record.guarded)
     assert all(sqnr < 10 for sqnr in record.guarded.values())
     assert record.float_operations >= 2
-    (warning,) = [w for w in guarded.record.warnings if "drown" in w]
+    (warning,) = [w for w in guarded.record.warnings if "expected SQNR" in w]
     assert "activations" in warning
     assert "--no-guard" in warning
     assert json.loads((tmp_path / "guarded" / "result.json").read_text())["quantization"]["guarded"] == record.guarded

@@ -13,14 +13,15 @@ import jsonschema
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from ovcalib import cli, sweep
+from ovcalib import sweep
+from ovcalib.cli import app as cli
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.progress import Progress
-from ovcalib.report.schema import schema
-from ovcalib.sweep_engines import LocalEngine
-from ovcalib.sweep_worker import run_task
+from ovcalib.records.schema import schema
+from ovcalib.sweep.engines import LocalEngine
+from ovcalib.sweep.worker import run_task
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -103,7 +104,7 @@ def test_a_result_says_where_its_images_came_from(reference):
     assert {r.calibration["source"] for r in found.values()} == {"noise", "fractal"}
     assert {r.calibration["seed"] for r in found.values()} == {0, 1}
     for key, result in found.items():
-        assert result.recipe.calib == result.calibration["source"]  # so `quantize -c` makes the same images
+        assert result.recipe.calibration.calib == result.calibration.source  # so `quantize -c` makes the same images
         assert result.benchmark is None
         folder = reference / "cells" / key
         shared = sweep.read_sweep(reference)
@@ -145,7 +146,7 @@ def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, dat
     assert {path.name for path in (tmp_path / "out" / "sets").iterdir()} == sets
     # The cells of the default algorithm are there, whatever steers the other.
     assert len([task for task in inline.tasks if task["kind"] == "cell"]) == 2
-    assert "Operations given back to float" in (tmp_path / "out" / "report.md").read_text()
+    assert "Operations reverted to float" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp_path, monkeypatch):
@@ -357,7 +358,7 @@ def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data,
 def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
     reference, data, cluster, inline, tmp_path, monkeypatch
 ):
-    from ovcalib.sweep_engines import open_engine
+    from ovcalib.sweep.engines import open_engine
 
     address, (scheduler, *_) = cluster
     recipe = sweep.make_sweep_recipe(content(data))
@@ -374,7 +375,7 @@ def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
 
 def test_there_is_no_scheduler(data, tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("ovcalib.sweep_engines.CONNECT_S", 0.5)
+    monkeypatch.setattr("ovcalib.sweep.engines.CONNECT_S", 0.5)
     with pytest.raises(DeviceError, match="no dask scheduler at 'tcp://127.0.0.1:9'"):
         sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine="dask:tcp://127.0.0.1:9")
     assert not list(tmp_path.iterdir())

@@ -6,9 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from ovcalib import cli
+from ovcalib.cli import app as cli
 from ovcalib.gan import scores
 from ovcalib.gan.snapshot import write_generator
 from ovcalib.gan.stylegan2 import Generator

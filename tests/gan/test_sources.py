@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ovcalib.calibration import Request, generate
 from ovcalib.calibration.sets import preflight
+from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import DataError, UsageError
 from ovcalib.gan.distylegan import StudentConfig, StudentGenerator, save_student
 from ovcalib.gan.snapshot import write_generator

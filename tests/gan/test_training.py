@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from ovcalib import cli
+from ovcalib.cli import app as cli
 from ovcalib.errors import DataError, UsageError
 from ovcalib.gan import augment, distillation, teacher
 from ovcalib.gan.distillation import StudentRecipe, StudentTraining, pixel_weight

@@ -5,18 +5,18 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovcalib.bias_correction import correct_biases, weight_errors
-from ovcalib.graph import (
+from ovcalib.graph.editing import redirect, restore
+from ovcalib.graph.reading import (
     NULL_BIAS,
     activation_quantizers,
     float_operations,
     layer_name,
     quantized_layers,
     quantized_operations,
-    redirect,
-    restore,
 )
-from ovcalib.quantization import Settings, quantize_default
+from ovcalib.quantization.bias_correction import correct_biases, weight_errors
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import outputs_of
 
 

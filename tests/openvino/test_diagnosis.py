@@ -7,16 +7,18 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from ovcalib.api import make_recipe
-from ovcalib.diagnosis import diagnose, operation_signals, output_errors
+import ovcalib
+from ovcalib.diagnosis.diagnose import operation_signals, output_errors
 from ovcalib.errors import ModelError, UsageError
-from ovcalib.evaluation import calibration_items
-from ovcalib.export.to_openvino import write_ir
-from ovcalib.graph import WEIGHTED, instrument, layer_name, observe, quantized_operations
+from ovcalib.evaluation.outputs import calibration_items
+from ovcalib.graph.files import write_ir
+from ovcalib.graph.probing import instrument, observe
+from ovcalib.graph.reading import WEIGHTED, layer_name, quantized_operations
 from ovcalib.progress import Progress
-from ovcalib.quantization import Settings, quantize_default
-from ovcalib.report.pages import ignore_options
-from ovcalib.report.schema import schema
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.settings import Settings
+from ovcalib.records.schema import schema
+from ovcalib.report.diagnosis import ignore_options
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +52,11 @@ def write_pair(folder, fp32, int8):
 def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, planted):
     fp32, bad = write_pair(tmp_path, toy_graph, plant_narrow_range(int8, planted, 0.02))
     toy.write_folder(tmp_path / "images", 80)
-    recipe = make_recipe(model=fp32, eval=str(tmp_path / "images"), num_samples=16, benchmark_time=0.02)
     toy.calibration(20).save(tmp_path / "set")
-    found = diagnose(recipe, bad, [f"npz:{tmp_path / 'set' / 'calibration.npz'}"], tmp_path / "out")
+    found = ovcalib.diagnose(
+        fp32, bad, tmp_path / "out", data=str(tmp_path / "images"), num_samples=16, benchmark_time=0.02,
+        calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"],
+    )  # fmt: skip
     worst = found.operations[0]
     assert worst.name == planted
     assert worst.activations.sqnr_db < 10 < worst.weights.sqnr_db
@@ -122,15 +126,15 @@ def test_harm_is_that_of_one_operation_alone(toy, toy_graph, int8):
 
 def test_what_cannot_be_compared_is_refused(toy, toy_graph, int8, tmp_path):
     fp32, quantized = write_pair(tmp_path, toy_graph, int8)
-    with pytest.raises(UsageError, match="No images were given"):
-        diagnose(make_recipe(model=fp32), quantized, [])
+    with pytest.raises(UsageError, match="no images were given"):
+        ovcalib.diagnose(fp32, quantized)
     with pytest.raises(ModelError, match="no quantized operation"):
-        diagnose(make_recipe(model=fp32), fp32, ["noise"])
+        ovcalib.diagnose(fp32, fp32, calib=["noise"])
     with pytest.raises(ModelError, match="quantized already"):
-        diagnose(make_recipe(model=quantized), quantized, ["noise"])
+        ovcalib.diagnose(quantized, quantized, calib=["noise"])
     x = ov.opset13.parameter([1, 3, 16, 16], np.float32, name="x")
     other = ov.Model([ov.opset13.relu(x)], [x], "other")
     other.set_rt_info(toy.spec.model_dump_json(), ["ovcalib", "spec"])
     write_ir(other, tmp_path / "other.xml")
     with pytest.raises(ModelError, match="which the FP32 model has not"):
-        diagnose(make_recipe(model=str(tmp_path / "other.xml")), quantized, ["noise"])
+        ovcalib.diagnose(tmp_path / "other.xml", quantized, calib=["noise"])

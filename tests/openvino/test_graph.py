@@ -6,9 +6,11 @@ import pytest
 from openvino import opset13 as ops
 
 from ovcalib.errors import UnknownNameError
-from ovcalib.export.to_openvino import read_graph, write_ir
-from ovcalib.graph import float_operations, layer_name, match_operations, quantized_operations, restore, set_input_range
-from ovcalib.quantization import Settings, quantize_default
+from ovcalib.graph.editing import restore, set_input_range
+from ovcalib.graph.files import read_graph, write_ir
+from ovcalib.graph.reading import float_operations, layer_name, match_operations, quantized_operations
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import OpenVINORunner
 
 

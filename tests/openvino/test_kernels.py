@@ -11,7 +11,7 @@ from openvino import opset13 as ops
 
 from ovcalib import kernels, machine
 from ovcalib.errors import DeviceError
-from ovcalib.evaluation import nmse
+from ovcalib.evaluation.metrics import nmse
 from ovcalib.kernels import (
     AVX2Process,
     host_kernels,
@@ -23,7 +23,8 @@ from ovcalib.kernels import (
     saturation_excess,
     without_saturation,
 )
-from ovcalib.quantization import Settings, quantize_default
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.settings import Settings
 
 needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this CPU has no AVX2")
 STEP, SCALE = 0.02, 0.01

@@ -14,25 +14,28 @@ from openvino import opset13 as ops
 
 from ovcalib import Preprocessing
 from ovcalib.api import make_recipe
-from ovcalib.calibration import CalibrationSet, Provenance
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import DeviceError, ModelError
-from ovcalib.evaluation import Items, calibration_items, nmse
-from ovcalib.export.to_openvino import graph_sha256, is_quantized, read_graph, write_ir
-from ovcalib.graph import (
-    WEIGHTED,
-    float_operations,
-    layer_name,
-    match_operations,
-    quantized_operations,
-    restore_biases,
-)
-from ovcalib.kernels import host_kernels, outputs_on
-from ovcalib.pipeline import batch_one, left_open, resolve_settings, restore_to_goal
+from ovcalib.evaluation.dataset import calibration_images
+from ovcalib.evaluation.metrics import nmse
+from ovcalib.graph.editing import restore_biases
+from ovcalib.graph.files import batch_one, graph_sha256, is_quantized, read_graph, write_ir
+from ovcalib.graph.reading import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
+from ovcalib.kernels import outputs_on
 from ovcalib.progress import Progress
-from ovcalib.quantization import Settings, _Items, has_attention, quantize_default, resolve_overflow_fix
+from ovcalib.quantization.accuracy_aware import restore_to_goal
+from ovcalib.quantization.nncf_backend import _Items, quantize_default
+from ovcalib.quantization.selection import (
+    OutputError,
+    QuantizedCandidate,
+    select_activation_ranges,
+    select_bias_correction,
+    select_weight_range,
+)
+from ovcalib.quantization.settings import Settings, auto_fields, has_attention, resolve_overflow_fix, resolve_settings
+from ovcalib.records.calibration import Provenance
+from ovcalib.records.options import QuantizationOptions
 from ovcalib.runtime import check_device, outputs_of
-from ovcalib.safeguards import Candidate, Judge, choose_activation_ranges, choose_biases, choose_weight_range
-from ovcalib.types import Recipe
 
 
 def outputs(graph, toy):
@@ -116,7 +119,7 @@ def test_p17_the_overflow_fix_follows_the_machine_that_was_named(isa, fix):
 
 @pytest.mark.parametrize(("kernels", "fix"), [("vnni", "disable"), ("avx2", "enable")])
 def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, kernels, fix):
-    monkeypatch.setattr("ovcalib.quantization.host_kernels", lambda: kernels)
+    monkeypatch.setattr("ovcalib.quantization.settings.host_kernels", lambda: kernels)
     assert resolve_overflow_fix("auto", "host") == fix
     assert resolve_overflow_fix("auto", "any") == "first-layer"
 
@@ -253,13 +256,9 @@ def planted(toy, toy_graph):
 
 
 def search(toy, toy_graph, int8, **fields):
-    recipe = Recipe(model="toy", mode="accuracy-aware", **fields)
-    calibration = toy.calibration(images=toy.images)
-    labelled = Items(lambda: (i for i in calibration_items(calibration)))
-    found, record = restore_to_goal(
-        recipe, toy_graph, int8, host_kernels(), "toy", labelled, True, lambda: False, Progress()
-    )
-    return found, record
+    options = QuantizationOptions(mode="accuracy-aware", **fields)
+    images = calibration_images(toy.calibration(images=toy.images))
+    return restore_to_goal(options, toy_graph, int8, images, True, lambda: False, Progress())
 
 
 def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, planted):
@@ -287,8 +286,8 @@ def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted, metric):
 def test_p6_zero_iterations_are_refused_before_anything_runs():
     from ovcalib.errors import UsageError
 
-    with pytest.raises(UsageError, match=r"--max-iterations 0"):
-        make_recipe(model="toy", max_iterations=0)
+    with pytest.raises(UsageError, match=r"max_iterations=0"):
+        make_recipe(model="toy", mode="accuracy-aware", max_iterations=0)
 
 
 def test_biases_without_correction_are_those_that_nncf_gives(toy, toy_graph):
@@ -305,22 +304,22 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
     add = next(op for op in harmed.get_ordered_ops() if op.get_type_name() == "Add")
     value = add.input_value(1).get_node().get_data()
     add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
-    judge = Judge(toy_graph, toy.calibration())
-    chosen, (corrected, plain) = choose_biases(Candidate(harmed, settings, judge))
+    output = OutputError(toy_graph, toy.calibration())
+    chosen, (corrected, plain) = select_bias_correction(QuantizedCandidate(harmed, settings, output))
     assert chosen.settings == replace(settings, bias_correction="none")
     assert corrected > 10 * plain
     assert outputs(chosen.int8, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
     # Where the outputs are no closer without it, it stays.
-    already = Candidate(restore_biases(int8, toy_graph), settings, judge)
-    kept, errors = choose_biases(already)
+    already = QuantizedCandidate(restore_biases(int8, toy_graph), settings, output)
+    kept, errors = select_bias_correction(already)
     assert errors[0] == errors[1]
     assert kept is already
 
 
 def maker(graph, calibration):
     """What makes the candidates of a graph."""
-    judge = Judge(graph, calibration)
-    return lambda settings: Candidate(quantize_default(graph, calibration, settings), settings, judge)
+    output = OutputError(graph, calibration)
+    return lambda settings: QuantizedCandidate(quantize_default(graph, calibration, settings), settings, output)
 
 
 def network_set(images):
@@ -367,7 +366,7 @@ def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
 
     def choose(calibration):
         make = maker(graph, calibration)
-        return choose_activation_ranges(make(settings), make)
+        return select_activation_ranges(make(settings), make)
 
     kept, errors = choose(network_set(images))
     assert (kept.settings, errors) == (settings, None)
@@ -404,39 +403,39 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
 def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
     make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
-    chosen, saturation = choose_weight_range(make(settings), make)
+    chosen, saturation = select_weight_range(make(settings), make)
     assert chosen.settings == replace(settings, overflow_fix="enable")
     assert graph_sha256(chosen.int8) == graph_sha256(make(chosen.settings).int8)
     assert saturation.halved == chosen.error < saturation.avx2
     assert saturation.avoided
     assert f"{saturation.avx2:.2g}" in saturation.warning()
-    assert "--deploy-isa" in saturation.warning()
+    assert "`deploy_isa`" in saturation.warning()
     # What is safe already stays as it is.
-    kept, saturation = choose_weight_range(chosen, lambda settings: pytest.fail("not to be tried"))
+    kept, saturation = select_weight_range(chosen, lambda settings: pytest.fail("not to be tried"))
     assert kept is chosen
     assert not saturation.avoided
 
 
 def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
     def ours(**given):
-        recipe = make_recipe(model="toy", **given)
-        return left_open(recipe, resolve_settings(recipe, toy_graph))
+        options = QuantizationOptions(**given)
+        return auto_fields(options, resolve_settings(options, toy_graph))
 
     assert ours() == {"activation_ranges", "overflow_fix", "bias_correction"}
     assert ours(deploy_isa="vnni") == {"activation_ranges", "bias_correction"}
     assert ours(activation_ranges="min-max", overflow_fix="disable", bias_correction="fast") == set()
     # NNCF's ranges were not tried against extremes on attention.
     assert ours(model_type="transformer") == {"overflow_fix", "bias_correction"}
-    attentive = make_recipe(model="toy", model_type="transformer")
+    attentive = QuantizationOptions(model_type="transformer")
     assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
 
 
 def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating):
     graph, calibration = saturating
-    judge = Judge(graph, calibration)
+    output = OutputError(graph, calibration)
     int8 = quantize_default(graph, calibration, Settings(overflow_fix="disable", bias_correction="none"))
-    assert judge.error(int8) < 1e-3
-    assert judge.error_on_avx2(int8) > 0.05
-    found = {error.kernels: error.nmse for error in judge.errors(int8, ("vnni", "avx2"))}
+    assert output.nmse(int8) < 1e-3
+    assert output.on("avx2", int8) > 0.05
+    found = {error.kernels: error.nmse for error in output.by_kernels(int8, ("vnni", "avx2"))}
     assert found["vnni"] < 1e-3
     assert found["avx2"] > 0.05

@@ -7,18 +7,24 @@ from torch import nn
 
 from ovcalib.errors import ModelError
 from ovcalib.export.parity import check_parity
-from ovcalib.export.to_onnx import private_copy, refuse_quantized, to_onnx
-from ovcalib.export.to_openvino import (
+from ovcalib.export.to_onnx import refuse_quantized, to_onnx
+from ovcalib.graph.files import (
     describe,
     ensure_names,
     graph_sha256,
     is_quantized,
     read_graph,
     stored_spec,
-    to_ir,
     write_ir,
 )
+from ovcalib.models.copies import private_copy
 from tests.toy import ToyNet
+
+
+def to_ir(path, spec, dynamic_batch=False):
+    graph = read_graph(path)
+    describe(graph, spec, dynamic_batch)
+    return graph
 
 
 @pytest.fixture(scope="module")

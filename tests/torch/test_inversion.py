@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from ovcalib import machine
-from ovcalib.calibration import SOURCES, Request, generate
+from ovcalib.calibration import SOURCES
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration import inversion as engine
 from ovcalib.calibration.bfloat16 import in_bfloat16
 from ovcalib.calibration.bn_taps import find_layers, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.score import range_coverage, score_set, statistics_distance
+from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError, UsageError
 from tests.toy import ToyNet
 

@@ -5,11 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from ovcalib import benchmark, machine
-from ovcalib.benchmark import ROUNDS, Setting, distribution, machine_doubts, mean_interval, ratio_interval, verdict
-from ovcalib.benchmark_worker import Session, is_steady
-from ovcalib.device_parity import likeness
-from ovcalib.types import Noise
+from ovcalib import machine
+from ovcalib.measurement import benchmark
+from ovcalib.measurement.benchmark import (
+    ROUNDS,
+    Setting,
+    distribution,
+    machine_doubts,
+    mean_interval,
+    ratio_interval,
+    verdict,
+)
+from ovcalib.measurement.device_parity import likeness
+from ovcalib.measurement.worker import Session, is_steady
+from ovcalib.records.benchmark import Noise
 
 
 def test_percentiles_of_every_inference():

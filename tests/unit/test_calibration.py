@@ -6,11 +6,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ovcalib.calibration import SOURCES, CalibrationSet, Provenance, Request, generate, images_wanted
-from ovcalib.calibration.sets import load_calibration, preflight
-from ovcalib.calibration.sources import parse_options
+from ovcalib.calibration import SOURCES
+from ovcalib.calibration.sets import CalibrationSet, load_calibration, preflight
+from ovcalib.calibration.sources import Request, generate, images_wanted, parse_options
 from ovcalib.errors import DataError, UnknownNameError, UsageError
 from ovcalib.models import builtin
+from ovcalib.records.calibration import Provenance
 
 SPEC = builtin.spec("resnet20-cifar10")
 

@@ -15,7 +15,7 @@ from ovcalib.data.sets import (
     open_data,
 )
 from ovcalib.errors import DataError, UnknownNameError, UsageError
-from ovcalib.types import Weights
+from ovcalib.records.model import Weights
 
 
 def spec(classes=("cat", "dog", "frog"), num_classes=None):

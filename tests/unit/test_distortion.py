@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ovcalib.distortion import LIMIT_DB, Distortion, Histogram, Spread
+from ovcalib.diagnosis.distortion import LIMIT_DB, Distortion, Histogram, Spread
 
 
 def distortion(reference, value):

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from ovcalib import evaluation as ev
 from ovcalib.data.sets import ArrayData, Reader
 from ovcalib.errors import DataError
-from ovcalib.evaluation import Item, Items, Outputs, collect, compare, items_of
+from ovcalib.evaluation import classification, metrics, outputs
+from ovcalib.evaluation.classification import compare
+from ovcalib.evaluation.outputs import Item, Items, Outputs, collect, items_of
 from tests.unit.test_data import spec
 
 
@@ -26,14 +27,14 @@ def item(value, label):
 
 def test_wilson_interval_has_its_closed_form():
     # 8 of 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416, half 1.96 / 1.38416 * sqrt(0.016 + 0.009604).
-    low, high = ev.wilson_interval(8, 10, z=1.96)
+    low, high = metrics.wilson_interval(8, 10, z=1.96)
     assert low == pytest.approx(0.716738 - 0.226578, abs=1e-4)
     assert high == pytest.approx(0.716738 + 0.226578, abs=1e-4)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 1000), (1000, 1000), (500, 1000)])
 def test_wilson_interval_stays_inside_and_holds_the_rate(correct, total):
-    low, high = ev.wilson_interval(correct, total)
+    low, high = metrics.wilson_interval(correct, total)
     assert 0 <= low <= correct / total <= high <= 1
     assert low < high
 
@@ -42,7 +43,7 @@ def test_wilson_interval_covers_the_truth():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(2000):
-        low, high = ev.wilson_interval(int(rng.binomial(50, 0.93)), 50)
+        low, high = metrics.wilson_interval(int(rng.binomial(50, 0.93)), 50)
         covered += low <= 0.93 <= high
     assert 0.93 <= covered / 2000 <= 0.98
 
@@ -52,16 +53,16 @@ def test_paired_drop_counts_only_items_on_which_the_models_differ():
     after = before.copy()
     after[:5] = False  # five lost
     after[95:98] = True  # three won
-    drop, low, high = ev.paired_drop(before, after)
+    drop, low, high = metrics.paired_drop(before, after)
     assert drop == pytest.approx(0.02)
     b, c, m = 5.5, 3.5, 102
-    half = ev.Z95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    half = metrics.Z95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
     assert (low, high) == pytest.approx((2 / m - half, 2 / m + half))
 
 
 def test_equal_models_still_have_an_uncertain_drop():
     right = np.ones(1000, bool)
-    drop, low, high = ev.paired_drop(right, right)
+    drop, low, high = metrics.paired_drop(right, right)
     assert drop == 0
     assert low < 0 < high
 
@@ -73,7 +74,7 @@ def test_the_paired_interval_covers_the_true_drop():
         before = rng.random(400) < 0.8
         after = np.where(rng.random(400) < 0.05, ~before, before)
         truth = 0.05 * (0.8 - 0.2)
-        _, low, high = ev.paired_drop(before, after)
+        _, low, high = metrics.paired_drop(before, after)
         covered += low <= truth <= high
     assert 0.92 <= covered / 1000 <= 0.99
 
@@ -81,28 +82,28 @@ def test_the_paired_interval_covers_the_true_drop():
 def test_hits_by_rank():
     values = np.array([[3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
     labels = np.array([1, 1])
-    assert ev.hits(values, labels, 1).tolist() == [False, False]
-    assert ev.hits(values, labels, 2).tolist() == [True, False]
-    assert ev.hits(values, labels, 3).tolist() == [True, True]
+    assert metrics.hits(values, labels, 1).tolist() == [False, False]
+    assert metrics.hits(values, labels, 2).tolist() == [True, False]
+    assert metrics.hits(values, labels, 3).tolist() == [True, True]
 
 
 def test_a_constant_or_broken_output_is_never_right():
     labels = np.array([0, 1])
-    assert not ev.hits(np.zeros((2, 3), np.float32), labels).any()
-    assert not ev.hits(np.full((2, 3), np.nan, np.float32), labels).any()
-    assert not ev.same_class(np.eye(2, 3, dtype=np.float32), np.full((2, 3), np.nan, np.float32)).any()
+    assert not metrics.hits(np.zeros((2, 3), np.float32), labels).any()
+    assert not metrics.hits(np.full((2, 3), np.nan, np.float32), labels).any()
+    assert not metrics.same_class(np.eye(2, 3, dtype=np.float32), np.full((2, 3), np.nan, np.float32)).any()
 
 
 def test_expected_hits_have_their_closed_form():
     odds = np.array([[1, 2, 5], [6, 3, 1]])
     reference = np.log(odds).astype(np.float32) + np.array([[7], [-900]], np.float32)
     values = np.array([[0, 1, 0], [5, 0, 0]], np.float32)
-    assert ev.expected_hits(reference, reference) == pytest.approx([5 / 8, 6 / 10], abs=1e-4)
-    assert ev.expected_hits(reference, values) == pytest.approx([2 / 8, 6 / 10], abs=1e-4)
+    assert metrics.expected_hits(reference, reference) == pytest.approx([5 / 8, 6 / 10], abs=1e-4)
+    assert metrics.expected_hits(reference, values) == pytest.approx([2 / 8, 6 / 10], abs=1e-4)
     # A network that ends in softmax.
     probabilities = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
-    assert ev.expected_hits(probabilities, values) == pytest.approx([2 / 8, 6 / 10])
-    assert ev.expected_hits(reference, np.full((2, 3), np.nan, np.float32)).tolist() == [0, 0]
+    assert metrics.expected_hits(probabilities, values) == pytest.approx([2 / 8, 6 / 10])
+    assert metrics.expected_hits(reference, np.full((2, 3), np.nan, np.float32)).tolist() == [0, 0]
 
 
 def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng):
@@ -112,17 +113,17 @@ def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng):
     labels = (probabilities.cumsum(1) < rng.uniform(size=(len(reference), 1))).sum(1).clip(max=4)
     other = reference + rng.normal(0, 1, reference.shape).astype(np.float32)
     for values in (reference, other):
-        expected = ev.expected_hits(reference, values).mean()
-        assert ev.hits(values, labels).mean() == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(len(labels)))
-    drop = ev.expected_hits(reference, reference).mean() - ev.expected_hits(reference, other).mean()
-    assert 0 < drop < 1 - ev.same_class(reference, other).mean()
+        expected = metrics.expected_hits(reference, values).mean()
+        assert metrics.hits(values, labels).mean() == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(len(labels)))
+    drop = metrics.expected_hits(reference, reference).mean() - metrics.expected_hits(reference, other).mean()
+    assert 0 < drop < 1 - metrics.same_class(reference, other).mean()
 
 
 def test_nmse_has_its_closed_form():
     reference = np.array([[3.0, 4.0], [0.0, 5.0]], np.float32)
-    assert ev.nmse(reference, reference) == 0
-    assert ev.nmse(reference, np.zeros_like(reference)) == pytest.approx(1)
-    assert ev.nmse(reference, reference + 1) == pytest.approx(4 / 50)
+    assert metrics.nmse(reference, reference) == 0
+    assert metrics.nmse(reference, np.zeros_like(reference)) == pytest.approx(1)
+    assert metrics.nmse(reference, reference + 1) == pytest.approx(4 / 50)
 
 
 def test_compare_gives_accuracy_of_both_and_the_drop_in_points():
@@ -138,9 +139,9 @@ def test_compare_gives_accuracy_of_both_and_the_drop_in_points():
 
 def test_agreement_is_not_accuracy():
     values = np.eye(3, dtype=np.float32)
-    found = ev.agreement(Outputs(values, None, ""), Outputs(values, None, ""), "where")
+    found = classification.agreement(Outputs(values, None, ""), Outputs(values, None, ""), "where")
     assert (found.top1, found.nmse, found.on, found.count) == (1.0, 0.0, "where", 3)
-    broken = ev.agreement(Outputs(values, None, ""), Outputs(values * np.nan, None, ""), "where")
+    broken = classification.agreement(Outputs(values, None, ""), Outputs(values * np.nan, None, ""), "where")
     assert (broken.top1, broken.nmse) == (0.0, None)
 
 
@@ -178,7 +179,7 @@ def test_items_can_be_gone_through_again_without_making_them_again(monkeypatch):
     items = Items(make)
     assert len(list(items)) == len(list(items)) == 2
     assert len(made) == 1
-    monkeypatch.setattr(ev, "MAX_KEPT_BYTES", 1)
+    monkeypatch.setattr(outputs, "MAX_KEPT_BYTES", 1)
     items = Items(make)
     assert len(list(items)) == len(list(items)) == 2
     assert len(made) == 3
@@ -193,7 +194,7 @@ def test_an_interrupted_pass_keeps_nothing():
 def test_calibration_images_are_refused_in_the_evaluation_set(rng):
     images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     data = ArrayData("memory", images, None)
-    forbidden = frozenset({ev.pixel_hash(images[3])})
+    forbidden = frozenset({outputs.pixel_hash(images[3])})
     with pytest.raises(DataError, match="in the calibration set and in the evaluation set"):
         list(items_of(Reader(data, spec()), forbidden))
     assert len(list(items_of(Reader(data, spec())))) == 5

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import ovcalib
-from ovcalib import benchmark, errors, progress
+from ovcalib import errors, progress
 from ovcalib.calibration import SOURCES
+from ovcalib.measurement import benchmark
 from ovcalib.registry import Registry
 from ovcalib.rundir import RunDir, write_atomically, write_json
 
@@ -18,7 +19,7 @@ def test_exit_codes_are_those_that_scripts_rely_on():
     codes = {name: getattr(errors, name).exit_code for name in dir(errors) if name.endswith("Error")}
     assert codes == {
         "DataError": 4, "DeviceError": 6, "MissingDependencyError": 2, "ModelError": 3, "OvcalibError": 1,
-        "UnknownNameError": 2, "UsageError": 2,
+        "InvalidOptionError": 2, "UnknownNameError": 2, "UsageError": 2,
     }  # fmt: skip
 
 

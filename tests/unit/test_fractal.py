@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from ovcalib.calibration import Request, fractal, generate
+from ovcalib.calibration import fractal
+from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import UsageError
 from ovcalib.models import builtin
 

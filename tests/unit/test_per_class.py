@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ovcalib.evaluation import new_confusions, per_class
+from ovcalib.evaluation.classification import new_confusions, per_class
 
 
 def test_accuracy_of_the_classes_that_have_images():

@@ -1,7 +1,7 @@
 import pytest
 
 from ovcalib.errors import DataError
-from ovcalib.restoration import deadline, restore_accuracy
+from ovcalib.quantization.accuracy_search import deadline, restore_accuracy
 
 OPERATIONS = [f"op{i}" for i in range(20)]
 

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from ovcalib.errors import DeviceError, UsageError
-from ovcalib.sweep import SweepCell, content_of, make_sweep_recipe, plan, read_sweep
-from ovcalib.sweep_engines import LocalEngine, open_engine, share_of_cpus
-from ovcalib.sweep_tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
+from ovcalib.records.sweep import SweepCell, make_sweep_recipe
+from ovcalib.sweep.engines import LocalEngine, open_engine, share_of_cpus
+from ovcalib.sweep.plan import content_of, plan
+from ovcalib.sweep.state import read_sweep
+from ovcalib.sweep.tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
 
 SMALL = {
     "models": ["resnet20-cifar10"],
@@ -31,20 +33,20 @@ def recipe(**changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"models": []}, ["models is []", "at least 1"]),
-        ({"model": "x"}, ["unknown field 'model'", "models, sources"]),
+        ({"models": []}, ["models=[]", "at least 1"]),
+        ({"model": "x"}, ["unknown field 'model'", "models, modes, seeds, sources"]),
         ({"models": [{"model": "a", "wieghts": "b"}]}, ["unknown field 'models[0].wieghts'", "weights"]),
-        ({"models": [{"model": "a", "input_shape": [3, 32]}]}, ["models[0].input_shape", "required"]),
+        ({"models": [{"model": "a", "input_shape": [3, 32]}]}, ["models[0].input_shape=[3, 32]", "expected C,H,W"]),
         ({"models": ["a", "a"]}, ["'a' is there twice", "'name'"]),
         ({"sources": ["noise", {"calib": "noise", "name": "b"}]}, ["'noise' and 'b' are the same"]),
-        ({"sources": ["fractals"]}, ["sources[0].calib is 'fractals'", "Did you mean 'fractal'"]),
-        ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples is 0", "greater than or equal to 1"]),
-        ({"modes": ["fast"]}, ["modes[0] is 'fast'", "'default' or 'accuracy-aware'"]),
-        ({"seeds": [-1]}, ["seeds[0] is -1", "greater than or equal to 0"]),
+        ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples=0", "greater than or equal to 1"]),
+        ({"modes": ["fast"]}, ["modes[0]='fast'", "'default' or 'accuracy-aware'"]),
+        ({"seeds": [-1]}, ["seeds[0]=-1", "greater than or equal to 0"]),
         ({"seeds": [1, 1]}, ["seeds", "1 is there twice"]),
-        ({"common": {"seed": 3}}, ["common", "'seed' is no common field"]),
+        ({"common": {"seed": 3}}, ["common", "'seed', which a sweep sets by cell"]),
         ({"common": {"max_dorp": 3}}, ["common", "max_dorp"]),
         ({"common": {"max_drop": 3}}, ["common", "max_drop", "less than or equal to 1"]),
+        ({"common": {"metric": "top1"}}, ["common", "`metric=top1` does nothing without `mode=accuracy-aware`"]),
         ({"devices": ["CPU"]}, ["'benchmark_time'"]),
     ],
 )  # fmt: skip
@@ -54,6 +56,18 @@ def test_a_wrong_recipe_is_said_with_field_value_and_what_was_expected(changes, 
     for text in said:
         assert text in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_source_is_refused_before_anything_runs():
+    with pytest.raises(UsageError, match="Did you mean 'fractal'"):
+        plan(recipe(sources=["fractals"]))
+
+
+def test_the_accuracy_aware_algorithm_alone_gets_its_fields():
+    cells = plan(recipe(modes=["default", "accuracy-aware"], common={"metric": "agreement"}))
+    assert {(cell.mode, cell.recipe.quantization.metric) for cell in cells} == {
+        ("default", None), ("accuracy-aware", "agreement"),
+    }  # fmt: skip
 
 
 def test_options_are_text_whatever_yaml_made_of_them():
@@ -67,9 +81,9 @@ def test_the_plan_is_the_whole_matrix_and_shares_sets_between_modes():
     assert len(cells) == 8
     assert len({cell.key for cell in cells}) == 8
     assert len({cell.set_key for cell in cells}) == 4
-    assert {cell.recipe.benchmark_time for cell in cells} == {0}
-    assert {cell.recipe.max_drop for cell in cells} == {0.02}
-    assert [cell.recipe.seed for cell in cells[:2]] == [0, 1]
+    assert {cell.recipe.measurement.benchmark_time for cell in cells} == {0}
+    assert {cell.recipe.quantization.max_drop for cell in cells} == {0.02}
+    assert [cell.recipe.calibration.seed for cell in cells[:2]] == [0, 1]
 
 
 def test_a_key_depends_on_everything_that_its_result_does_and_on_nothing_else():
@@ -127,7 +141,7 @@ def test_jobs_belong_to_the_local_engine():
 
 
 def test_a_task_that_ends_every_process_is_given_up(monkeypatch):
-    monkeypatch.setattr("ovcalib.sweep_engines.sys.executable", "/bin/false")
+    monkeypatch.setattr("ovcalib.sweep.engines.sys.executable", "/bin/false")
     engine = LocalEngine(1)
     try:
         with pytest.raises(DeviceError, match=r"ended 4 times \(exit code 1\)"):
@@ -193,12 +207,12 @@ def result(drop, agreement=0.9, nmse=0.1):
 
 def swept(results, errors=None, **changes):
     """A sweep whose cells are done where they have a result, by (source, seed)."""
-    from ovcalib.sweep import Sweep
+    from ovcalib.records.sweep import Sweep
 
     chosen = recipe(eval="images", **changes)
     found, cells = {}, []
     for cell in plan(chosen):
-        place = (cell.recipe.calib, cell.seed)
+        place = (cell.recipe.calibration.calib, cell.seed)
         error = (errors or {}).get(place)
         state = "done" if place in results else "failed" if error else "pending"
         if state == "done":

@@ -1,0 +1,48 @@
+"""A model as ONNX and FP32 IR, with the parity of all forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import openvino as ov
+
+from ovcalib.export.parity import NOT_MEASURED, check_parity
+from ovcalib.graph.files import batch_one, describe, read_graph, refuse_quantized_graph, write_ir
+from ovcalib.models.load import Model
+from ovcalib.progress import Progress
+from ovcalib.records.result import Parity
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The FP32 graph with batch 1, and how far the forms of the model are apart."""
+
+    graph: ov.Model
+    parity: Parity
+    parity_reason: str | None
+
+
+def export(model: Model, folder: Path, progress: Progress, dynamic_batch: bool = False) -> Exported:
+    """Write model.onnx (of a torch module) and model.xml into a folder.
+
+    dynamic_batch   leave the batch of the written files open
+    raises          ModelError where the model cannot be exported, or is quantized already
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.module is None:
+        assert model.graph is not None
+        refuse_quantized_graph(model.graph, model.spec.name)
+        graph, parity, reason = model.graph, NOT_MEASURED, "the model was given as a graph"
+        describe(graph, model.spec, dynamic_batch)
+    else:
+        from ovcalib.export.to_onnx import to_onnx
+
+        progress.say(f"exporting {model.spec.name}")
+        path = folder / "model.onnx"
+        to_onnx(model.module, model.spec.input_shape, path, dynamic_batch)
+        graph = read_graph(path)
+        describe(graph, model.spec, dynamic_batch)
+        parity, reason = check_parity(model.module, path, graph), None
+    write_ir(graph, folder / "model.xml")
+    return Exported(batch_one(graph, model.spec), parity, reason)

@@ -1,0 +1,171 @@
+"""`ovcalib quantize`, `generate` and `convert`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovcalib.cli.guard import OUTCOME_CODES, in_flags
+from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.cli.tables import print_table
+from ovcalib.records.base import Shown
+from ovcalib.records.options import (
+    CalibrationOptions,
+    ConvertOptions,
+    EvaluationOptions,
+    GenerateOptions,
+    MeasurementOptions,
+    ModelOptions,
+    QuantizationOptions,
+)
+
+
+def quantize(given: dict[str, Any], common: Common) -> int:
+    """Quantize a model to INT8 and prove the result.
+
+    MODEL is a name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml or
+    package.module:factory.
+    """
+    from ovcalib import api
+    from ovcalib.records.read import read_recipe
+    from ovcalib.report.markdown import KERNELS, kernels_error, summary
+
+    recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
+    fields = {**(read_recipe(recipe_file) if recipe_file else {}), **given}
+    recipe = api.make_recipe(**fields)
+    if dry_run:
+        show_plan(recipe, common)
+        return 0
+    source = (recipe.calibration.calib or "default").partition(":")[0]
+    target = common.target(f"{recipe.model.reference}-{source}-{recipe.quantization.mode}")
+    result = api.run_recipe(recipe, target, overwrite=common.overwrite, progress=common.progress)
+    warn(result.record.warnings, common)
+    if common.as_json:
+        print(result.record.model_dump_json(indent=2))
+    else:
+        print_table([summary(result.record)])
+        for found in result.record.quantization.output_error:
+            print(f"output error on {KERNELS[found.kernels]}: {kernels_error(found)}")
+        print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.html'}")
+    return OUTCOME_CODES[result.record.outcome]
+
+
+def warn(warnings: tuple[str, ...], common: Common) -> None:
+    """Show the warnings of a record in the words of the command line."""
+    context = click.get_current_context()
+    for warning in warnings:
+        common.progress.say(f"warning: {in_flags(warning, getattr(context.command, 'flags', {}))}")
+
+
+def show_plan(recipe: Any, common: Common) -> None:
+    """The resolved recipe, and what each pattern of `ignore` matches, without any work on images."""
+    from ovcalib.export.convert import export
+    from ovcalib.graph.reading import layer_name, match_operations
+    from ovcalib.models.load import load_model
+    from ovcalib.quantization.settings import resolve_settings
+
+    options = recipe.quantization
+    model = load_model(recipe.model, say=common.progress.say)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = export(model, Path(folder), common.progress).graph
+        settings = resolve_settings(options, graph)
+        matched = [
+            f"{pattern}: {', '.join(f'{layer_name(op)} ({op.get_type_name()})' for op in ops)}"
+            for pattern, ops in match_operations(graph, options.ignore).items()
+        ]
+    plan = {
+        "recipe": recipe.model_dump(mode="json"),
+        "overflow_fix": settings.overflow_fix,
+        "preset": settings.preset,
+        "transformer": settings.transformer,
+        "ignored": matched,
+    }
+    if common.as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    for key, value in recipe.flat().items():
+        print(f"{key}: {json.dumps(value)}")
+    print(f"\noverflow fix: {settings.overflow_fix}; preset: {settings.preset}; transformer: {settings.transformer}")
+    for line in matched:
+        print(f"ignore {line}")
+
+
+def generate(given: dict[str, Any], common: Common) -> None:
+    """Make a calibration set and write it.
+
+    The set serves `ovcalib quantize --calib npz:FILE`, or other tools.
+    """
+    from ovcalib import api
+
+    source, model, count = given.pop("calib"), given.pop("model"), given.pop("num_samples", None)
+    target = common.target(f"{source.split(':')[0]}-{model}")
+    calibration = api.generate(
+        source, model, count, target, overwrite=common.overwrite, progress=common.progress, **given
+    )
+    made = calibration.provenance
+    warn(made.warnings, common)
+    if common.as_json:
+        print(made.model_dump_json(indent=2))
+        return
+    print(f"{made.num_samples} images from {made.source} in {made.seconds:.1f} s; wrote {target}")
+    if made.score is not None:
+        for key, value in made.score.model_dump().items():
+            print(f"{key}: {value:.4g}")
+    elif given.get("score"):
+        print(f"not scored: {made.score_reason}")
+
+
+def convert(given: dict[str, Any], common: Common) -> None:
+    """Write a model as ONNX and FP32 IR, and compare their outputs.
+
+    MODEL is a name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx or
+    package.module:factory.
+    """
+    from ovcalib import api
+
+    model = given.pop("model")
+    target = common.target(f"{model}-fp32")
+    parity = api.convert(model, target, overwrite=common.overwrite, progress=common.progress, **given)
+    if common.as_json:
+        print(parity.model_dump_json(indent=2))
+        return
+    if parity.torch_vs_ir_max_abs is not None:
+        print(
+            f"largest difference from torch: ONNX {parity.torch_vs_onnx_max_abs:.2g} ({parity.onnx_runtime}), "
+            f"IR {parity.torch_vs_ir_max_abs:.2g}; outputs reach {parity.output_max_abs:.3g}"
+        )
+    print(f"wrote {target}")
+
+
+def add_to(app: click.Group) -> None:
+    add_command(
+        app,
+        quantize,
+        (CalibrationOptions, QuantizationOptions, EvaluationOptions, MeasurementOptions, ModelOptions),
+        extra=[
+            Option(
+                ["-c", "--recipe", "recipe"],
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="A recipe (YAML, or the request.json of a result); options here beat it.",
+            ),
+            Option(
+                ["--dry-run"],
+                is_flag=True,
+                default=None,
+                help="Show the resolved recipe and what --ignore matches, and stop.",
+            ),
+        ],
+    )
+    add_command(
+        app,
+        generate,
+        (GenerateOptions, ModelOptions),
+        renamed={"reference": Shown(("--model",), metavar="MODEL")},
+        leave_out=("dynamic_batch",),
+    )
+    add_command(app, convert, (ConvertOptions, ModelOptions))

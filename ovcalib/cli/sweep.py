@@ -1,0 +1,71 @@
+"""`ovcalib sweep`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovcalib.cli.guard import INTERRUPTED, OUTCOME_CODES
+from ovcalib.cli.options import Common, Option, add_command
+
+
+def sweep(given: dict[str, Any], common: Common) -> int:
+    """Quantize every model with every source, mode and seed.
+
+    The same command goes on after an interruption.
+
+    RECIPE.yaml names models, sources, modes, seeds and eval; see ovcalib/records/sweep-recipe.schema.json.
+    """
+    from ovcalib import api
+
+    file = given["recipe"]
+    target = common.target(f"sweep-{file.stem}")
+    try:
+        found = api.sweep(
+            file, target, jobs=given.get("jobs", 1), engine=given.get("engine", "local"),
+            resume=bool(given.get("resume")), progress=common.progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted; finished cells are kept in {target}, and the same sweep goes on there", file=sys.stderr)
+        return INTERRUPTED
+    print(found.model_dump_json(indent=2) if common.as_json else (target / "report.md").read_text())
+    if not common.as_json:
+        print(f"wrote {target / 'report.html' if len(found.failed) < len(found.cells) else target / 'report.md'}")
+    if found.failed:
+        print(
+            f"error: {len(found.failed)} of {len(found.cells)} cells failed; the same sweep tries them again",
+            file=sys.stderr,
+        )
+        return OUTCOME_CODES["goal-missed"]
+    return 0
+
+
+def add_to(app: click.Group) -> None:
+    add_command(
+        app,
+        sweep,
+        extra=[
+            click.Argument(["recipe"], metavar="RECIPE.yaml", type=click.Path(path_type=Path)),
+            Option(
+                ["--jobs"],
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Cells at once, on shares of the CPUs.  [default: 1]",
+            ),
+            Option(
+                ["--engine"],
+                metavar="local|dask:ADDRESS",
+                help="Processes here, or workers of a cluster.  [default: local]",
+            ),
+            Option(
+                ["--resume"],
+                is_flag=True,
+                default=None,
+                help="Go on in the folder of another recipe; cells that both have are kept.",
+            ),
+        ],
+        common=("output", "json"),
+    )

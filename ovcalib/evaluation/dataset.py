@@ -1,0 +1,147 @@
+"""Images that a model is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
+from ovcalib.errors import DataError, UnknownNameError
+from ovcalib.evaluation.outputs import Items, calibration_items, items_of, pixel_hash
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.options import CALIBRATION, EvaluationOptions, QuantizationOptions
+
+# Images of the calibration set on which agreement is measured where there are no others.
+AGREEMENT_IMAGES = 100
+# Classes keep their shares of a limited set; which images of them are taken never depends on a run's seed.
+ORDER_SEED = 0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images by their name `on`: `count` items, the same whenever they are gone through."""
+
+    on: str
+    count: int
+    items: Items
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A labelled or unlabelled data set, and which of its images count.
+
+    labels   int64 [N] for all images, or None
+    order    indices of the images that count
+    """
+
+    data: ImageData
+    spec: ModelSpec
+    labels: Any
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def reference(self) -> str:
+        return self.data.reference
+
+    @property
+    def protocol(self) -> str:
+        """The data, how many of its images, and how they were fitted to the network's input."""
+        pre = self.spec.preprocessing
+        fit = f"short side {pre.short_side}, centre crop" if pre.short_side else "scaled to"
+        return (
+            f"{len(self)} of {len(self.data)} images of {self.reference}, "
+            f"{fit} {pre.height}x{pre.width}, {pre.interpolation}"
+        )
+
+    def images(self, forbidden: frozenset[bytes] = frozenset()) -> Images:
+        """forbidden   pixel hashes of images that must not turn up, else DataError"""
+        items = Items(lambda: items_of(Reader(self.data, self.spec, self.labels, self.order), forbidden))
+        return Images(self.reference, len(self), items)
+
+
+def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, download: bool = False) -> DataSet:
+    """The images that a data reference names.
+
+    limit    at most so many of them, chosen class by class
+    raises   DataError where labels are there but do not fit the model, or all are of one class
+    """
+    data = open_data(reference, split="test", download=download)
+    labels = None
+    if data.labels is not None and spec.num_classes is not None:
+        labels = model_labels(data, spec)
+        present = len(set(labels.tolist()))
+        if present < min(2, spec.num_classes):
+            name = data.class_names[0] if data.class_names else str(labels[0])
+            raise DataError(
+                f"{reference!r} holds images of one class ({name!r}), but {spec.name} has {spec.num_classes}. "
+                "Accuracy on one class is not the model's accuracy: give a folder with all classes."
+            )
+    order = range(len(data)) if limit is None else choose(labels, len(data), ORDER_SEED)[:limit]
+    return DataSet(data, spec, labels, order)
+
+
+def open_evaluation(options: EvaluationOptions, spec: ModelSpec) -> DataSet | None:
+    """The images that prove the result; None where none were given."""
+    return None if options.eval is None else open_dataset(options.eval, spec, options.limit, options.download)
+
+
+def open_validation(
+    quantization: QuantizationOptions, options: EvaluationOptions, evaluation: DataSet | None, spec: ModelSpec
+) -> DataSet | None:
+    """The images that steer accuracy-aware quantization; None where there are none but those of the calibration set.
+
+    raises   DataError also where they have no labels, and the metric needs some
+    """
+    if quantization.mode == "default" or quantization.validate_on == CALIBRATION:
+        return None
+    validation = evaluation
+    if quantization.validate_on is not None:
+        try:
+            validation = open_dataset(quantization.validate_on, spec, options.limit, options.download)
+        except UnknownNameError as error:
+            if error.name != quantization.validate_on:
+                raise
+            known = [*error.known, CALIBRATION]
+            raise UnknownNameError("images for `validate_on`:", error.name, known) from error
+    if validation is not None:
+        require_labels(quantization.metric, validation.labels, validation.reference)
+    return validation
+
+
+def require_labels(metric: str | None, labels: Any, on: str) -> None:
+    """Raise DataError where the metric is top-1 and there are no labels."""
+    if metric == "top1" and labels is None:
+        raise DataError(
+            f"`metric=top1` needs labels, and {on} has none. Use `metric=expected-top1` or `metric=agreement`, or "
+            "labelled images."
+        )
+
+
+def calibration_images(calibration: CalibrationSet, limit: int | None = None) -> Images:
+    """The images of a calibration set, with the labels that came with them.
+
+    limit   at most so many, from the first on
+    """
+    count = len(calibration) if limit is None else min(len(calibration), limit)
+    on = f"the calibration set ({calibration.provenance.source})"
+    return Images(on, count, Items(lambda: islice(calibration_items(calibration), count)))
+
+
+def proof_images(evaluation: DataSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
+    """The images that the result is proven on: without others, the first of the calibration set itself."""
+    if evaluation is None:
+        return calibration_images(calibration, AGREEMENT_IMAGES)
+    return evaluation.images(frozenset() if allow_overlap else calibration_hashes(calibration))
+
+
+def calibration_hashes(calibration: CalibrationSet) -> frozenset[bytes]:
+    """Pixel hashes of a set that may hold real images."""
+    if calibration.domain != "pixels":
+        return frozenset()
+    return frozenset(pixel_hash(calibration.pixels(i)) for i in range(len(calibration)))

@@ -1,0 +1,80 @@
+"""Statistics of outputs: accuracy with its interval, agreement with FP32, error. Pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z95 = 1.959963984540054
+
+
+def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
+    """95 % interval of an accuracy, as fractions.
+
+    Stays inside [0, 1] and keeps its coverage for small samples and rates near 1, where the normal interval
+    does not (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212).
+    """
+    if total <= 0:
+        raise ValueError(f"An interval needs at least one item, not {total}.")
+    rate = correct / total
+    centre = (rate + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+    # Rounding must not push a bound past the rate itself at 0 and 1.
+    return max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))
+
+
+def paired_drop(before: NDArray[np.bool_], after: NDArray[np.bool_], z: float = Z95) -> tuple[float, float, float]:
+    """The drop in accuracy between two models on the same items, and its 95 % interval, as fractions.
+
+    before, after   bool [N], whether each item was right
+    Only the items on which the models differ carry information. Half an item is added to each of the four cells
+    (Agresti & Min 2005, Stat. Med. 24, 729-740), so that no discordant item does not mean no uncertainty.
+    """
+    n = len(before)
+    lost, won = int(np.sum(before & ~after)), int(np.sum(~before & after))
+    drop = (lost - won) / n
+    b, c, m = lost + 0.5, won + 0.5, n + 2.0
+    centre = (b - c) / m
+    half = z * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    return drop, centre - half, centre + half
+
+
+def hits(values: NDArray[np.float32], labels: NDArray[np.int64], k: int = 1) -> NDArray[np.bool_]:
+    """Whether the label of each item is among its k largest logits, bool [N]; NaN logits are never right."""
+    own = values[np.arange(len(labels)), labels]
+    with np.errstate(invalid="ignore"):
+        # Ties count against the model, as a constant output must not be right about everything.
+        larger = (values >= own[:, None]).sum(1) - 1
+    return np.asarray((larger < k) & np.isfinite(own))
+
+
+def same_class(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether both models name the same class for each item, bool [N]; a non-finite output agrees with nothing."""
+    finite = np.isfinite(values).all(1) & np.isfinite(reference).all(1)
+    return np.asarray((reference.argmax(1) == values.argmax(1)) & finite)
+
+
+def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The probability that FP32 gives to the class that a model names for each item, float64 [N].
+
+    Its mean is the top-1 accuracy to expect without labels if the probabilities are calibrated; of FP32 itself it is
+    the average confidence (Hendrycks & Gimpel, ICLR 2017; Guillory et al., ICCV 2021). Where an image lies between two
+    classes it costs little to name the other, so the drop is at most the share of items on which the models disagree,
+    and mostly far below it.
+    reference   outputs of FP32, float32 [N, K]: logits, or probabilities
+    values      outputs of the model; one that is not finite expects 0
+    """
+    scores = reference.astype(np.float64)
+    if scores.min() < 0 or np.abs(scores.sum(1) - 1).max() > 1e-3:
+        scores = np.exp(scores - scores.max(1, keepdims=True))
+        scores /= scores.sum(1, keepdims=True)
+    named = scores[np.arange(len(scores)), values.argmax(1)]
+    return np.asarray(np.where(np.isfinite(values).all(1), named, 0.0))
+
+
+def nmse(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
+    """Normalised mean squared error of outputs: sum |reference - values|^2 / sum |reference|^2, over all items."""
+    reference, values = reference.astype(np.float64), values.astype(np.float64)
+    return float(((reference - values) ** 2).sum() / max((reference**2).sum(), np.finfo(np.float64).tiny))

@@ -1,0 +1,128 @@
+"""Running a model over items."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.data.sets import Reader
+from ovcalib.errors import DataError
+from ovcalib.runtime import Runner
+
+# Outputs of a reference are kept for the comparison; large output maps are compared on fewer items.
+MAX_KEPT_BYTES = 512 * 2**20
+
+
+@dataclass
+class Outputs:
+    """What a model said about a set.
+
+    values   float32 [N, K]
+    labels   int64 [N], or None
+    digest   SHA-256 over the pixels and labels of the items, in order
+    """
+
+    values: NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def pixel_hash(pixels: NDArray[np.uint8]) -> bytes:
+    """A content hash of one image, the same whatever file it came from."""
+    return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One network input, float32 [1, C, H, W], with its label where there is one, and a hash of its content."""
+
+    input: NDArray[np.float32]
+    label: int | None
+    digest: bytes
+
+
+def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Iterator[Item]:
+    """Items of a data set.
+
+    forbidden   pixel hashes of calibration images
+    raises      DataError where one of them turns up
+    """
+    for sample in reader:
+        digest = pixel_hash(sample.pixels)
+        if digest in forbidden:
+            raise DataError(
+                f"{sample.name!r} is in the calibration set and in the evaluation set, so the accuracy would be "
+                "flattered. Use separate images, or pass `allow_overlap=True`."
+            )
+        yield Item(reader.spec.preprocessing.normalise(sample.pixels)[None], sample.label, digest)
+
+
+def calibration_items(calibration: CalibrationSet) -> Iterator[Item]:
+    """Items of a calibration set, in either domain; labels that are only FP32's own answer are left out."""
+    labels = None if calibration.provenance.labels == "pseudo" else calibration.labels
+    for i, x in enumerate(calibration):
+        label = None if labels is None else int(labels[i])
+        yield Item(x, label, hashlib.blake2b(x.tobytes(), digest_size=16).digest())
+
+
+class Items:
+    """Items that can be gone through again; they stay in memory as long as there are few of them.
+
+    make    yields the items, the same each time
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
+        self.make = make
+        self.kept: list[Item] | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        kept: list[Item] | None = []
+        size = 0
+        for item in self.make():
+            size += item.input.nbytes
+            if kept is not None:
+                kept.append(item)
+                if size > MAX_KEPT_BYTES:
+                    kept = None
+            yield item
+        self.kept = kept
+
+
+def collect(runner: Runner, items: Iterable[Item], tick: Callable[[int], None] = lambda done: None) -> Outputs:
+    """Run a model over items.
+
+    tick     receives the number of finished items
+    raises   DataError where there are none
+    """
+    labels: list[int | None] = []
+    digest = hashlib.sha256()
+
+    def inputs() -> Iterator[NDArray[np.float32]]:
+        for item in items:
+            labels.append(item.label)
+            digest.update(item.digest + str(item.label).encode())
+            yield item.input
+
+    values: list[NDArray[np.float32]] = []
+    for value in runner.run(inputs()):
+        values.append(value)
+        tick(len(values))
+        if len(values) * value.nbytes > MAX_KEPT_BYTES:
+            break
+    if not values:
+        raise DataError("There are no images to evaluate on.")
+    known = [label for label in labels[: len(values)] if label is not None]
+    return Outputs(
+        np.stack(values), np.array(known, dtype=np.int64) if len(known) == len(values) else None, digest.hexdigest()
+    )

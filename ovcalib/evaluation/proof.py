@@ -1,0 +1,69 @@
+"""INT8 against FP32 on the same images: accuracy where there are labels, agreement in any case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import openvino as ov
+
+from ovcalib.evaluation.classification import agreement, compare
+from ovcalib.evaluation.dataset import DataSet, Images
+from ovcalib.evaluation.outputs import Outputs, collect
+from ovcalib.kernels import is_emulated, runner_for
+from ovcalib.progress import Progress
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.result import Accuracy, Agreement, Kernels
+from ovcalib.runtime import OpenVINORunner
+
+# Below this agreement with FP32 the INT8 model is another model.
+COLLAPSED_AGREEMENT = 0.8
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparison found; `accuracy_reason` says why `accuracy` is None."""
+
+    accuracy: Accuracy | None
+    accuracy_reason: str | None
+    agreement: Agreement
+    warnings: tuple[str, ...]
+
+
+def reference_outputs(fp32: ov.Model, images: Images, progress: Progress) -> Outputs:
+    """The outputs of the FP32 model (batch 1). Raises DataError where an image is in the calibration set too."""
+    with progress.task("evaluating FP32", images.count) as tick:
+        return collect(OpenVINORunner(fp32), images.items, tick)
+
+
+def prove(
+    reference: Outputs,
+    int8: ov.Model,
+    images: Images,
+    evaluation: DataSet | None,
+    spec: ModelSpec,
+    kernels: Kernels,
+    progress: Progress,
+) -> Proof:
+    """Compare an INT8 model (batch 1) with the outputs of FP32.
+
+    evaluation   the data set that the images are of; None for calibration images, which say nothing of accuracy
+    kernels      on which INT8 runs, or is emulated
+    """
+    with progress.task("evaluating INT8", images.count) as tick:
+        outputs = collect(runner_for(int8, kernels), images.items, tick)
+    where = {"kernels": kernels, "emulated": is_emulated(kernels)}
+    agreed = agreement(reference, outputs, images.on, spec.num_classes is not None).model_copy(update=where)
+    warnings = []
+    if agreed.top1 is not None and agreed.top1 < COLLAPSED_AGREEMENT:
+        warnings.append(
+            f"agreement collapsed: INT8 names another class than FP32 for {1 - agreed.top1:.1%} of {images.on}. "
+            "Calibrate with another source, or use `mode=accuracy-aware`."
+        )
+    if agreed.nmse is None:
+        warnings.append("The INT8 model gives non-finite outputs.")
+    if evaluation is None:
+        return Proof(None, "no evaluation images were given (`eval`)", agreed, tuple(warnings))
+    accuracy = compare(reference, outputs, evaluation.protocol, spec.classes)
+    if accuracy is None:
+        return Proof(None, f"{evaluation.reference} has no labels", agreed, tuple(warnings))
+    return Proof(accuracy.model_copy(update=where), None, agreed, tuple(warnings))

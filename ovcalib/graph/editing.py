@@ -1,0 +1,177 @@
+"""Editing quantized OpenVINO graphs.
+
+`restore` gives chosen operations their float inputs and weights back and leaves the others as they are; the
+accuracy-aware mode and the layer diagnosis are both built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+from openvino.utils.node_factory import NodeFactory
+
+from ovcalib.errors import UnknownNameError
+from ovcalib.graph.reading import (
+    MOVING,
+    NULL_BIAS,
+    WEIGHTED,
+    Layer,
+    _fold,
+    _is_constant,
+    _is_quantized,
+    _node,
+    _range,
+    quantized_layers,
+    quantized_operations,
+)
+
+
+def restore(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov.Model:
+    """A copy of `quantized` in which the named operations compute in float.
+
+    quantized, original   the same network after and before quantization
+    names                 friendly names of operations of `quantized`
+    returns               a new graph: the named operations read unquantized activations and their original weights
+                          and biases; values that other operations read are quantized as before
+    """
+    graph = quantized.clone()
+    _restore_in_place(graph, original, names)
+    return graph
+
+
+def restore_biases(quantized: ov.Model, original: ov.Model) -> ov.Model:
+    """A copy of `quantized` without bias correction: every layer has the bias that it has in `original`."""
+    graph = quantized.clone()
+    before = {op.get_friendly_name(): op for op in original.get_ops()}
+    for op in quantized_operations(graph):
+        if op.get_type_name() in WEIGHTED:
+            _restore_bias(op, before)
+    return graph
+
+
+def redirect(value: ov.Output, to: ov.Output) -> None:
+    """Let everything that reads a value read another one."""
+    for reader in value.get_target_inputs():
+        reader.replace_source_output(to)
+
+
+def fold_weights(layers: Iterable[Layer]) -> None:
+    """Give layers their weights as one float constant each, in place."""
+    for layer in layers:
+        layer.op.input(1).replace_source_output(_fold(layer.op.input_value(1)))
+
+
+def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) -> None:
+    """Add to the bias of layers, in place.
+
+    shifts   [C] by friendly name
+    """
+    for layer in quantized_layers(graph):
+        if layer.name not in shifts:
+            continue
+        rank = len(layer.op.output(0).get_partial_shape())
+        shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
+        if layer.add is None:
+            readers = layer.op.output(0).get_target_inputs()  # the addition itself is not one of them
+            add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
+            add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
+            for reader in readers:
+                reader.replace_source_output(add.output(0))
+            continue
+        for i, value in enumerate(layer.add.input_values()):
+            if _is_constant(value):
+                before = np.array(_node(_fold(value)).get_data(), np.float64)
+                after = before + (shift.reshape(before.shape) if before.size == shift.size else shift)
+                layer.add.input(i).replace_source_output(ops.constant(after.astype(np.float32)).output(0))
+
+
+def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
+    """Let the quantizers that read the network's input span low..high; False where there are none.
+
+    low, high   smallest and largest value of the input; 0 stays a quantized value exactly, as NNCF has it
+    """
+    found = [
+        reader.get_node()
+        for parameter in quantized.get_parameters()
+        for reader in parameter.output(0).get_target_inputs()
+        if reader.get_node().get_type_name() == "FakeQuantize"
+    ]
+    for fq in found:
+        steps = fq.get_attributes()["levels"] - 1
+        before, after = _range(fq)
+        if low >= 0:
+            ends = 0.0, high
+        elif np.allclose(before, -after * (steps + 1) / (steps - 1)):  # symmetric
+            largest = max(-low, high)
+            ends = -largest * (steps + 1) / (steps - 1), largest
+        else:
+            step = (max(high, 0.0) - min(low, 0.0)) / steps
+            first = -round(-min(low, 0.0) / step) * step
+            ends = first, first + steps * step
+        for i, value in enumerate(ends * 2, start=1):
+            constant = ov.op.Constant(np.full(before.shape, value, np.float32))
+            fq.input(i).replace_source_output(constant.output(0))
+    return bool(found)
+
+
+def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
+    before = {op.get_friendly_name(): op for op in original.get_ops()}
+    wanted = set(names)
+    for op in graph.get_ordered_ops():
+        name = op.get_friendly_name()
+        if name not in wanted:
+            continue
+        wanted.remove(name)
+        for i, value in enumerate(op.input_values()):
+            if _is_constant(value):
+                if name in before and op.get_type_name() in WEIGHTED:
+                    op.input(i).replace_source_output(_fold(before[name].input_value(i)))
+            else:
+                op.input(i).replace_source_output(_unquantized(value))
+        if op.get_type_name() in WEIGHTED:
+            _restore_bias(op, before)
+    if wanted:
+        raise UnknownNameError(
+            "operation", sorted(wanted)[0], [op.get_friendly_name() for op in quantized_operations(graph)]
+        )
+    graph.validate_nodes_and_infer_types()
+
+
+def _unquantized(value: ov.Output) -> ov.Output:
+    """The value before quantization; moving operations on the way are copied, so that other readers keep theirs."""
+    node = _node(value)
+    if node.get_type_name() == "FakeQuantize":
+        return node.input_value(0)
+    if node.get_type_name() in MOVING and _is_quantized(value):
+        moved = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+        inputs = [_unquantized(v) for v in moved] + node.input_values()[len(moved) :]
+        arguments = [inputs] if node.get_type_name() == "Concat" else inputs
+        copy = NodeFactory().create(node.get_type_name(), *_as_arguments(arguments), node.get_attributes())
+        copy.set_friendly_name(f"{node.get_friendly_name()}/float")
+        return copy.output(value.get_index())
+    return value
+
+
+def _as_arguments(arguments: list[object]) -> list[list[object]]:
+    return [arguments[0]] if arguments and isinstance(arguments[0], list) else [arguments]
+
+
+def _restore_bias(op: ov.Node, before: dict[str, ov.Node]) -> None:
+    """Undo bias correction: the Add behind a layer gets its original constant back, or 0 where there was none."""
+    for reader in op.output(0).get_target_inputs():
+        add = reader.get_node()
+        if add.get_type_name() != "Add":
+            continue
+        for i, value in enumerate(add.input_values()):
+            if not _is_constant(value):
+                continue
+            origin = before.get(add.get_friendly_name())
+            if origin is not None and origin.get_input_size() == 2:
+                add.input(i).replace_source_output(_fold(origin.input_value(i)))
+            elif NULL_BIAS in add.get_friendly_name():
+                zero = ov.op.Constant(np.zeros(list(value.get_shape()), np.float32))
+                add.input(i).replace_source_output(zero.output(0))

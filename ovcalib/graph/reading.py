@@ -1,0 +1,308 @@
+"""Reading quantized OpenVINO graphs.
+
+NNCF marks an INT8 operation by FakeQuantize on its activations and by integer weights that a Multiply scales back.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.errors import UnknownNameError
+
+WEIGHTED = frozenset(
+    {
+        "Convolution",
+        "GroupConvolution",
+        "ConvolutionBackpropData",
+        "GroupConvolutionBackpropData",
+        "MatMul",
+    }
+)
+
+# Operations that move values without computing on them: they run in whatever precision reaches them.
+MOVING = frozenset(
+    {
+        "Concat", "DepthToSpace", "Gather", "MaxPool", "Pad", "Reshape", "ShuffleChannels", "Slice", "SpaceToDepth",
+        "Split", "Squeeze", "StridedSlice", "Tile", "Transpose", "Unsqueeze", "VariadicSplit",
+    }
+)  # fmt: skip
+
+# In the name of a bias that a layer had not before it was corrected, by us or by NNCF.
+NULL_BIAS = "null_bias"
+
+# What belongs to the quantization itself.
+_PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
+
+
+def layer_name(op: ov.Node | str) -> str:
+    """The name under which users know an operation, or that of a friendly name."""
+    return str(op if isinstance(op, str) else op.get_friendly_name()).removesuffix("/WithoutBiases")
+
+
+def quantized_operations(graph: ov.Model) -> list[ov.Node]:
+    """Operations that compute on quantized values, in execution order."""
+    return [
+        op
+        for op in graph.get_ordered_ops()
+        if op.get_type_name() not in _PLUMBING | MOVING
+        and not _is_weight_scaling(op)
+        and any(_is_quantized(value) for value in op.input_values())
+    ]
+
+
+def float_operations(graph: ov.Model) -> list[ov.Node]:
+    """Convolutions and matrix products with constant weights that stayed in float."""
+    quantized = {op.get_name() for op in quantized_operations(graph)}
+    return [
+        op
+        for op in graph.get_ordered_ops()
+        if op.get_type_name() in WEIGHTED and op.get_name() not in quantized and _is_constant(op.input_value(1))
+    ]
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    """An operation of a float graph that NNCF quantizes.
+
+    inputs         the activations that it reads
+    channel_axis   of its inputs and of its output
+    by_channel     its input gets a range for each channel: a depthwise convolution
+    weights        float64 [G, O, I, K]: groups, output and input channels of each, kernel positions; None for a sum
+    """
+
+    name: str
+    inputs: tuple[ov.Output, ...]
+    output: ov.Output
+    channel_axis: int
+    by_channel: bool
+    weights: NDArray[np.float64] | None
+
+
+def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
+    """Convolutions and matrix products with constant weights, and sums of two signals, in execution order."""
+    found = []
+    for op in graph.get_ordered_ops():
+        kind, values = op.get_type_name(), op.input_values()
+        constant = [_is_constant(value) for value in values]
+        if kind in ("Convolution", "GroupConvolution", "MatMul") and constant == [False, True]:
+            weights = _by_group(op, np.array(_node(_fold(values[1])).get_data(), np.float64))
+        elif kind == "Add" and not any(constant):
+            weights = None
+        else:
+            continue
+        signals = [*(value for value, fixed in zip(values, constant, strict=True) if not fixed), op.output(0)]
+        rank = len(op.output(0).get_partial_shape())
+        if any(len(value.get_partial_shape()) != rank for value in signals) or (
+            weights is not None and weights.ndim != 4
+        ):
+            continue  # an operand that is broadcast, or a matrix product of stacks
+        by_channel = kind == "GroupConvolution" and weights is not None and weights.shape[1:3] == (1, 1)
+        found.append(
+            Quantizable(
+                op.get_friendly_name(), tuple(signals[:-1]), signals[-1], _channel_axis(op), by_channel, weights
+            )
+        )
+    return found
+
+
+def _channel_axis(op: ov.Node) -> int:
+    """Of the output: the last of a matrix product, the second of everything else that has as many."""
+    rank = len(op.output(0).get_partial_shape())
+    return rank - 1 if op.get_type_name() == "MatMul" or rank < 2 else 1
+
+
+def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of a layer as [G, O, I, K]; matrix products of stacks keep their shape."""
+    if op.get_type_name() == "MatMul":
+        if weights.ndim != 2:
+            return weights
+        return (weights if op.get_attributes()["transpose_b"] else weights.T)[None, :, :, None]
+    grouped = weights if op.get_type_name() == "GroupConvolution" else weights[None]
+    return grouped.reshape(*grouped.shape[:3], -1)
+
+
+def match_operations(graph: ov.Model, patterns: Iterable[str]) -> dict[str, list[ov.Node]]:
+    """Operations of a float graph by wildcard pattern on their names, or by `type:Convolution`.
+
+    raises   UnknownNameError for a pattern that matches nothing
+    """
+    ops = [op for op in graph.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
+    found = {}
+    for pattern in patterns:
+        kind, colon, wanted = pattern.partition(":")
+        if colon and kind == "type":
+            found[pattern] = [op for op in ops if op.get_type_name().lower() == wanted.lower()]
+            known = {f"type:{op.get_type_name()}" for op in ops}
+        else:
+            found[pattern] = [
+                op for op in ops
+                if fnmatch.fnmatchcase(layer_name(op), pattern) or fnmatch.fnmatchcase(op.get_friendly_name(), pattern)
+            ]  # fmt: skip
+            known = {layer_name(op) for op in ops if op.get_type_name() in WEIGHTED}
+        if not found[pattern]:
+            raise UnknownNameError("operation pattern", pattern, known)
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or matrix product with constant weights.
+
+    add            the Add of its bias, None where it has none
+    channel_axis   of its output
+    """
+
+    name: str
+    op: ov.Node
+    add: ov.Node | None
+    channel_axis: int
+
+    @staticmethod
+    def of(op: ov.Node) -> Layer:
+        bias = _bias(op)
+        return Layer(op.get_friendly_name(), op, bias.add if bias else None, _channel_axis(op))
+
+
+def quantized_layers(graph: ov.Model) -> list[Layer]:
+    """The layers that compute with quantized weights, in execution order."""
+    return [
+        Layer.of(op)
+        for op in quantized_operations(graph)
+        if op.get_type_name() in WEIGHTED and [_is_constant(value) for value in op.input_values()][:2] == [False, True]
+    ]
+
+
+def activation_quantizers(graph: ov.Model) -> list[ov.Node]:
+    return [
+        op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and not _is_constant(op.input_value(0))
+    ]
+
+
+def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]] | None:
+    """The weights of a layer as integers, and their scale for each output channel; None for any other form.
+
+    returns   int8 in the layer's own shape, and float64 broadcastable to it; their product is what the layer computes
+              with
+    """
+    value = layer.op.input_value(1)
+    shape = list(value.get_shape())
+    node = _node(value)
+    if node.get_type_name() == "Reshape":
+        node = _node(node.input_value(0))
+    if node.get_type_name() != "Multiply" or _node(node.input_value(0)).get_type_name() != "Convert":
+        return None
+    constant = _node(_node(node.input_value(0)).input_value(0))
+    scale = np.array(_node(_fold(node.input_value(1))).get_data(), np.float64)
+    if constant.get_type_name() != "Constant" or constant.get_element_type().to_string() != "i8":
+        return None
+    integers = np.array(constant.get_data(), np.int8)
+    return integers.reshape(shape), np.broadcast_to(scale, integers.shape).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a quantized activation: value = step * (level - zero), level in 0..255."""
+
+    step: float
+    zero: int
+
+
+def activation_levels(value: ov.Output) -> Levels | None:
+    """The levels of a value that was quantized with one range a tensor, seen through moving operations; else None."""
+    quantizers = _quantizers(value)
+    if not quantizers:
+        return None
+    low, high = _range(quantizers[0])
+    if low.size > 1 or quantizers[0].get_attributes()["levels"] != 256:
+        return None
+    step = (float(high.item()) - float(low.item())) / 255
+    return Levels(step, round(-float(low.item()) / step))
+
+
+@dataclass(frozen=True)
+class _Bias:
+    add: ov.Node
+    value: ov.Output
+
+
+def _bias(op: ov.Node) -> _Bias | None:
+    """The constant that the only reader of a layer adds to it."""
+    readers = [reader.get_node() for reader in op.output(0).get_target_inputs()]
+    if op.get_type_name() not in WEIGHTED or len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    constants = [value for value in readers[0].input_values() if _is_constant(value)]
+    return _Bias(readers[0], constants[0]) if constants else None
+
+
+def _quantizers(value: ov.Output) -> list[ov.Node]:
+    """The FakeQuantize operations that a quantized value went through, seen through moving operations."""
+    node = _node(value)
+    if node.get_type_name() == "FakeQuantize":
+        return [node]
+    if node.get_type_name() in MOVING:
+        data = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+        return [fq for v in data for fq in _quantizers(v)]
+    return []
+
+
+def _range(fq: ov.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    low, high = (np.array(_node(_fold(fq.input_value(i))).get_data(), np.float32) for i in (1, 2))
+    return low, high
+
+
+def _node(value: ov.Output) -> ov.Node:
+    return value.get_node()
+
+
+def _is_quantized(value: ov.Output) -> bool:
+    """Whether a value was quantized, seen through operations that only move values."""
+    node = _node(value)
+    if node.get_type_name() == "FakeQuantize":
+        return True
+    if node.get_type_name() in MOVING:
+        data = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+        return all(_is_quantized(v) for v in data)
+    return _is_weight_scaling(node)
+
+
+def _is_weight_scaling(node: ov.Node) -> bool:
+    """Multiply(Convert(integer constant) [- zero point], scale): weights in the form that NNCF compresses them to."""
+    if node.get_type_name() == "Reshape":
+        return _is_weight_scaling(_node(node.input_value(0)))
+    if node.get_type_name() != "Multiply":
+        return False
+    source = _node(node.input_value(0))
+    if source.get_type_name() == "Subtract":
+        source = _node(source.input_value(0))
+    return (
+        source.get_type_name() == "Convert"
+        and _node(source.input_value(0)).get_type_name() == "Constant"
+        and source.input_value(0).get_element_type().to_string() in ("i8", "u8", "i4", "u4")
+    )
+
+
+def _is_constant(value: ov.Output) -> bool:
+    """Whether a value depends on constants alone."""
+    node = _node(value)
+    if node.get_type_name() == "Constant":
+        return True
+    return node.get_input_size() > 0 and all(_is_constant(v) for v in node.input_values())
+
+
+def _fold(value: ov.Output) -> ov.Output:
+    """A constant with the value that a constant expression of another graph has."""
+    node = _node(value)
+    if node.get_type_name() == "Constant":
+        data = node.get_data()
+    else:
+        graph = ov.Model([value], [], "fold")
+        data = next(iter(ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({}).values()))
+    constant = ov.op.Constant(np.array(data))
+    constant.set_friendly_name(f"{node.get_friendly_name()}/float")
+    return constant.output(0)

@@ -1,0 +1,121 @@
+"""Keywords of the public functions. Written by `python -m ovcalib.records.schema` from the option groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+
+class QuantizeKeywords(TypedDict, total=False):
+    weights: str | None
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    trust_remote_code: bool
+    dynamic_batch: bool
+    calib: str | None
+    num_samples: int | None
+    seed: int
+    options: Mapping[str, object]
+    mode: Literal["default", "accuracy-aware"]
+    preset: Literal["performance", "mixed"] | None
+    deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
+    overflow_fix: Literal["auto"] | Literal["disable", "first-layer", "enable"]
+    activation_ranges: Literal["auto"] | Literal["min-max", "mean-min-max", "histogram"]
+    bias_correction: Literal["auto"] | Literal["none", "fast", "full", "layerwise"]
+    guard: bool
+    model_type: Literal["auto", "cnn", "transformer"]
+    ignore: Sequence[str]
+    metric: Literal["top1", "agreement", "expected-top1"] | None
+    max_drop: float
+    validate_on: str | None
+    max_time: float | None
+    max_iterations: int | None
+    eval: str | None
+    limit: int | None
+    allow_overlap: bool
+    download: bool
+    device: str
+    benchmark_time: float
+
+
+class GenerateKeywords(TypedDict, total=False):
+    weights: str | None
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    trust_remote_code: bool
+    seed: int
+    options: Mapping[str, object]
+    score: bool
+    format: Literal["npz", "imagefolder", "datumaro"]
+    download: bool
+
+
+class ConvertKeywords(TypedDict, total=False):
+    weights: str | None
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    trust_remote_code: bool
+    dynamic_batch: bool
+    to: Sequence[Literal["onnx", "ir"]]
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    weights: str | None
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    trust_remote_code: bool
+    limit: int | None
+    download: bool
+    device: str
+    precision: Literal["f32", "f16", "bf16", "default"]
+
+
+class BenchmarkKeywords(TypedDict, total=False):
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    device: Sequence[str]
+    hint: Sequence[Literal["latency", "throughput"]]
+    precision: Sequence[Literal["default", "f32", "f16", "bf16"]]
+    seconds: float
+    batch: int
+    api: Literal["sync", "async"] | None
+    streams: int | None
+    threads: int | None
+    requests: int | None
+    data: str | None
+    limit: int | None
+    min_agreement: float
+
+
+class DiagnoseKeywords(TypedDict, total=False):
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    data: str | None
+    calib: Sequence[str]
+    num_samples: int
+    limit: int | None
+    max_drop: float
+    device: str
+    benchmark_time: float
+    seed: int
+
+
+class LoadKeywords(TypedDict, total=False):
+    weights: str | None
+    input_shape: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    short_side: int | None
+    trust_remote_code: bool

@@ -1,0 +1,122 @@
+"""What this machine has, what it lacks for which feature, and how to get it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ovcalib import machine
+from ovcalib.data.sets import cache_dir
+from ovcalib.measurement.environment import environment
+
+# Feature -> (packages it needs, the extra that brings them).
+FEATURES = {
+    "quantize a PyTorch model": (("torch", "nncf", "onnx", "onnxscript"), "quantize"),
+    "quantize FILE.onnx or FILE.xml": (("nncf",), "quantize"),
+    "torchvision: models": (("torchvision",), "quantize"),
+    "timm: models": (("timm",), "timm"),
+    "datumaro: data sets": (("datumaro",), "quantize"),
+    "evaluate, benchmark, diagnose, report": ((), ""),
+    "check ONNX files with another engine": (("onnxruntime",), "parity"),
+}
+# Devices that OpenVINO knows, and what makes them appear.
+DRIVERS = {
+    "GPU": "an Intel GPU and its compute runtime (Debian: intel-opencl-icd; the user in the group `render`)",
+    "NPU": "an Intel NPU and its driver (linux-npu-driver), kernel 6.6 or later",
+}
+INSTRUCTION_SETS = {
+    "AVX2": ("avx2",),
+    "AVX512": ("avx512f",),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "AMX-INT8": ("amx_int8",),
+    "BF16": ("avx512_bf16", "amx_bf16"),
+    "FP16": ("avx512_fp16", "amx_fp16"),
+}
+
+
+def doctor() -> dict[str, Any]:
+    """Devices with their capabilities, instruction sets, versions, missing parts, caches with their sizes."""
+    from ovcalib.runtime import core
+
+    found: dict[str, Any] = environment().model_dump()
+    devices = core().available_devices
+    found["capabilities"] = {name: list(core().get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in devices}
+    found["architecture"] = {name: _property(name, "DEVICE_ARCHITECTURE") for name in devices}
+    found["absent_devices"] = {
+        name: f"needs {need}" for name, need in DRIVERS.items() if name not in {d.split(".")[0] for d in devices}
+    }
+    flags = machine.cpu_flags()
+    found["instruction_sets"] = {name: bool(flags & set(any_of)) for name, any_of in INSTRUCTION_SETS.items()}
+    found["features"] = {name: _feature(packages, extra) for name, (packages, extra) in FEATURES.items()}
+    energy = machine.package_energy_joules() is not None
+    found["features"]["energy of a benchmark"] = {
+        "ready": energy,
+        "missing": [] if energy else [machine.RAPL_REASON],
+        "how": None if energy else "run on the hardware itself, with read access to the counters",
+    }
+    found["missing"] = {
+        package: f"pip install 'ovcalib[{extra}]'"
+        for packages, extra in FEATURES.values()
+        for package in packages
+        if machine.package_version(package) is None
+    }
+    found["caches"] = {name: {"path": str(path), "bytes": folder_bytes(path)} for name, path in caches().items()}
+    return found
+
+
+def _property(device: str, name: str) -> str | None:
+    from ovcalib.runtime import core
+
+    try:
+        return str(core().get_property(device, name))
+    except RuntimeError:
+        return None
+
+
+def _feature(packages: tuple[str, ...], extra: str) -> dict[str, Any]:
+    missing = [name for name in packages if machine.package_version(name) is None]
+    return {"ready": not missing, "missing": missing, "how": f"pip install 'ovcalib[{extra}]'" if missing else None}
+
+
+def caches() -> dict[str, Path]:
+    """Folders in which ovcalib and the libraries behind it keep what they downloaded."""
+    home = Path.home()
+    return {
+        "ovcalib": cache_dir(),
+        "torch": Path(os.environ.get("TORCH_HOME", home / ".cache" / "torch")),
+        "huggingface": Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")),
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed, and 0 stands for a folder that is not there."""
+    total = 0
+    for root, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += (Path(root) / name).lstat().st_size
+            except OSError:  # gone meanwhile
+                continue
+    return total
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The findings for the terminal."""
+    shown = []
+    for device, name in found["devices"].items():
+        architecture = found["architecture"][device]
+        about = f" ({architecture})" if architecture else ""
+        shown.append(f"{device:12}{name}{about}: {' '.join(found['capabilities'][device])}")
+    shown += [f"{device:12}absent; {need}" for device, need in found["absent_devices"].items()]
+    sets = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["instruction_sets"].items())
+    machine_kind = ", virtual machine" if found["virtual_machine"] else ""
+    shown.append(f"{'ISA':12}{found['isa'] or 'unknown'} ({sets}), {found['cpus']} CPUs{machine_kind}")
+    shown += [f"{package:12}{version or 'not installed'}" for package, version in found["versions"].items()]
+    shown.append("")
+    for name, feature in found["features"].items():
+        state = "ready" if feature["ready"] else f"missing: {', '.join(feature['missing'])}; {feature['how']}"
+        shown.append(f"{name + ':':40}{state}")
+    shown.append("")
+    shown += [f"cache {name:12}{c['path']}, {c['bytes'] / 1e6:.1f} MB" for name, c in found["caches"].items()]
+    return shown

@@ -1,0 +1,215 @@
+"""Defaults chosen by measured output error.
+
+Before quantizing, operations whose expected SQNR is too low are left in float. After it, settings that were left open
+are compared by the error of the outputs against FP32 on held-out images of the calibration set: the range estimator of
+activations, half or full range of the weights, and bias correction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Container, Sequence
+from functools import cached_property
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.evaluation.metrics import nmse
+from ovcalib.graph.editing import restore_biases
+from ovcalib.graph.reading import layer_name
+from ovcalib.kernels import is_emulated, outputs_on, without_saturation
+from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
+from ovcalib.quantization.settings import Settings
+from ovcalib.records.result import Kernels, KernelsError
+from ovcalib.runtime import outputs_of
+
+# Images of the calibration set from which the expected SQNR is computed, and on which output errors are measured.
+GUARD_IMAGES = 8
+ERROR_IMAGES = 32
+# Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
+# below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
+SUSPECT_NMSE = 0.005
+# So much more error on the kernels of AVX2 than on others is saturation.
+SATURATED_NMSE = 0.01
+# Operations that a warning names.
+NAMED_OPERATIONS = 4
+
+
+def operations_to_guard(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
+    """The operations below the SQNR limit, the lowest first, without those that are ignored anyway."""
+    expected = expected_sqnr(fp32, calibration.inputs(last=GUARD_IMAGES))
+    return [operation for operation in below_sqnr_limit(expected) if operation.name not in settings.ignored]
+
+
+def guard_warning(kept: Sequence[Expected]) -> str:
+    """Why operations stay in float; `kept` has at least one, the lowest SQNR first."""
+    named = [
+        f"{layer_name(op.name)} ({op.sqnr_db:.0f} dB, {'weights' if op.weights_share > 0.5 else 'activations'})"
+        for op in kept[:NAMED_OPERATIONS]
+    ]
+    more = len(kept) - len(named)
+    return (
+        f"{len(kept)} operations stay in float, because their expected SQNR in INT8 is below {MIN_SQNR_DB:.0f} dB: a "
+        f"few channels or weights are far larger than the others: {', '.join(named)}"
+        f"{f' and {more} more' if more else ''}. `guard=False` quantizes them."
+    )
+
+
+class OutputError:
+    """The error of INT8 models against FP32 on the last images of a calibration set.
+
+    Candidates are compared in arithmetic that does not saturate, emulated in float32: the same on every CPU, so that
+    settings do not depend on the CPU that they are chosen on.
+    """
+
+    def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
+        self.fp32 = fp32
+        self.inputs = calibration.inputs(-ERROR_IMAGES)
+
+    @cached_property
+    def reference(self) -> NDArray[np.float32]:
+        return outputs_of(self.fp32, self.inputs)
+
+    def nmse(self, int8: ov.Model) -> float:
+        """NMSE of the outputs where no sum saturates."""
+        return nmse(self.reference, outputs_of(without_saturation(int8), self.inputs))
+
+    def on(self, kernels: Kernels, int8: ov.Model) -> float:
+        """NMSE of the outputs on some kernels, executed where this CPU has them. Raises KernelsFailedError."""
+        return nmse(self.reference, outputs_on(kernels, int8, self.inputs))
+
+    def by_kernels(self, int8: ov.Model, wanted: Sequence[Kernels]) -> tuple[KernelsError, ...]:
+        """NMSE of the outputs on each of several kernels."""
+        found = [(kernels, self.on(kernels, int8)) for kernels in wanted]
+        return tuple(
+            KernelsError(kernels=kernels, nmse=error if math.isfinite(error) else None, emulated=is_emulated(kernels))
+            for kernels, error in found
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedCandidate:
+    """An INT8 model and the settings that made it; its error is measured once."""
+
+    int8: ov.Model
+    settings: Settings
+    output: OutputError
+
+    @cached_property
+    def error(self) -> float:
+        return self.output.nmse(self.int8)
+
+    @cached_property
+    def error_on_avx2(self) -> float:
+        return self.output.on("avx2", self.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturation:
+    """NMSE of the outputs of an INT8 model.
+
+    vnni     where sums do not saturate
+    avx2     on the kernels of AVX2
+    halved   with half the range of weights, the same on both; None where there was no need to try
+    """
+
+    vnni: float
+    avx2: float
+    halved: float | None
+
+    @property
+    def avoided(self) -> bool:
+        """Half the range has the smaller error on AVX2."""
+        return self.halved is not None and self.halved < self.avx2
+
+    def warning(self) -> str:
+        return (
+            f"All weights use half of their range (output NMSE {self.halved:.2g}), because sums of products saturate "
+            f"on CPUs without VNNI (NMSE {self.avx2:.2g} there, {self.vnni:.2g} with VNNI). Where the model will run "
+            "on VNNI, AMX, a GPU or an NPU, name it with `deploy_isa`."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """An INT8 model, its settings, and the errors that they were chosen by; None where there was nothing to choose.
+
+    ranges_nmse   see `select_activation_ranges`
+    saturation    see `select_weight_range`
+    bias_nmse     see `select_bias_correction`
+    """
+
+    int8: ov.Model
+    settings: Settings
+    ranges_nmse: tuple[float, float] | None
+    saturation: Saturation | None
+    bias_nmse: tuple[float, float] | None
+
+
+def select_settings(
+    quantize: Callable[[Settings], ov.Model], settings: Settings, auto: Container[str], output: OutputError
+) -> Selection:
+    """Quantize, and replace settings that were left open where the output error is smaller with others.
+
+    quantize   makes the INT8 model of settings
+    auto       of "activation_ranges", "overflow_fix" and "bias_correction" those that were left open
+    """
+
+    def make(settings: Settings) -> QuantizedCandidate:
+        return QuantizedCandidate(quantize(settings), settings, output)
+
+    best = make(settings)
+    ranges_nmse = saturation = bias_nmse = None
+    if "activation_ranges" in auto:
+        best, ranges_nmse = select_activation_ranges(best, make)
+    if "overflow_fix" in auto:
+        best, saturation = select_weight_range(best, make)
+    if "bias_correction" in auto:
+        best, bias_nmse = select_bias_correction(best)
+    return Selection(best.int8, best.settings, ranges_nmse, saturation, bias_nmse)
+
+
+Make = Callable[[Settings], QuantizedCandidate]
+
+
+def select_activation_ranges(
+    extremes: QuantizedCandidate, make: Make
+) -> tuple[QuantizedCandidate, tuple[float, float] | None]:
+    """Take the mean of each image's extremes where a few images have widened the extremes over all too far.
+
+    Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
+    mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels.
+    returns   the better one, and NMSE with the extremes and with the mean; None where the mean was not tried
+    """
+    if extremes.error <= SUSPECT_NMSE:
+        return extremes, None
+    mean = make(dataclasses.replace(extremes.settings, activation_ranges="mean-min-max"))
+    return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
+
+
+def select_weight_range(full: QuantizedCandidate, make: Make) -> tuple[QuantizedCandidate, Saturation]:
+    """Give weights half their range where the full one saturates on the kernels of AVX2.
+
+    returns   the better one there, and what was measured
+    raises    KernelsFailedError
+    """
+    if full.error_on_avx2 <= full.error + SATURATED_NMSE:
+        return full, Saturation(full.error, full.error_on_avx2, None)
+    half = make(dataclasses.replace(full.settings, overflow_fix="enable"))
+    saturation = Saturation(full.error, full.error_on_avx2, half.error)
+    return half if saturation.avoided else full, saturation
+
+
+def select_bias_correction(corrected: QuantizedCandidate) -> tuple[QuantizedCandidate, tuple[float, float]]:
+    """Leave bias correction out where the output error is smaller without it.
+
+    A shift of the mean does not describe an error that grows with the activation, and on few images it is noisy.
+    returns   the better one, and the NMSE of the outputs with the correction and without it
+    """
+    output = corrected.output
+    settings = dataclasses.replace(corrected.settings, bias_correction="none")
+    plain = QuantizedCandidate(restore_biases(corrected.int8, output.fp32), settings, output)
+    return plain if plain.error < corrected.error else corrected, (corrected.error, plain.error)

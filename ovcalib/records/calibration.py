@@ -1,0 +1,67 @@
+"""What a calibration set records about itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ovcalib.records.base import Frozen
+
+# The value of an option of a source.
+OptionValue = bool | int | float | str | None
+
+
+class SetScore(Frozen):
+    """How a calibration set looks to the model, told without real data.
+
+    images                  that were read
+    bn_distance             from the BatchNorm statistics, mean over layers; 0 is equal, 1 a standard deviation off
+    range_coverage          0..1, overlap of activation ranges with those that the statistics let expect
+    diversity               between images, in standard deviations of the activations; 0 where all images are alike
+    output_range            largest minus smallest output, mean over images
+    output_range_distance   |ln| of its ratio to the range that the last BatchNorm layer lets expect
+    """
+
+    images: int
+    bn_distance: float
+    range_coverage: float
+    diversity: float
+    output_range: float
+    output_range_distance: float
+
+
+Domain = Literal["pixels", "network"]
+
+LabelOrigin = Literal["data", "method", "pseudo"]
+
+
+class Provenance(Frozen):
+    """How a calibration set was made.
+
+    source         the reference, as given
+    options        every option of the source, resolved
+    num_samples    images in the set
+    requested      images asked for
+    labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
+    warnings       what the user should know about the set
+    score          how the set looks to the model; where it was not scored, `score_reason` says why
+    """
+
+    source: str
+    options: dict[str, OptionValue]
+    num_samples: int
+    requested: int
+    seed: int
+    seconds: float
+    domain: Domain
+    labels: LabelOrigin | None
+    licence: str | None = None
+    model: str | None = None
+    warnings: tuple[str, ...] = ()
+    score: SetScore | None = None
+    score_reason: str | None = "not asked for"
+
+
+class Calibration(Provenance):
+    """The calibration block of a result."""
+
+    has_labels: bool

@@ -1,0 +1,343 @@
+"""What a user can ask for, one group of options for each stage.
+
+A field holds type, bounds, default and the sentence of help. The command line, recipe files, the JSON Schema and the
+documentation of the keywords are made from the fields: to add an option, add a field here, a keyword in `ovcalib.api`
+and the place that reads it. Every field has a name of its own, so that they can also be given without their groups.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ovcalib.records.base import Frozen, Shown
+
+GoalMetric = Literal["top1", "agreement", "expected-top1"]
+Mode = Literal["default", "accuracy-aware"]
+Preset = Literal["performance", "mixed"]
+OverflowFix = Literal["disable", "first-layer", "enable"]
+DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
+ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
+BiasCorrection = Literal["none", "fast", "full", "layerwise"]
+
+# `validate_on` in place of a data reference: the calibration images, with the labels that came with them.
+CALIBRATION = "calibration"
+
+DATA = "imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE"
+MODEL = (
+    "A name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml or "
+    "package.module:factory."
+)
+
+
+def numbers(value: Any) -> Any:
+    """Numbers with commas as a tuple; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise ValueError("expected numbers with commas, such as 3,224,224") from None
+
+
+def shape(value: Any) -> Any:
+    """The shape of an image as a tuple of three whole numbers, or None."""
+    sizes = numbers(value)
+    whole = isinstance(sizes, list | tuple) and all(isinstance(s, int | float) and s == int(s) >= 1 for s in sizes)
+    if sizes is not None and not (whole and len(sizes) == 3):
+        raise ValueError("expected C,H,W, such as 3,224,224")
+    return sizes
+
+
+class ModelOptions(Frozen):
+    """Model"""
+
+    reference: Annotated[str, Shown(("MODEL",))] = Field(description=MODEL)
+    weights: Annotated[
+        str | None, Shown(metavar="shipped|published|FILE", default="shipped, or what the reference brings")
+    ] = Field(default=None, description="Weights of the model; published ones are downloaded.")
+    input_shape: Annotated[tuple[int, int, int] | None, Shown(metavar="C,H,W", default="the model's")] = Field(
+        default=None, description="Shape of one image, where the model does not say."
+    )
+    mean: Annotated[tuple[float, ...] | None, Shown(metavar="A,B,C", default="the model's")] = Field(
+        default=None, description="Mean of each channel on the 0..1 scale."
+    )
+    std: Annotated[tuple[float, ...] | None, Shown(metavar="A,B,C", default="the model's")] = Field(
+        default=None, description="Standard deviation of each channel on the 0..1 scale."
+    )
+    short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
+        default=None, ge=0, description="Short side before the centre crop; 0 scales the whole image."
+    )
+    trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
+    dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return numbers(value)
+
+    @field_validator("input_shape", mode="before")
+    @classmethod
+    def _shape(cls, value: Any) -> Any:
+        return shape(value)
+
+
+class CalibrationOptions(Frozen):
+    """Calibration"""
+
+    calib: Annotated[
+        str | None,
+        Shown(metavar="SOURCE", default="bn-inversion, or fractal where the model has no BatchNorm"),
+    ] = Field(default=None, description="Calibration source; see `ovcalib sources`.")
+    num_samples: Annotated[int | None, Shown(metavar="N", default="300; fewer for expensive sources")] = Field(
+        default=None, ge=1, description="Calibration images (never batches)."
+    )
+    seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of everything random.")
+    options: Annotated[dict[str, str], Shown(("-O",), metavar="KEY=VALUE", default="none", repeat=True)] = Field(
+        default={}, description="An option of the source; see `ovcalib sources NAME`. Repeatable."
+    )
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {str(key): str(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+class QuantizationOptions(Frozen):
+    """Quantization"""
+
+    mode: Mode = Field(
+        default="default", description="accuracy-aware reverts operations to float until `max_drop` holds."
+    )
+    preset: Annotated[Preset | None, Shown(default="performance; mixed for transformers")] = Field(
+        default=None, description="Symmetric activations, or asymmetric where they are signed."
+    )
+    deploy_isa: DeployISA = Field(
+        default="any", description="Machine that the model will run on; any is safe on all of them."
+    )
+    overflow_fix: Annotated[Literal["auto"] | OverflowFix, Shown(default="auto, by `deploy_isa`")] = Field(
+        default="auto", description="Layers whose weights use half of their range."
+    )
+    activation_ranges: Annotated[
+        Literal["auto"] | ActivationRanges,
+        Shown(default="auto: min-max, or mean-min-max for transformers and where its output error is smaller"),
+    ] = Field(
+        default="auto",
+        description="Range estimator: extremes over all images, mean of each image's extremes (NNCF's default), or a "
+        "histogram.",
+    )
+    bias_correction: Annotated[
+        Literal["auto"] | BiasCorrection,
+        Shown(default="auto: layerwise, or none where its output error is smaller"),
+    ] = Field(
+        default="auto",
+        description="layerwise removes the mean shift that rounding a layer's weights causes; fast and full are "
+        "NNCF's.",
+    )
+    guard: bool = Field(default=True, description="Leave operations in float whose expected SQNR in INT8 is too low.")
+    model_type: Literal["auto", "cnn", "transformer"] = Field(
+        default="auto", description="transformer turns on SmoothQuant and the mixed preset."
+    )
+    ignore: Annotated[tuple[str, ...], Shown(metavar="PATTERN", default="none", repeat=True)] = Field(
+        default=(), description="Operations to leave in float, by wildcard (layer1.*) or type:NAME. Repeatable."
+    )
+    metric: Annotated[GoalMetric | None, Shown(default="top1 with labels, else expected-top1")] = Field(
+        default=None,
+        description="Metric that `max_drop` bounds. expected-top1 (top-1 expected under FP32's probabilities) and "
+        "agreement with FP32 need no labels.",
+    )
+    max_drop: Annotated[float, Shown(metavar="FRACTION")] = Field(
+        default=0.01, ge=0, le=1, description="Allowed drop of the metric: 0.01 is one point."
+    )
+    validate_on: Annotated[
+        str | None, Shown(("--validate",), metavar="DATA|calibration", default="those of `eval`, else calibration")
+    ] = Field(
+        default=None,
+        description="Images that steer accuracy-aware quantization; calibration: its own, with the labels that came "
+        "with them.",
+    )
+    max_time: Annotated[float | None, Shown(metavar="SECONDS", default="none")] = Field(
+        default=None, gt=0, description="Time after which accuracy-aware quantization ends with the best so far."
+    )
+    max_iterations: Annotated[int | None, Shown(metavar="N", default="none")] = Field(
+        default=None, ge=1, description="Candidates that accuracy-aware quantization measures at most."
+    )
+
+    @model_validator(mode="after")
+    def _steering_needs_something_to_steer(self) -> QuantizationOptions:
+        if self.mode == "default":
+            for name in STEERING_FIELDS:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}={getattr(self, name)}` does nothing without `mode=accuracy-aware`")
+        return self
+
+
+# Fields that the default algorithm does not take.
+STEERING_FIELDS = ("metric", "validate_on", "max_time", "max_iterations")
+
+
+class EvaluationOptions(Frozen):
+    """Evaluation"""
+
+    eval: Annotated[str | None, Shown(metavar="DATA", default="none")] = Field(
+        default=None, description=f"Images that prove the result: {DATA}."
+    )
+    limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
+        default=None, ge=1, description="Evaluate on at most N images, chosen class by class."
+    )
+    allow_overlap: bool = Field(default=False, description="Evaluate even on images of the calibration set.")
+    download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
+
+
+class MeasurementOptions(Frozen):
+    """Measurement"""
+
+    device: Annotated[str, Shown(("-d", "--device"), metavar="DEVICE")] = Field(
+        default="CPU", description="OpenVINO device on which latency is measured."
+    )
+    benchmark_time: Annotated[float, Shown(metavar="SECONDS")] = Field(
+        default=2.0, ge=0, description="Latency measurement of each model; 0 leaves it out."
+    )
+
+
+# Of commands that measure finished models ------------------------------------------------------
+
+
+def names(value: Any) -> Any:
+    """Names with commas as a tuple, none twice; anything else as it is."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
+
+
+class BenchmarkOptions(Frozen):
+    """Benchmark"""
+
+    device: Annotated[tuple[str, ...], Shown(("-d", "--device"), metavar="CPU,GPU", default="CPU")] = Field(
+        default=("CPU",), min_length=1, description="OpenVINO devices, with commas."
+    )
+    hint: Annotated[
+        tuple[Literal["latency", "throughput"], ...],
+        Shown(metavar="latency,throughput", default="latency,throughput"),
+    ] = Field(default=("latency", "throughput"), min_length=1, description="Performance hints, with commas.")
+    precision: Annotated[
+        tuple[Literal["default", "f32", "f16", "bf16"], ...],
+        Shown(metavar="default,f32,f16,bf16", default="default"),
+    ] = Field(default=("default",), min_length=1, description="Inference precision hints, with commas.")
+    seconds: Annotated[float, Shown(("-t", "--time"), metavar="SECONDS")] = Field(
+        default=10.0, gt=0, description="Measurement of each model under each setting."
+    )
+    batch: Annotated[int, Shown(metavar="N")] = Field(default=1, ge=1, description="Images in one inference.")
+    api: Annotated[Literal["sync", "async"] | None, Shown(default="sync for latency, else async")] = Field(
+        default=None, description="Inference API."
+    )
+    streams: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
+        default=None, ge=1, description="Streams of the device."
+    )
+    threads: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
+        default=None, ge=1, description="Threads on CPU."
+    )
+    requests: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
+        default=None, ge=1, description="Requests in flight (async)."
+    )
+    data: Annotated[str | None, Shown(metavar="DATA", default="none")] = Field(
+        default=None, description="Images on which devices and precisions must agree with CPU f32."
+    )
+    limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
+        default=None, ge=1, description="Use at most N of them, chosen class by class."
+    )
+    min_agreement: Annotated[float, Shown(metavar="SHARE")] = Field(
+        default=0.98,
+        ge=0,
+        le=1,
+        description="Share of these images with the same class below which a device disagrees.",
+    )
+
+    @field_validator("device", "hint", "precision", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return names(value)
+
+    @model_validator(mode="after")
+    def _sync_has_one_request(self) -> BenchmarkOptions:
+        if self.api == "sync" and self.requests not in (None, 1):
+            raise ValueError(f"`requests={self.requests}`: the sync API has one request; use `api=async`")
+        return self
+
+
+class DiagnosisOptions(Frozen):
+    """Diagnosis"""
+
+    data: Annotated[str | None, Shown(metavar="DATA", default="those of the first `calib`")] = Field(
+        default=None, description=f"Images to measure on: {DATA}."
+    )
+    calib: Annotated[tuple[str, ...], Shown(metavar="SOURCE", default="none", repeat=True)] = Field(
+        default=(),
+        description="Calibration source, such as npz:calibration.npz, whose ranges are compared. Repeatable.",
+    )
+    num_samples: Annotated[int, Shown(metavar="N")] = Field(
+        default=32, ge=1, description="Images of each set for signals and ranges."
+    )
+    limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
+        default=None, ge=1, description="Measure the metric on at most N images."
+    )
+    max_drop: Annotated[float, Shown(metavar="FRACTION")] = Field(
+        default=0.01, ge=0, le=1, description="Drop of the metric that the suggested scope may leave."
+    )
+    device: Annotated[str, Shown(("-d", "--device"), metavar="DEVICE")] = Field(
+        default="CPU", description="OpenVINO device on which latency is measured."
+    )
+    benchmark_time: Annotated[float, Shown(metavar="SECONDS")] = Field(
+        default=1.0, ge=0, description="Latency measurement of each candidate; 0 leaves it out."
+    )
+    seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of the calibration sources.")
+
+    @model_validator(mode="after")
+    def _has_images(self) -> DiagnosisOptions:
+        if self.data is None and not self.calib:
+            raise ValueError("no images were given to diagnose on; pass `data`, `calib` or both")
+        return self
+
+
+class EvaluateOptions(Frozen):
+    """Evaluation"""
+
+    data: Annotated[str, Shown(metavar="DATA")] = Field(description=f"Labelled images: {DATA}.")
+    limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
+        default=None, ge=1, description="Evaluate on at most N images, chosen class by class."
+    )
+    download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
+    device: Annotated[str, Shown(("-d", "--device"), metavar="DEVICE")] = Field(
+        default="CPU", description="OpenVINO device."
+    )
+    precision: Literal["f32", "f16", "bf16", "default"] = Field(
+        default="f32", description="Inference precision hint of the device."
+    )
+
+
+class GenerateOptions(CalibrationOptions):
+    """Calibration"""
+
+    calib: Annotated[str, Shown(("SOURCE",))] = Field(description="A calibration source; see `ovcalib sources`.")
+    num_samples: Annotated[int | None, Shown(("--count",), metavar="N", default="300; fewer for expensive sources")] = (
+        Field(default=None, ge=1, description="Images.")
+    )
+    score: bool = Field(default=False, description="Compare the set with the model's BatchNorm statistics.")
+    format: Literal["npz", "imagefolder", "datumaro"] = Field(
+        default="npz", description="npz keeps the images exactly, the others hold 8-bit PNG."
+    )
+    download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
+
+
+class ConvertOptions(Frozen):
+    """Conversion"""
+
+    to: Annotated[tuple[Literal["onnx", "ir"], ...], Shown(metavar="onnx,ir", default="onnx,ir")] = Field(
+        default=("onnx", "ir"), min_length=1, description="What to write, with commas."
+    )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return names(value)

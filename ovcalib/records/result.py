@@ -1,0 +1,273 @@
+"""`result.json`: numbers as numbers, the unit in the name, null with a reason for what was not measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ovcalib.records.base import Frozen
+from ovcalib.records.calibration import Calibration
+from ovcalib.records.environment import Environment
+from ovcalib.records.model import ModelRecord
+from ovcalib.records.options import GoalMetric
+from ovcalib.records.recipe import Recipe
+
+# The INT8 arithmetic of a CPU; see ovcalib.kernels.
+Kernels = Literal["vnni", "avx2"]
+
+
+class Top(Frozen):
+    """Accuracy of one model; fractions in 0..1.
+
+    top5   None where there are five classes or fewer
+    ci95   Wilson interval of top1
+    """
+
+    top1: float
+    top5: float | None
+    ci95: tuple[float, float]
+
+
+class ClassAccuracy(Frozen):
+    """Accuracy on the images of one class; top-1 as fractions."""
+
+    label: int
+    name: str | None
+    count: int
+    fp32_top1: float
+    int8_top1: float
+
+
+class Confusion(Frozen):
+    """How many images of class `label` each model takes for class `predicted`."""
+
+    label: int
+    name: str | None
+    predicted: int
+    predicted_name: str | None
+    fp32: int
+    int8: int
+
+
+class Accuracy(Frozen):
+    """Accuracy of the FP32 and the INT8 model on the same labelled images.
+
+    protocol      names the data, the split and the preprocessing
+    data_sha256   of the pixels and labels, in order
+    drop_points   top-1 of FP32 minus top-1 of INT8, in percentage points; its interval is paired
+    per_class     every class of which there are images
+    confusions    the mistakes that INT8 makes more often than FP32, most added first, at most 20
+    kernels, emulated   on which INT8 was measured, see KernelsError; None in records of earlier versions
+    """
+
+    protocol: str
+    count: int
+    data_sha256: str
+    fp32: Top
+    int8: Top
+    drop_points: float
+    drop_ci95: tuple[float, float]
+    per_class: tuple[ClassAccuracy, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    kernels: Kernels | None = None
+    emulated: bool = False
+
+
+class Agreement(Frozen):
+    """How often INT8 names the class that FP32 names; says nothing of whether it is the right one.
+
+    top1   fraction in 0..1; None for models without class logits
+    nmse   squared error of the outputs over the squared outputs of FP32; None where INT8 is not finite
+    on     which images
+    kernels, emulated   see KernelsError; None in records of earlier versions
+    """
+
+    count: int
+    top1: float | None
+    nmse: float | None
+    on: str
+    kernels: Kernels | None = None
+    emulated: bool = False
+
+
+class Parity(Frozen):
+    """Largest absolute difference of outputs on seeded inputs, and the largest output that it compares with.
+
+    onnx_runtime   what ran the ONNX file: "onnxruntime", or "openvino" where that is missing
+    """
+
+    torch_vs_ir_max_abs: float | None
+    torch_vs_onnx_max_abs: float | None
+    output_max_abs: float | None
+    onnx_runtime: str | None
+
+
+class Latency(Frozen):
+    """Latency of one inference in milliseconds, over `n` inferences.
+
+    precision       in which the device ran the float parts, where it tells
+    edges, counts   histogram from min to p99 in equal steps
+    """
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    min: float
+    max: float
+    n: int
+    precision: str | None = None
+    edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+class Memory(Frozen):
+    """Resident memory of a process that ran one model and nothing else, in bytes.
+
+    baseline   OpenVINO loaded, no model
+    loaded     after compilation and the first inference
+    peak       at most
+    """
+
+    baseline: int
+    loaded: int
+    peak: int
+
+
+class LatencyComparison(Frozen):
+    """Single-stream latency of both models, measured in turns at the device's defaults.
+
+    speedup        median latency of FP32 over median latency of INT8
+    memory_bytes   each model in a process of its own
+    """
+
+    device: str
+    latency_ms: dict[Literal["fp32", "int8"], Latency]
+    speedup: float
+    memory_bytes: dict[Literal["fp32", "int8"], Memory] | None = None
+    memory_reason: str | None = None
+
+
+class Restored(Frozen):
+    """What accuracy-aware quantization did.
+
+    metric        that steered it, on the `count` items of `on`
+    baseline      of FP32, value of the final INT8 model; both on the validation set
+    ranking       (operation, output error when it alone is quantized), worst first
+    """
+
+    metric: GoalMetric
+    on: str
+    count: int
+    max_drop: float
+    baseline: float
+    value: float
+    validations: int
+    ranking: tuple[tuple[str, float], ...]
+
+
+class KernelsError(Frozen):
+    """Output error of the INT8 model on one kind of kernels, on the last calibration images.
+
+    kernels    vnni: sums of products do not saturate; avx2: they do, see ovcalib.kernels
+    emulated   this CPU does not have them: computed in another way that gives the same
+    """
+
+    kernels: Kernels
+    nmse: float | None
+    emulated: bool
+
+
+class Quantization(Frozen):
+    """How INT8 was made, resolved.
+
+    overflow_fix       what it came to, whatever was asked
+    output_error       of the model as it was written, on the kernels of all machines that it is for
+    saturation_nmse    NMSE of the outputs on the kernels of a CPU with VNNI and of one without, on the last
+                       calibration images, before the overflow fix was settled; None where a machine was named
+    halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
+    activation_ranges  what they came to, whatever was asked
+    ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on the last calibration images; None
+                       where the first gave no reason to try the other
+    bias_correction    what it came to, whatever was asked
+    bias_nmse          NMSE of the outputs with bias correction and without it, on the last calibration images; None
+                       where it was not for us to choose
+    guarded            operations that the guard left in float, with their expected SQNR in dB
+    input_range        that quantizers of the network's input were given from the preprocessing; None: from the images
+    int8_operations    operations that compute on quantized values
+    float_operations   convolutions and matrix products left in float
+    reverted           operations that accuracy-aware quantization gave their float precision back
+    """
+
+    mode: Literal["default", "accuracy-aware"]
+    preset: str
+    subset_size: int
+    overflow_fix: str
+    output_error: tuple[KernelsError, ...] = ()
+    saturation_nmse: tuple[float, float] | None = None
+    halved_nmse: float | None = None
+    deploy_isa: str
+    # Records of earlier versions have NNCF's default.
+    activation_ranges: str = "mean-min-max"
+    ranges_nmse: tuple[float, float] | None = None
+    bias_correction: str
+    bias_nmse: tuple[float, float] | None = None
+    transformer: bool
+    ignored: tuple[str, ...]
+    guarded: dict[str, float] = Field(default={})
+    input_range: tuple[float, float] | None = None
+    int8_operations: int
+    float_operations: int
+    reverted: tuple[str, ...]
+    restoration: Restored | None
+    seconds: float
+
+
+class SizeBytes(Frozen):
+    """Bytes of .xml and .bin together."""
+
+    fp32: int
+    int8: int
+
+
+class Evaluated(Frozen):
+    """Accuracy of one model on labelled images.
+
+    precision   the inference precision hint; None is the device's default
+    """
+
+    model: str
+    protocol: str
+    count: int
+    data_sha256: str
+    device: str
+    precision: str | None
+    accuracy: Top
+
+
+Outcome = Literal["done", "goal-met", "goal-missed", "budget"]
+
+
+class Result(Frozen):
+    """`result.json`: everything that a run found out. `*_reason` says why the value beside it is null."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    ovcalib: str
+    outcome: Outcome
+    model: ModelRecord
+    recipe: Recipe
+    calibration: Calibration
+    quantization: Quantization
+    accuracy: Accuracy | None
+    accuracy_reason: str | None
+    agreement: Agreement
+    parity: Parity
+    parity_reason: str | None
+    size_bytes: SizeBytes
+    benchmark: LatencyComparison | None
+    benchmark_reason: str | None
+    environment: Environment
+    warnings: tuple[str, ...]
+    files: dict[str, str]

@@ -1,0 +1,194 @@
+"""`sweep.json`, and the recipe of a sweep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ovcalib.errors import UsageError
+from ovcalib.records.base import Frozen, checked
+from ovcalib.records.options import shape
+from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
+
+
+class SweepModel(Frozen):
+    """A model of a sweep: the fields of Recipe that describe one, or its reference alone.
+
+    name      how tables call it; None: the reference
+    command   makes the weights file; shown where that is missing
+    """
+
+    model: str
+    name: str | None = None
+    weights: str | None = None
+    input_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    short_side: int | None = Field(default=None, ge=0)
+    trust_remote_code: bool = False
+    command: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("input_shape", mode="before")
+    @classmethod
+    def _shape(cls, value: Any) -> Any:
+        return shape(value)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.model
+
+
+class SweepSource(Frozen):
+    """A calibration source of a sweep, or its reference alone.
+
+    name          how tables call it; None: the reference with its options and count
+    num_samples   images; None: what the source suggests
+    """
+
+    calib: str
+    name: str | None = None
+    options: dict[str, str] = Field(default={})
+    num_samples: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"calib": value} if isinstance(value, str) else value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {str(k): str(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    @property
+    def label(self) -> str:
+        options = "".join(f" {key}={value}" for key, value in self.options.items())
+        return self.name or f"{self.calib}{options}{f' x {self.num_samples}' if self.num_samples else ''}"
+
+
+# Fields of a recipe that a sweep sets itself; all others may stand under `common`.
+OWN_FIELDS = (set(SweepModel.model_fields) | set(SweepSource.model_fields)) & {"model", *STAGE_OF} | {
+    "mode", "seed", "eval", "limit", "device", "benchmark_time"
+}  # fmt: skip
+
+
+class SweepRecipe(Frozen):
+    """A matrix of runs.
+
+    models, sources, modes, seeds   every combination is a cell
+    eval, limit                     images on which every cell is proven, as in a recipe
+    common                          other fields of a recipe, the same for every cell; those of the accuracy-aware
+                                    algorithm do not reach cells of the default one
+    benchmark_time                  seconds of latency measurement of each model, one cell after the other when all are
+                                    done; 0 leaves it out
+    devices                         on which that is measured; None: CPU
+    """
+
+    models: tuple[SweepModel, ...] = Field(min_length=1)
+    sources: tuple[SweepSource, ...] = Field(min_length=1)
+    modes: tuple[Literal["default", "accuracy-aware"], ...] = Field(default=("default",), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    eval: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    common: dict[str, Any] = Field(default={})
+    devices: tuple[str, ...] | None = Field(default=None, min_length=1)
+    benchmark_time: float = Field(default=0.0, ge=0)
+
+    @field_validator("modes", "seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _refuse_twice(values, values)
+
+    @field_validator("models", "sources")
+    @classmethod
+    def _named_apart(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        _refuse_twice(values, [value.label for value in values])
+        labels: dict[str, str] = {}  # by what makes a cell
+        for value in values:
+            fields = value.model_dump_json(exclude={"name", "command"})
+            if fields in labels:
+                raise ValueError(f"{labels[fields]!r} and {value.label!r} are the same but for their names")
+            labels[fields] = value.label
+        return values
+
+    @model_validator(mode="after")
+    def _common_fields_fit(self) -> SweepRecipe:
+        common = flat_fields(self.common)
+        for field in common:
+            if field in OWN_FIELDS:
+                raise ValueError(f"'common' has the field {field!r}, which a sweep sets by cell")
+        mode = "accuracy-aware" if "accuracy-aware" in self.modes else "default"
+        try:
+            make_recipe(model="any", mode=mode, **common)
+        except UsageError as error:
+            raise ValueError(f"'common': {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _devices_are_measured(self) -> SweepRecipe:
+        if self.devices is not None and self.benchmark_time == 0:
+            raise ValueError(
+                "'devices' says where latency is measured: set 'benchmark_time' to seconds, or leave it out"
+            )
+        return self
+
+    @property
+    def timed_devices(self) -> tuple[str, ...]:
+        """The devices on which latency is measured."""
+        return (self.devices or ("CPU",)) if self.benchmark_time > 0 else ()
+
+
+def _refuse_twice(values: tuple[Any, ...], labels: Sequence[Any]) -> tuple[Any, ...]:
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice; give each its own 'name', or leave one out")
+    return values
+
+
+def make_sweep_recipe(content: Any, origin: str = "The sweep recipe") -> SweepRecipe:
+    """A SweepRecipe from the content of a YAML file.
+
+    raises   UsageError that names the field, the value and what was expected
+    """
+    return checked(SweepRecipe, content, f"{origin}: ")
+
+
+class SweepCell(Frozen):
+    """One cell as `sweep.json` has it.
+
+    state     pending: not reached yet
+    error     of a failed cell
+    seconds   that this sweep took for it, without its calibration set; None where it was done before
+    """
+
+    model: str
+    source: str
+    mode: str
+    seed: int
+    key: str
+    set_key: str
+    state: Literal["done", "failed", "pending"] = "pending"
+    error: str | None = None
+    seconds: float | None = None
+
+
+class Sweep(Frozen):
+    """`sweep.json`."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    ovcalib: str
+    recipe: SweepRecipe
+    cells: tuple[SweepCell, ...]
+
+    @property
+    def failed(self) -> list[SweepCell]:
+        return [cell for cell in self.cells if cell.state == "failed"]

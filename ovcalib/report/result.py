@@ -1,0 +1,256 @@
+"""The report of a run of `quantize`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovcalib.records.base import flags_of
+from ovcalib.records.base import shown as shown_as
+from ovcalib.records.benchmark import Benchmark
+from ovcalib.records.diagnosis import Diagnosis
+from ovcalib.records.recipe import STAGES, Recipe
+from ovcalib.records.result import Result
+from ovcalib.report import charts
+from ovcalib.report.benchmark import benchmark_context, benchmark_markdown
+from ovcalib.report.comparison import results_table
+from ovcalib.report.diagnosis import diagnosis_context, diagnosis_markdown
+from ovcalib.report.markdown import (
+    execution,
+    markdown_report,
+    megabytes,
+    points,
+    quantization_facts,
+)
+from ovcalib.report.render import FORMATS, data_uri, machine_facts, render, tile, write
+from ovcalib.report.tables import Table, shown
+
+CLASSES = 30
+
+
+def write_result_report(
+    result: Result,
+    folder: Path,
+    formats: Sequence[str] = FORMATS,
+    benchmarks: Sequence[Benchmark] = (),
+    diagnoses: Sequence[Diagnosis] = (),
+    preview: Path | None = None,
+) -> list[Path]:
+    """The report of a run of `quantize`.
+
+    benchmarks, diagnoses   of the same model, shown on the same page
+    preview                 the picture of the calibration set
+    """
+    writers = {
+        "html": lambda: result_page(result, benchmarks, diagnoses, preview),
+        "md": lambda: "\n\n".join(
+            [markdown_report(result), *map(benchmark_markdown, benchmarks), *map(diagnosis_markdown, diagnoses)]
+        ),
+        "csv": lambda: results_table([result]).csv(),
+    }
+    return write(folder, writers, formats)
+
+
+def result_page(
+    result: Result,
+    benchmarks: Sequence[Benchmark] = (),
+    diagnoses: Sequence[Diagnosis] = (),
+    preview: Path | None = None,
+) -> str:
+    calibration, accuracy, latency = result.calibration, result.accuracy, result.benchmark
+    return render(
+        "result.html.j2",
+        title=f"{result.model.name} in INT8",
+        kicker=f"INT8 report · calibrated with {calibration.source}",
+        heading=result.model.name,
+        created=result.created,
+        verdict=result_verdict(result),
+        tiles=result_tiles(result, benchmarks),
+        warnings=result.warnings,
+        accuracy_chart=charts.intervals(
+            "Top-1 accuracy with 95 % intervals",
+            [
+                (name, 100 * top.top1, 100 * top.ci95[0], 100 * top.ci95[1])
+                for name, top in (("FP32", accuracy.fp32), ("INT8", accuracy.int8))
+            ],
+            "%",
+        )
+        if accuracy
+        else None,
+        accuracy_note=f"Top-1 in %, 95 % intervals (Wilson), on {accuracy.protocol}. The drop of "
+        f"{accuracy.drop_points:.2f} points has the paired 95 % interval {accuracy.drop_ci95[0]:.2f} to "
+        f"{accuracy.drop_ci95[1]:.2f}{execution(accuracy)}."
+        if accuracy
+        else f"Accuracy was not measured: {result.accuracy_reason}.",
+        agreement_note=f"INT8 names the class that FP32 names for {points(result.agreement.top1)} of "
+        f"{result.agreement.count} images of {result.agreement.on}; that is agreement, not accuracy. Output error "
+        f"(NMSE): {shown(result.agreement.nmse)}{execution(result.agreement)}.",
+        classes=class_table(result),
+        confusions=confusion_table(result),
+        source=calibration.source,
+        calibration=calibration_facts(result),
+        preview=data_uri(preview) if preview and preview.is_file() else None,
+        quantization=[("outcome", result.outcome), *quantization_facts(result.quantization)],
+        latency_chart=charts.steps(
+            f"Latency on {latency.device}",
+            {name.upper(): (v.edges, v.counts, v.p50) for name, v in latency.latency_ms.items()},
+            "ms",
+        )
+        if latency and all(v.counts for v in latency.latency_ms.values())
+        else None,
+        latency_note=f"One image at a time on {latency.device}, both models in turns, at the device's defaults; up to "
+        "the 99th percentile, each curve to its own peak."
+        if latency
+        else f"Latency was not measured: {result.benchmark_reason}.",
+        latency=Table(
+            ["", "p50 ms", "p90 ms", "p99 ms", "mean ms", "min ms", "max ms", "inferences", "float parts in"],
+            [
+                [name.upper(), v.p50, v.p90, v.p99, v.mean, v.min, v.max, v.n, v.precision]
+                for name, v in latency.latency_ms.items()
+            ]
+            if latency
+            else [],
+        ),
+        benchmarks=[benchmark_context(b) for b in benchmarks],
+        diagnoses=[diagnosis_context(d) for d in diagnoses],
+        machine=machine_facts(result.environment),
+        command=quantize_command(result.recipe),
+        recipe=[(key, shown(value)) for key, value in result.recipe.flat().items()],
+        files=sorted(result.files.items()),
+    )
+
+
+def result_verdict(result: Result) -> dict[str, str]:
+    """The one sentence that a reader takes away, with its mood: good, bad or unsure."""
+    accuracy, latency = result.accuracy, result.benchmark
+    if accuracy:
+        low, high = accuracy.drop_ci95
+        allowed = 100 * result.recipe.quantization.max_drop
+        text = f"INT8 loses {accuracy.drop_points:.2f} points of top-1 accuracy (95 % interval {low:.2f} to {high:.2f})"
+        mood = "good" if high <= allowed else "bad" if low > allowed else "unsure"
+        if accuracy.drop_points < 0:
+            text = f"INT8 gains {-accuracy.drop_points:.2f} points (95 % interval {-high:.2f} to {-low:.2f})"
+    elif result.agreement.top1 is not None:
+        text = (
+            f"INT8 agrees with FP32 on {points(result.agreement.top1)} of {result.agreement.count} images; "
+            "accuracy was not measured"
+        )
+        mood = "bad" if result.agreement.top1 < 0.9 else "unsure"
+    else:
+        text, mood = f"Output error (NMSE) {shown(result.agreement.nmse)}; accuracy was not measured", "unsure"
+    if result.agreement.emulated:
+        text += ", emulated for a CPU other than this one"
+    if latency:
+        text += f", and is {latency.speedup:.2f} times as fast on {latency.device}"
+        mood = "unsure" if latency.speedup < 1 and mood == "good" else mood
+    if result.outcome == "goal-missed":
+        text, mood = f"The accuracy goal was missed. {text}", "bad"
+    if result.outcome == "budget":
+        text, mood = f"The budget ran out before the goal was reached. {text}", "bad"
+    return {"text": f"{text}.", "css": mood}
+
+
+def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[str, str]]:
+    accuracy, latency, size = result.accuracy, result.benchmark, result.size_bytes
+    if accuracy:
+        half = 50 * (accuracy.int8.ci95[1] - accuracy.int8.ci95[0])
+        first = tile(
+            "top-1 accuracy", f"{100 * accuracy.fp32.top1:.2f} → {100 * accuracy.int8.top1:.2f} %",
+            f"±{half:.2f} points, {accuracy.count} images",
+        )  # fmt: skip
+    else:
+        first = tile("agreement with FP32", points(result.agreement.top1), f"{result.agreement.count} images")
+    tiles = [first]
+    if latency:
+        fp32, int8 = latency.latency_ms["fp32"], latency.latency_ms["int8"]
+        tiles.append(
+            tile("latency p50", f"{fp32.p50:.3g} → {int8.p50:.3g} ms", f"{latency.speedup:.2f}x on {latency.device}")
+        )
+    else:
+        tiles.append(tile("latency p50", "-", result.benchmark_reason or "not measured"))
+    tiles.append(
+        tile(
+            "size",
+            f"{megabytes(size.fp32)} → {megabytes(size.int8)} MB",
+            f"{size.fp32 / size.int8:.1f} times smaller" if size.int8 <= size.fp32 else "larger than FP32",
+        )
+    )
+    memory = latency.memory_bytes if latency else None
+    if memory:
+        used = {name: m.peak - m.baseline for name, m in memory.items()}
+        tiles.append(
+            tile("memory", f"{megabytes(used['fp32'])} → {megabytes(used['int8'])} MB", "peak, over OpenVINO itself")
+        )
+    else:
+        tiles.append(tile("memory", "-", (latency.memory_reason if latency else None) or "not measured"))
+    return tiles
+
+
+def calibration_facts(result: Result) -> list[tuple[str, str]]:
+    """The calibration statement; a score is there when the source gave one."""
+    c = result.calibration
+    facts = [
+        ("source", c.source),
+        ("images", f"{c.num_samples} of {c.requested} asked for"),
+        ("seed", str(c.seed)),
+        ("licence of the images", c.licence or "not stated"),
+        ("labels", c.labels or "none"),
+        ("domain", {"pixels": "8-bit pixels", "network": "network inputs"}[c.domain]),
+        ("made in", f"{c.seconds:.1f} s"),
+        *((key, shown(value)) for key, value in c.options.items()),
+    ]
+    if c.score is not None:
+        facts += [(f"score: {key}", shown(value)) for key, value in c.score.model_dump().items()]
+    return facts
+
+
+def class_table(result: Result) -> Any:
+    """Accuracy by class, largest drop first; on the page the first CLASSES of them."""
+    per_class = result.accuracy.per_class if result.accuracy else ()
+    worst = sorted(per_class, key=lambda c: (c.int8_top1 - c.fp32_top1, c.label))
+    lost = sum(c.int8_top1 < c.fp32_top1 for c in per_class)
+    note = f"{lost} of {len(per_class)} lose accuracy"
+    if len(worst) > CLASSES:
+        note += f"; the {CLASSES} that lose most"
+    table = Table(
+        ["class", "images", "FP32 %", "INT8 %", "change, points"],
+        [
+            [c.name or str(c.label), c.count, 100 * c.fp32_top1, 100 * c.int8_top1, 100 * (c.int8_top1 - c.fp32_top1)]
+            for c in worst[:CLASSES]
+        ],
+    )
+    return {"columns": table.columns, "rows": table.rows, "note": note}
+
+
+def confusion_table(result: Result) -> Table:
+    confusions = result.accuracy.confusions if result.accuracy else ()
+    return Table(
+        ["class", "taken for", "FP32", "INT8"],
+        [
+            [c.name or str(c.label), c.predicted_name or str(c.predicted), c.fp32, c.int8]
+            for c in confusions
+        ],
+    )  # fmt: skip
+
+
+def quantize_command(recipe: Recipe) -> str:
+    """The command line that this recipe is the resolution of; defaults are left out."""
+    words = ["ovcalib", "quantize", recipe.model.reference]
+    for stage in STAGES:
+        options = getattr(recipe, stage)
+        for name, field in type(options).model_fields.items():
+            value = getattr(options, name)
+            if name == "reference" or value == field.get_default(call_default_factory=True):
+                continue
+            flag = flags_of(type(options), name)[-1]
+            if isinstance(value, dict):
+                words += [word for key, text in value.items() for word in (flag, f"{key}={text}")]
+            elif shown_as(type(options), name).repeat:
+                words += [word for entry in value for word in (flag, entry)]
+            elif isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
