@@ -1,10 +1,10 @@
-"""Draw what INT8 loses over the time that its calibration set took, from results of benchmarks/calibration.py.
+"""Plot INT8 error over the CPU time of making the calibration set, from results of benchmarks/calibration.py.
 
     python benchmarks/calibration.py MODEL ... --arm "dgh steps=10" --arm "dgh steps=30" --arm "dgh steps=90" -o x.json
     python benchmarks/calibration_curve.py x.json -o x.svg
 
-One line a source, one point an arm: the NMSE of the logits, mean over seeds, over CPU seconds of making the set.
-Sources with one arm alone are points, and the dashed line is real images.
+One line per source, one point per arm: the NMSE of the logits, mean over seeds, over the CPU seconds of making the set.
+Sources with a single arm are points, and the dashed line is real images.
 """
 
 from __future__ import annotations

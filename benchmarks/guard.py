@@ -1,10 +1,10 @@
-"""Does the guard see a network coming that INT8 cannot hold? ResNet-20 with channels made wider and wider.
+"""Validation of the guard on ResNet-20 with artificially widened channels.
 
     python benchmarks/guard.py --calib real:imagefolder:cifar10-jpeg/train --eval imagefolder:cifar10-jpeg/test \
         --limit 1000 -o guard.json
 
-One channel behind the first BatchNorm layer of every block is multiplied by a factor, and the next layer's weights for
-it are divided by the same, so that the network computes what it did.
+After the first BatchNorm layer of every block, one channel is multiplied by a factor and the next layer's weights for
+it are divided by the same factor, so that the function of the network stays the same.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ from pathlib import Path
 import torch
 
 import ovcalib
-from ovcalib import api
-from ovcalib.measurement.environment import environment
-from ovcalib.models import load_model
-from ovcalib.models.resnet import BasicBlock
-from ovcalib.pipeline import model_options
 from ovcalib.quantization.expected_noise import expected_sqnr
-from ovcalib.quantization.selection import GUARD_IMAGES
 
 MODEL = "resnet20-cifar10"
+GUARD_IMAGES = 8
 
 
 def main() -> None:
@@ -38,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     cells = []
     for factor in args.factors:
-        model = load_model(MODEL, model_options(api.make_recipe(model=MODEL)), lambda text: None)
+        model = ovcalib.load_model(MODEL)
         assert model.module is not None
         widen(model.module, factor)
         for guard in (False, True):
@@ -58,16 +53,16 @@ def main() -> None:
             print(json.dumps(cells[-1]), flush=True)
     record = {
         "model": MODEL, "calib": args.calib, "num_samples": args.num_samples, "eval": args.eval, "limit": args.limit,
-        "environment": environment().model_dump(), "cells": cells,
+        "environment": result.record.environment.model_dump(), "cells": cells,
     }  # fmt: skip
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @torch.no_grad()
 def widen(module: torch.nn.Module, factor: float) -> None:
-    """Make the most used channel inside every block wider, in place; the function stays."""
+    """Widen the most used channel inside every block, in place, without changing the function."""
     for block in module.modules():
-        if isinstance(block, BasicBlock):
+        if hasattr(block, "bn1") and hasattr(block, "conv2"):
             channel = int(block.bn1.weight.abs().argmax())
             block.bn1.weight[channel] *= factor
             block.bn1.bias[channel] *= factor

@@ -1,10 +1,10 @@
-"""How time and memory of BatchNorm inversion grow with the images and the steps.
+"""Time and memory of BatchNorm inversion by number of images and steps.
 
     python benchmarks/inversion_scaling.py resnet20-cifar10 --counts 64,512,4096 --steps 1,2,4
 
-Each run is a process of its own, so that its peak memory is its own. Time should be linear in images times steps;
-memory should grow by what belongs to an image (its pixels, two moments of the optimiser, the finished image) and by
-the moments of its batch, and by no activations.
+Each run has its own process, because peak memory is measured per process. Time should be linear in images times steps.
+Memory should grow with the state of each image (pixels, two moments of the optimiser, the finished image) and the
+moments of its batch, not with activations.
 """
 
 from __future__ import annotations
@@ -19,21 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ovcalib import api
-from ovcalib.calibration.sources import Request, generate
+import ovcalib
 from ovcalib.measurement.environment import environment
-from ovcalib.models import load_model
-from ovcalib.pipeline import model_options
 
 
-def run(model: str, fields: dict[str, object], source: str, count: int, steps: int) -> dict[str, float]:
-    """One set, in this process: CPU seconds of the generation and peak memory above what came before it."""
-    loaded = load_model(model, model_options(api.make_recipe(model=model, **fields)), lambda line: None)
-    request = Request(count=count, seed=0, spec=loaded.spec, module=loaded.module)
+def run(args: argparse.Namespace, count: int, steps: int) -> dict[str, float]:
+    """One set, in this process: CPU seconds of the generation and peak memory."""
+    about = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
     # The first call also loads kernels and draws the palette of fractals.
-    generate(source, Request(count=8, seed=0, spec=loaded.spec, module=loaded.module), {"steps": "1"})
+    ovcalib.generate(args.source, args.model, 8, options={"steps": 1}, **about)
     began = time.process_time()
-    made = generate(source, request, {"steps": str(steps)})
+    made = ovcalib.generate(args.source, args.model, count, options={"steps": steps}, **about)
     return {
         "images": count, "steps": steps, "cpu_seconds": round(time.process_time() - began, 3),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -51,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         print(json.dumps(cells[-1]), flush=True)
     small, large = cells[0], cells[len(counts) - 1]
     extra = large["images"] - small["images"]
-    # Time is a start plus a rate: the exponent between the two largest runs is 1 where it is linear.
+    # Time is a constant plus a rate: the exponent between the two largest runs is 1 if it is linear.
     before = cells[len(counts) - 2]
     exponent = np.log(large["cpu_seconds"] / before["cpu_seconds"]) / np.log(large["images"] / before["images"])
     return {
@@ -69,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
+    parser.add_argument("--input-shape", metavar="C,H,W")
     parser.add_argument("--source", default="bn-inversion")
     parser.add_argument("--counts", default="64,512,4096", help="images; the first of --steps each")
     parser.add_argument("--steps", default="1,2,4", help="steps; the first of --counts each")
@@ -77,8 +73,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
     if args.one:
-        fields = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
-        print(json.dumps(run(args.model, fields, args.source, *(int(part) for part in args.one.split(",")))))
+        print(json.dumps(run(args, *(int(part) for part in args.one.split(",")))))
         return
     text = json.dumps(measure(args), indent=1)
     print(text)

@@ -1,50 +1,39 @@
-"""What does one step of BatchNorm inversion cost, beside the network itself and beside other implementations?
+"""Time of one step of BatchNorm inversion, compared with the network alone and with other implementations.
 
     python benchmarks/inversion_speed.py resnet20-cifar10 --images 128
     python benchmarks/inversion_speed.py my_module:factory --input-shape 3,224,224 --images 16 \
         --mct-python ../mct/bin/python
 
-Loops over the same images in turns, A B C D A B C D ..., medians and their ratios:
+Measured in turns (A B C D A B C D ...); medians and their ratios:
 
-    network   one forward pass and one backward pass to the pixels, nothing else: the floor
-    ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without its pictures and output loss), in
-              the precision that it chooses for this CPU; where that is bfloat16, ours-fp32 stands beside it
-    hooks     what everybody writes first: forward hooks that keep x.mean and x.var of every BatchNorm input, Adam
-    mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, where --mct-python
+    network   one forward pass and one backward pass to the pixels: the lower bound
+    ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without image pipeline and output loss)
+              in the precision that it selects for this CPU, and as ours-fp32 in float32
+    hooks     the plain implementation: forward hooks that keep x.mean and x.var of every BatchNorm input, Adam
+    mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, if --mct-python
               names the interpreter of an environment that has it; the model is passed as a pickled module
 
-The time of a step of `mct` is that of `steps` iterations over that of one, so that its set-up does not count. With
---mct-images its pictures are kept, for benchmarks/calibration.py (`--arm npz:FILE`) to say what they are worth.
---race N times bn-inversion with N steps, from the first fractal to the last image, beside all of MCT's steps, each
-after a run that warms up; calibration.py says what the images are worth (`--arm "bn-inversion steps=N"`, as many).
+The time of a step of `ours` and of `mct` is the difference between a run with more steps and a run with one step, so
+that set-up is not counted. --mct-images keeps the images of MCT for benchmarks/calibration.py (`--arm npz:FILE`).
+--race N times a whole run of bn-inversion with N steps, after a warm-up run, to compare with all of MCT's steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ovcalib import api
-from ovcalib.calibration.bfloat16 import bfloat16_is_fast
-from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
-from ovcalib.calibration.dgh import Options
-from ovcalib.calibration.inversion import Run, swinging
-from ovcalib.calibration.inversion_options import resolve
-from ovcalib.calibration.sources import Request, generate
+import ovcalib
 from ovcalib.measurement.environment import environment
-from ovcalib.models import load_model
-from ovcalib.pipeline import model_options
 
 MCT = """
 import sys, time, numpy, torch
@@ -96,60 +85,58 @@ def hooks_step(module: nn.Module, images: Tensor) -> Callable[[], None]:
     return step
 
 
+def engine_seconds(args: argparse.Namespace, precision: str) -> float:
+    """Seconds of a step of ovcalib's engine."""
+    options = {"pipeline": "none", "output": "none", "clip": False, "batch": args.images, "precision": precision}
+    few, many = (whole_run(args, "dgh", {**options, "steps": steps}) for steps in (1, 1 + args.steps))
+    return (many - few) / args.steps
+
+
+def whole_run(args: argparse.Namespace, source: str, options: dict[str, object]) -> float:
+    """Seconds of making all images."""
+    began = time.perf_counter()
+    ovcalib.generate(source, args.model, args.images, options=options, **args.about)
+    return time.perf_counter() - began
+
+
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    fields = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
-    model = load_model(args.model, model_options(api.make_recipe(model=args.model, **fields)), print)
+    model = ovcalib.load_model(args.model, **args.about)
     assert model.module is not None
     module = model.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    spec = model.spec
-    options = resolve(
-        Options(pipeline="none", output="none", clip=False, extra_pixels=0, batch=args.images, steps=10**6, rate=1.0),
-        min(spec.input_shape[1:]),
-    )
-    images = torch.randn(args.images, *spec.input_shape).contiguous(memory_format=torch.channels_last)
-    layers = find_layers(module, spec.name)
-    fast = bfloat16_is_fast(torch.device("cpu"))
-    precision = {"ours": "bf16", "ours-fp32": "fp32"} if fast else {"ours": "fp32"}
-    times: dict[str, list[float]] = {name: [] for name in ("network", *precision, "hooks")}
-    plain = {"network": network_step(module, images), "hooks": hooks_step(module, images)}
-    request = Request(count=args.images, seed=0, spec=spec, module=module)
-    with tapped(layers) as taps, swinging(module, False) as swing:
-        run = Run(request, options, module, layers, taps, swing, None, torch.device("cpu"))
-        run.open(0)
-        with torch.no_grad():
-            run.measure(run.final(run.batches[0].images))
-            run.statistics.put(0, taps.moments)
-        recording = {layer.name: layer.module.__dict__.pop("forward") for layer in layers}
-        for turn in range(args.turns + 1):  # the first is warm-up
-            for name in times:
-                for layer in layers if name in precision else ():
-                    layer.module.forward = recording[layer.name]
-                run.options = dataclasses.replace(options, precision=precision.get(name, "auto"))
-                # Keeping freed memory is part of our engine, and would speed the others up too.
-                with large_blocks_kept() if name in precision else nullcontext():
-                    began = time.perf_counter()
-                    for _ in range(args.steps):
-                        run.advance(0, 0) if name in precision else plain[name]()
-                    seconds = (time.perf_counter() - began) / args.steps
-                if turn:
-                    times[name].append(seconds)
-                for layer in layers:
-                    layer.module.__dict__.pop("forward", None)
-    result: dict[str, float] = {name: float(np.median(values)) for name, values in times.items()}
+    images = torch.randn(args.images, *model.spec.input_shape).contiguous(memory_format=torch.channels_last)
+
+    def timed(step: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        return (time.perf_counter() - began) / args.steps
+
+    network, hooks = network_step(module, images), hooks_step(module, images)
+    ways: dict[str, Callable[[], float]] = {
+        "network": lambda: timed(network), "ours": lambda: engine_seconds(args, "auto"),
+        "ours-fp32": lambda: engine_seconds(args, "fp32"), "hooks": lambda: timed(hooks),
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(args.turns + 1):  # the first is warm-up
+        for name, way in ways.items():
+            seconds = way()
+            if turn:
+                times[name].append(seconds)
+    result = {name: float(np.median(values)) for name, values in times.items()}
     if args.mct_python:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(module.to(memory_format=torch.contiguous_format), Path(folder) / "model.pt")
             command = [
-                args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(spec.input_shape[1]), str(args.images),
+                args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(images.shape[2]), str(args.images),
                 str(args.mct_steps), str(torch.get_num_threads()), args.mct_images or str(Path(folder) / "images.npz"),
             ]  # fmt: skip
             found = subprocess.run(command, capture_output=True, text=True)
             if found.returncode:
                 raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
             result["mct"], mct_seconds = (float(word) for word in found.stdout.split()[-2:])
-    race = {steps: whole_run(request, steps) for steps in args.race}
+    race = {steps: [whole_run(args, "bn-inversion", {"steps": steps}) for _ in range(2)][1] for steps in args.race}
     return {
-        "model": spec.name, "images": args.images, "threads": torch.get_num_threads(), "precision": precision,
+        "model": model.spec.name, "images": args.images, "threads": torch.get_num_threads(),
         "seconds_a_step": {name: round(value, 4) for name, value in result.items()},
         "over_network": {name: round(value / result["network"], 2) for name, value in result.items()},
         "over_ours": {name: round(value / result["ours"], 2) for name, value in result.items()},
@@ -159,22 +146,13 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     }  # fmt: skip
 
 
-def whole_run(request: Request, steps: int) -> float:
-    """Seconds of making all images; the first time warms up."""
-    for _ in range(2):
-        began = time.perf_counter()
-        generate("bn-inversion", request, {"steps": str(steps)})
-        seconds = time.perf_counter() - began
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape", type=lambda text: tuple(map(int, text.split(","))), metavar="C,H,W")
+    parser.add_argument("--input-shape", metavar="C,H,W")
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--mct-python", help="interpreter with model-compression-toolkit")
     parser.add_argument("--mct-steps", type=int, default=5)
@@ -182,6 +160,7 @@ def main() -> None:
     parser.add_argument("--race", type=int, action="append", default=[], metavar="STEPS", help="repeatable")
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
+    args.about = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
     result = measure(args)
     text = json.dumps(result, indent=1)
     print(text)

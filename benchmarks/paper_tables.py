@@ -1,13 +1,13 @@
-"""Tables 1a, 1b and 2 of the first paper beside those of a sweep.
+"""Tables 1a, 1b and 2 of the paper, compared with a sweep.
 
     ovcalib gan score CIFAR-10=imagefolder:cifar10-jpeg/test StyleGAN2-ADA=stylegan2-ada:teacher.safetensors \
         DiStyleGAN=distylegan Fractal=fractal --reference imagefolder:cifar10-jpeg/train --json > scores.json
     python benchmarks/paper_tables.py runs/paper [--scores scores.json] [-o benchmarks/results/paper_tables.md]
 
 Masouris et al., "Post-training Model Quantization Using GANs for Synthetic Data Generation".
-Rows and columns meet by their names in benchmarks/paper.yaml. A cell that was not run says so; nothing is filled in.
-Without Inception's weights (`gan score --inception-weights`) the scores are those of another classifier; they stand
-under their own names, and the Inception Score stays "not run".
+Rows and columns are matched by their names in benchmarks/paper.yaml. A cell that was not run is "not run". Without
+Inception's weights (`gan score --inception-weights`) the scores are those of another classifier; they have their own
+names, and the Inception Score is "not run".
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep
-from ovcalib.report.markdown import escape_markdown
-from ovcalib.sweep.state import read_results, read_sweep
-from ovcalib.sweep.tables import (
+from ovcalib.reports.markdown import escape_markdown
+from ovcalib.sweeps.state import read_results, read_sweep
+from ovcalib.sweeps.tables import (
     AGREEMENT,
     DROP,
     NMSE,
@@ -39,16 +39,16 @@ from ovcalib.sweep.tables import (
 )
 
 MODELS = ("ResNet20", "VGG16", "MobileNetV2", "ShuffleNetV2", "RepVGG")
-# The narrow relatives of benchmarks/paper_narrow.yaml, which a CPU can train, and the model of the paper beside each.
+# The narrow networks of benchmarks/paper_narrow.yaml, which a CPU can train, and the corresponding model of the paper.
 NARROW = {
     "VGG11": "VGG16",
     "MobileNetV2 x0.5": "MobileNetV2",
     "ShuffleNetV2 x0.5": "ShuffleNetV2",
     "RepVGG-A0": "RepVGG",
 }
-# Top-1 of the checkpoints, in per cent, by their publisher.
+# Top-1 of the published checkpoints in %, as published.
 PUBLISHED_TOP1 = dict(zip(MODELS, (92.60, 94.16, 94.22, 93.81, 94.98), strict=True))
-# "Degradation percentage": whether points or per cent of FP32, the paper does not say.
+# "Degradation percentage"; the paper does not state whether it is points or percent of FP32.
 TABLE_1A = {
     "CIFAR-10": (0.28, 0.05, 0.07, 1.26, 41.94),
     "StyleGAN2-ADA": (0.43, 0.16, 0.05, 7.48, 41.37),
@@ -68,18 +68,27 @@ INCEPTION_SCORE = "inception-score"
 Published = Mapping[str, tuple[float | None, ...]]
 Scores = Mapping[str, Mapping[str, float]]
 DIFFERENCES = """\
-- Data: the paper evaluates on the original CIFAR-10; ours is in the protocol of each model below. The paper does not
-  say which 5,000 images its real calibration set held; ours are 500 a class of the training split, by seed.
-- Weights: the paper takes the published checkpoints; ours are named below by their SHA-256.
-- Tool: the paper quantizes with the Post-training Optimization Tool of OpenVINO 2022.1; it is gone, and ours is NNCF.
-- Accuracy-aware: the paper allows 2 points and measures them on the calibration images with their labels; ours allows
-  0.3 points, measured on the same: top-1 where the images came with labels (real, GANs, IntraQ), else top-1 as
-  FP32's probabilities let expect. The evaluation images steer nothing.
+- Unit: the paper reports a "degradation percentage" and does not state whether it is points or percent of FP32. For
+  ShuffleNetV2 with fractals, 87.21, percent is more plausible, since 93.81 - 87.21 points is below chance for ten
+  classes.
+- Data: the paper evaluates on the original CIFAR-10; the protocol of each model here is listed below. `cifar10-jpeg` is
+  CIFAR-10 stored as 32x32 JPEG, quality 75. The paper does not state which 5,000 images its real calibration set held;
+  here 500 images per class of the training split are drawn by seed.
+- Weights: the paper uses the published checkpoints; the weights here are listed below by SHA-256.
+- Quantizer: the paper uses the Post-training Optimization Tool of OpenVINO 2022.1. Here it is NNCF with ovcalib's
+  activation ranges and bias correction, which are not NNCF's defaults.
+- StyleGAN2-ADA (narrow sweep only): own training, 326 thousand images, 24 channels wide at 32x32, not NVIDIA's
+  snapshot.
+- DiStyleGAN: uses no data at calibration time; its generator was trained on the CIFAR-10 training split.
+- Fractal: ovcalib's own generator, not Datumaro's.
+- DGH, ZeroQ, DSG, IntraQ, Genie, bn-inversion: 128 images, quick budgets.
+- Accuracy-aware: the paper allows 2 points, measured on the calibration images with their labels. Here 0.3 points are
+  allowed, measured on the same images: top-1 where there are labels, else expected top-1 under FP32's probabilities.
 - RepVGG is in its multi-branch training form, as in the paper."""
 
 
 def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, published: Published) -> str:
-    """Rows of the paper, then those that only we have: "ours in points (ours in % of FP32) | published"."""
+    """Rows of the paper, then further rows of the sweep: "points (% of FP32) | published"."""
     ours = [source.label for source in sweep.recipe.sources] if sweep else []
     sources = [*published, *(label for label in ours if label not in published)]
     rows = [[escape_markdown(source)] for source in sources]
@@ -100,8 +109,16 @@ def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, pu
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def with_seeds(table: str, sweep: Sweep | None) -> str:
+    """A table whose first column says so if there is one seed."""
+    if sweep is None or len(sweep.recipe.seeds) > 1:
+        return table
+    header, rule, *rows = table.splitlines()
+    return "\n".join([header, rule, *(row.replace(" |", " (1 seed) |", 1) for row in rows)])
+
+
 def columns(sweep: Sweep | None) -> list[str]:
-    """The paper's models, or those of a sweep of their narrow relatives."""
+    """The paper's models, or the narrow networks of a sweep."""
     ours = [model.label for model in sweep.recipe.models] if sweep else []
     if not set(ours) & set(NARROW):
         return list(MODELS)
@@ -109,28 +126,28 @@ def columns(sweep: Sweep | None) -> list[str]:
 
 
 def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
-    """One line a model: its weights and the images that it was proven on."""
+    """One line per model: its weights and the images that it was evaluated on."""
     lines = []
     for model in columns(sweep):
         found = [results[cell.key] for cell in sweep.cells if cell.model == model and cell.key in results]
         if not found or found[0].accuracy is None:
             continue
         first, accuracy = found[0], found[0].accuracy
-        stands = f", a narrower relative of the paper's {NARROW[model]}" if model in NARROW else ""
+        narrower = f", narrower than the paper's {NARROW[model]}" if model in NARROW else ""
         theirs = PUBLISHED_TOP1[NARROW.get(model, model)]
         lines.append(
-            f"- {model}{stands}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published weights, by their publisher: "
-            f"{theirs:.2f} %), weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
+            f"- {model}{narrower}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published checkpoint: {theirs:.2f} %), "
+            f"weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
             f"{escape_markdown(accuracy.protocol)}"
         )
     return lines
 
 
 def score_table(scores: Scores) -> str:
-    """The published Inception Score, ours where it was measured, and every other measure under its own name."""
+    """The published Inception Score, that of ovcalib's images, and every other score by its own name."""
     images = [*TABLE_2, *(name for name in scores if name not in TABLE_2)]
     measures = list(dict.fromkeys(name for row in scores.values() for name in row if name != INCEPTION_SCORE))
-    rows = [["images", "paper: Inception Score of 50,000", "ours: Inception Score", *measures]]
+    rows = [["images", "paper: Inception Score of 50,000", "ovcalib: Inception Score", *measures]]
     rows.append(["---"] * len(rows[0]))
     for name in images:
         found = scores.get(name, {})
@@ -144,11 +161,13 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
     lines = [
         "# The paper's tables",
         "",
-        "Written by `python benchmarks/paper_tables.py` from a sweep of `benchmarks/paper.yaml` (`make tables`), or of "
-        "`benchmarks/paper_narrow.yaml` where the names are of narrower networks. Each cell is ours: the drop of top-1 "
-        "accuracy in points, and in brackets in % of the FP32 accuracy; beside it the published number. " + NOTES,
+        "Generated by `python benchmarks/paper_tables.py` from a sweep of `benchmarks/paper.yaml` (`make tables`), or "
+        "of `benchmarks/paper_narrow.yaml` if the column names are narrow networks. Each cell is the drop of top-1 "
+        "accuracy in points, in brackets in % of FP32; the column beside it is the published value. Networks, data and "
+        "quantizer differ from the paper, so this is not a like-for-like comparison. " + NOTES,
         "",
-        "## What differs",
+        *([f"Seeds per cell: {len(sweep.recipe.seeds)}.", ""] if sweep else []),
+        "## Differences from the paper",
         "",
         DIFFERENCES,
     ]
@@ -160,11 +179,12 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
         ("Table 1a: default algorithm", "default", TABLE_1A),
         ("Table 1b: accuracy-aware algorithm", "accuracy-aware", TABLE_1B),
     ):
-        lines += ["", f"## {title}", "", drop_table(sweep, results, mode, published)]
+        lines += ["", f"## {title}", "", with_seeds(drop_table(sweep, results, mode, published), sweep)]
         if sweep and mode in sweep.recipe.modes:
             more: list[Metric] = [AGREEMENT, NMSE] if mode == "default" else [REVERTED, SECONDS]
             for metric in more:
-                lines += ["", f"### {metric.title}", "", metric_table(sweep, mode, metric, results, {})]
+                table = metric_table(sweep, mode, metric, results, {})
+                lines += ["", f"### {metric.title}", "", with_seeds(table, sweep)]
     lines += ["", "## Table 2: scores of the images", "", score_table(scores)]
     if sweep and sweep.failed:
         lines += ["", "## Failed cells", "", *(f"- {name}: {error}" for name, error in failures(sweep))]

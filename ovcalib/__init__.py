@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ovcalib.api import generate as generate
     from ovcalib.api import load_model as load_model
     from ovcalib.api import make_recipe as make_recipe
-    from ovcalib.api import models as models
     from ovcalib.api import quantize as quantize
     from ovcalib.api import report as report
     from ovcalib.api import run_recipe as run_recipe
@@ -55,7 +54,6 @@ _HOMES = {
     "generate": "ovcalib.api",
     "load_model": "ovcalib.api",
     "make_recipe": "ovcalib.api",
-    "models": "ovcalib.api",
     "quantize": "ovcalib.api",
     "report": "ovcalib.api",
     "run_recipe": "ovcalib.api",

@@ -248,7 +248,7 @@ def benchmark(
     """
     from ovcalib.measurement.benchmark import benchmark as measure
     from ovcalib.measurement.device_parity import device_parity
-    from ovcalib.report.benchmark import write_benchmark_report
+    from ovcalib.reports.benchmark import write_benchmark_report
     from ovcalib.rundir import write_json
 
     progress = progress or Progress()
@@ -286,7 +286,7 @@ def diagnose(
     raises   ModelError where the two are not one network
     """
     from ovcalib.diagnosis.diagnose import diagnose as compare
-    from ovcalib.report.diagnosis import write_diagnosis_report
+    from ovcalib.reports.diagnosis import write_diagnosis_report
     from ovcalib.rundir import write_json
 
     about, rest = _model_options(str(fp32), options)
@@ -315,7 +315,7 @@ def report(
     latency   False leaves latency out, to compare results of different machines
     returns   the files written
     """
-    from ovcalib.report.build import build_report
+    from ovcalib.reports.build import build_report
 
     return build_report(_paths(results), list(formats), _path(output), latency)
 
@@ -338,8 +338,8 @@ def sweep(
     resume    go on in the folder of another recipe; cells that both have are kept
     returns   the state of every cell, with the error of a failed one
     """
-    from ovcalib.sweep.plan import read_sweep_recipe
-    from ovcalib.sweep.run import run_sweep
+    from ovcalib.sweeps.plan import read_sweep_recipe
+    from ovcalib.sweeps.run import run_sweep
 
     content = recipe if isinstance(recipe, SweepRecipe) else read_sweep_recipe(Path(recipe))
     return run_sweep(content, Path(output), jobs=jobs, engine=engine, resume=resume, progress=progress)

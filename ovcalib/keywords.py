@@ -24,7 +24,9 @@ class QuantizeKeywords(TypedDict, total=False):
     overflow_fix: Literal["auto"] | Literal["disable", "first-layer", "enable"]
     activation_ranges: Literal["auto"] | Literal["min-max", "mean-min-max", "histogram"]
     bias_correction: Literal["auto"] | Literal["none", "fast", "full", "layerwise"]
+    rounding: Literal["auto"] | Literal["nearest", "compensated"]
     guard: bool
+    equalize: Literal["auto", "on", "off"]
     model_type: Literal["auto", "cnn", "transformer"]
     ignore: Sequence[str]
     metric: Literal["top1", "agreement", "expected-top1"] | None

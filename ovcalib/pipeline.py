@@ -28,7 +28,7 @@ from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
-from ovcalib.report.result import write_result_report
+from ovcalib.reports.result import write_result_report
 from ovcalib.rundir import Workspace, file_sha256, write_json
 from ovcalib.runtime import check_device
 
@@ -58,14 +58,14 @@ class QuantizationResult:
     folder: Path | None
 
     def __repr__(self) -> str:
-        from ovcalib.report.markdown import summary
+        from ovcalib.reports.markdown import summary
 
         row = ", ".join(f"{name}: {value}" for name, value in summary(self.record).items())
         return f"<QuantizationResult {row}{f', in {str(self.folder)!r}' if self.folder else ''}>"
 
     def _repr_html_(self) -> str:
-        from ovcalib.report.markdown import summary
-        from ovcalib.report.tables import Table
+        from ovcalib.reports.markdown import summary
+        from ovcalib.reports.tables import Table
 
         row = summary(self.record)
         return Table(list(row), [list(row.values())]).html()
@@ -105,7 +105,10 @@ def quantize(
         settings = resolve_settings(recipe.quantization, exported.graph)
 
         if calibration is None:
-            calibration = make_set(options, model, progress, download=recipe.evaluation.download, resume=work.resume)
+            download = recipe.evaluation.download
+            calibration = make_set(
+                options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
+            )
         calibration.save(work.path)
         warnings = [*model.warnings, *calibration.provenance.warnings]
 
@@ -121,6 +124,9 @@ def quantize(
             recipe.quantization, settings, exported.graph, calibration, steering, model.spec.num_classes is not None,
             out_of_time, progress, log,
         )  # fmt: skip
+        if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
+            describe(quantized.fp32, model.spec, recipe.model.dynamic_batch)
+            write_ir(quantized.fp32, work.path / "fp32" / "model.xml")
         describe(quantized.int8, model.spec, recipe.model.dynamic_batch)
         how = quantized.record.model_dump_json(exclude={"restoration"})
         quantized.int8.set_rt_info(how, ["ovcalib", "quantization"])

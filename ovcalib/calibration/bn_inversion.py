@@ -30,7 +30,7 @@ class Options(InversionOptions):
     output_weight: float = 1e-3
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 30, "batch": 8, "rate": 0.08, "schedule": "cosine"},
+        "quick": {"steps": 20, "batch": 8, "rate": 0.05, "schedule": "cosine"},
         "standard": {"steps": 120, "batch": 16, "rate": 0.05, "schedule": "cosine"},
         "paper": {"steps": 1000, "batch": 32, "rate": 0.05, "schedule": "cosine"},
     }

@@ -69,11 +69,6 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
     return layers
 
 
-# Values of an activation that are handled together, so that what is computed of them stays in the cache; single images
-# of small layers would spend more time on calls than on arithmetic.
-CHUNK = 2**18
-
-
 class _BatchNormWithMoments(torch.autograd.Function):
     """input * scale + shift, and the first two moments of every image and channel.
 
@@ -85,15 +80,14 @@ class _BatchNormWithMoments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = _flat(x)
         out, flat_out = _empty_channels_last(x.shape, x)
-        mean, square = torch.empty(2, len(x), x.shape[1], device=x.device)
-        for part in _chunks(flat):
-            values = flat[part].float()
-            torch.mean(values, 1, out=mean[part])
-            torch.mean(values.square(), 1, out=square[part])
-            if x.dtype == torch.float32:
-                torch.addcmul(shift, values, scale, out=flat_out[part])
-            else:
-                flat_out[part] = torch.addcmul(shift, values, scale)
+        values = flat.float()
+        mean = values.mean(1)
+        # The squares need memory of the size of the output, which has no use for its own yet.
+        scratch = flat_out if x.dtype == torch.float32 else torch.empty_like(values)
+        square = torch.mul(values, values, out=scratch).mean(1)
+        torch.addcmul(shift, values, scale, out=scratch)
+        if scratch is not flat_out:
+            flat_out.copy_(scratch)
         ctx.save_for_backward(flat, scale)
         return out, mean, square
 
@@ -105,16 +99,9 @@ class _BatchNormWithMoments(torch.autograd.Function):
         out, flat_out = _empty_channels_last(gradient.shape, gradient)
         constant, linear = (of_mean / flat.shape[1])[:, None], (of_square * (2 / flat.shape[1]))[:, None]
         constant, linear, scale = (t.to(gradient.dtype) for t in (constant, linear, scale))
-        for part in _chunks(flat):
-            torch.addcmul(constant[part], flat[part], linear[part], out=flat_out[part])
-            flat_out[part].addcmul_(flat_gradient[part], scale)
+        torch.addcmul(constant, flat, linear, out=flat_out)
+        flat_out.addcmul_(flat_gradient, scale)
         return out, None, None
-
-
-def _chunks(flat: Tensor) -> list[slice]:
-    """Slices of [N, positions, C] along its images."""
-    size = max(1, CHUNK // max(1, flat[0].numel()))
-    return [slice(first, first + size) for first in range(0, len(flat), size)]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -136,8 +136,9 @@ def draw_system(rng: np.random.Generator) -> System:
 
 def lookup_table(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
     """Indices 0..n-1, each as often as it is probable; drawing from it is seven times faster than a search."""
-    quantiles = (np.arange(TABLE) + 0.5) / TABLE
-    return np.minimum(np.searchsorted(np.cumsum(probabilities), quantiles), len(probabilities) - 1)
+    # Entry t belongs to the first index whose cumulative probability reaches (t + 1/2) / TABLE.
+    ends = np.floor(np.cumsum(probabilities)[:-1] * TABLE + 0.5).astype(np.int64)
+    return np.repeat(np.arange(len(probabilities)), np.diff(ends, prepend=0, append=TABLE))
 
 
 def find_system(rng: np.random.Generator) -> System:
@@ -210,8 +211,13 @@ def _fills(rng: np.random.Generator, system: System, points: int, side: int, sha
     if found.shape[1] < points:
         return False
     low, high = found.min(1, keepdims=True), found.max(1, keepdims=True)
-    row, column = ((found - low) / np.maximum(high - low, 1e-9) * (side - 1)).astype(np.int64)
-    return bool(np.count_nonzero(np.bincount(row * side + column, minlength=side * side)) >= share * side * side)
+    found -= low
+    found /= np.maximum(high - low, 1e-9)
+    found *= side - 1
+    row, column = found.astype(np.int32)
+    filled = np.zeros(side * side, bool)
+    filled[row * side + column] = True
+    return bool(np.count_nonzero(filled) >= share * side * side)
 
 
 # Painting -------------------------------------------------------------------------------------

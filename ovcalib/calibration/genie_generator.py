@@ -65,6 +65,8 @@ class GeneratorRun(Run):
         adjust_rates = schedule(o, latent_optimizer, optimizer, steps)
         batch = self.batch_of(group, generator(z).detach())
         for step in range(steps):
+            if self.out_of_time():
+                break
             batch.step = step
             rng = np.random.default_rng((self.request.seed, 2, step, number))
             with self.swing.drawn_from(rng):
@@ -77,7 +79,7 @@ class GeneratorRun(Run):
             latent_optimizer.step()
             optimizer.step()
             adjust_rates(value.item())
-            self.report(number * steps + step, value.item())
+            self.report(value.item())
         with torch.no_grad():
             batch.images = generator(z)
         self.batches[number] = batch

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovcalib.calibration import bn_losses as losses
-from ovcalib.calibration.bfloat16 import bfloat16_is_fast, in_bfloat16
-from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, large_blocks_kept, tapped
+from ovcalib.calibration.bfloat16 import bfloat16_is_fast
+from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, large_blocks_kept
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
-from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
+from ovcalib.calibration.network_outputs import flat_outputs
+from ovcalib.calibration.parallel import Network, on_all_cores
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import ModelError
 from ovcalib.records.preprocessing import Preprocessing
@@ -43,6 +44,9 @@ from ovcalib.rundir import write_atomically
 
 CHECKPOINT_EVERY_S = 20.0
 INPUT = "(input)"
+# Function systems of the fractals that images start from. Finding one takes as long as four pictures, and the pixels
+# change anyway.
+SYSTEMS = 32
 
 # Gaussian of sigma 1.25 on 3x3 positions, as DGH smooths.
 _ONE_DIMENSION = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * 1.25**2))
@@ -61,7 +65,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     module = request.module.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
-    layers = find_layers(module, request.spec.name)
+    find_layers(module, request.spec.name)  # refuses
     if options.precision == "auto":
         options = dataclasses.replace(options, precision="bf16" if bfloat16_is_fast(device) else "fp32")
     labels = None
@@ -71,19 +75,25 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
                 f"{request.spec.name} has no class logits, which this method needs. Use dgh or bn-inversion."
             )
         labels = torch.arange(request.count) % request.spec.num_classes
-    with large_blocks_kept(), tapped(layers) as taps, swinging(module, options.swing) as swing, torch.enable_grad():
-        run = (kind or Run)(request, options, module, layers, taps, swing, labels, device)
-        images = run.all_steps()
+    half, copies = options.precision == "bf16", 1 if options.swing else None
+    with large_blocks_kept(), torch.enable_grad():
+        with (
+            swinging(module, options.swing) as swing,
+            on_all_cores(module, request.spec.name, half, copies) as network,
+        ):
+            run = (kind or Run)(request, options, network, swing, labels, device)
+            images = run.all_steps()
         with torch.no_grad():
             argmax = pseudo_labels(request, module, images, options.batch or 1, device) if labels is None else None
     module.cpu()
-    given = labels if labels is not None else argmax
+    given = labels[: len(images)] if labels is not None else argmax
     return Generated(
         images=images.numpy(),
         domain="network",
         labels=None if given is None else given.numpy().astype(np.int64),
         label_origin="method" if labels is not None else None if argmax is None else "pseudo",
         options=dataclasses.asdict(options),
+        warnings=run.warnings(len(images)),
     )
 
 
@@ -160,7 +170,7 @@ def _fractals(request: Request, shape: tuple[int, int, int], indices: Sequence[i
 
     larger: Preprocessing = request.spec.preprocessing.model_copy(update={"height": shape[1], "width": shape[2]})
     spec = request.spec.model_copy(update={"input_shape": shape, "preprocessing": larger})
-    pixels = fractal.pictures(spec, request.seed, indices, fractal.Options())
+    pixels = fractal.pictures(spec, request.seed, indices, fractal.Options(systems=SYSTEMS))
     return larger.normalise(pixels)
 
 
@@ -329,14 +339,13 @@ class Run:
 
     request: Request
     options: InversionOptions
-    module: nn.Module
-    layers: list[Layer]
-    taps: Taps
+    network: Network
     swing: Swing
     labels: Tensor | None
     device: torch.device
     batches: dict[int, Batch] = field(default_factory=dict)
     finished: dict[int, Tensor] = field(default_factory=dict)
+    moments: list[Moments] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -352,29 +361,44 @@ class Run:
         self.margins = self.noise_margins() if o.slack > 0 else None
         self.centres: dict[int, tuple[Tensor, int]] = {}
         self.save_at = time.monotonic() + CHECKPOINT_EVERY_S
+        self.made, self.ended_early = 0, False
 
     def all_steps(self) -> Tensor:
         """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
         o = self.options
         assert o.steps is not None
         self.load_checkpoint()
+        self.made = o.steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
         try:
             if o.scope == "set":
                 self.joint_steps(o.steps)
             else:
                 for number in range(len(self.groups)):
-                    if number not in self.finished:
+                    if number not in self.finished and not (number and self.out_of_time()):
                         self.steps_alone(number, o.steps)
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
-        return torch.cat([self.finished[number] for number in range(len(self.groups))])
+        return torch.cat([self.finished[number] for number in sorted(self.finished)])
+
+    def out_of_time(self) -> bool:
+        self.ended_early = self.ended_early or self.request.out_of_time()
+        return self.ended_early
+
+    def warnings(self, images: int) -> tuple[str, ...]:
+        if not self.ended_early:
+            return ()
+        assert self.options.steps is not None
+        return (
+            f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
+            f"{self.options.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps",
+        )
 
     def steps_alone(self, number: int, steps: int) -> None:
         """All steps of one batch, which knows nothing of the others."""
         self.open(number)
-        while self.batches[number].step < steps:
-            self.advance(number, number * steps + self.batches[number].step)
+        while self.batches[number].step < steps and not self.out_of_time():
+            self.advance(number)
         self.close(number)
 
     def joint_steps(self, steps: int) -> None:
@@ -384,17 +408,21 @@ class Run:
             if number not in self.finished:
                 self.open(number)
             if number not in self.statistics.parts:
-                with torch.no_grad():
-                    self.measure(self.final(self.batches[number].images))
-                    self.statistics.put(number, self.taps.moments)
+                self.put_statistics(number)
         first = min((batch.step for batch in self.batches.values()), default=steps)
         for iteration in range(first, steps):
             order = np.random.default_rng((self.request.seed, 1, iteration)).permutation(count)
-            for place, number in enumerate(order):
-                if self.batches[int(number)].step == iteration:  # else done before an interruption
-                    self.advance(int(number), iteration * count + place)
+            for number in order.tolist():
+                if self.batches[number].step == iteration and not self.out_of_time():
+                    self.advance(number)
         for number in sorted(self.batches):
             self.close(number)
+
+    def put_statistics(self, number: int) -> None:
+        """Measure a batch as it would be kept now."""
+        with torch.no_grad():
+            self.measure(self.final(self.batches[number].images))
+            self.statistics.put(number, self.moments)
 
     def open(self, number: int) -> None:
         if number in self.batches:  # from a checkpoint
@@ -419,7 +447,7 @@ class Run:
 
     # One step
 
-    def advance(self, number: int, done: int) -> None:
+    def advance(self, number: int) -> None:
         """One optimisation step of one batch."""
         o, batch = self.options, self.batches[number]
         assert o.steps is not None
@@ -431,18 +459,17 @@ class Run:
         (gradient,) = torch.autograd.grad(value.sum(), images)
         scale = 0.5 * (1 + np.cos(np.pi * batch.step / o.steps)) if o.schedule == "cosine" else 1.0
         if o.scope == "set" and not o.refresh:
-            self.statistics.put(number, self.taps.moments)
+            self.statistics.put(number, self.moments)
         with torch.no_grad():
             descend(batch, gradient, o.optimizer, scale)
             if o.schedule != "cosine":
                 loss = value.detach() if o.scope == "sample" else value.detach().sum()[None]
                 assert o.patience is not None
                 cut_on_plateau(batch, loss.cpu(), o.patience, o.factor, 1e-4, o.schedule == "plateau-reset")
-            if o.scope == "set" and o.refresh:
-                self.measure(self.final(batch.images))
-                self.statistics.put(number, self.taps.moments)
+        if o.scope == "set" and o.refresh:
+            self.put_statistics(number)
         self.check(value, batch.step)
-        self.report(done, float(value.detach().mean()))
+        self.report(float(value.detach().mean()))
         if time.monotonic() > self.save_at:
             self.save_checkpoint()
 
@@ -453,11 +480,12 @@ class Run:
                 "Lower the rate with -O rate=..."
             )
 
-    def report(self, done: int, loss: float) -> None:
-        """Progress, in images: `done` steps of all batches are behind us."""
+    def report(self, loss: float) -> None:
+        """One more step is made: progress, in images."""
         assert self.options.steps is not None
+        self.made += 1
         total = len(self.groups) * self.options.steps
-        self.request.tick(self.request.count * (done + 1) // total, f"loss {loss:.4g}")
+        self.request.tick(self.request.count * self.made // total, f"loss {loss:.4g}")
 
     def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """What the network sees of the images at a step."""
@@ -475,19 +503,16 @@ class Run:
         return images.clamp(self.low, self.high) if self.options.clip else images
 
     def measure(self, images: Tensor) -> list[Tensor]:
-        """Run the network; the taps hold the moments of its layers, and of the images as one more."""
-        self.taps.clear()
-        if self.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
-        with in_bfloat16(self.device, self.options.precision == "bf16"):
-            outputs = [output.float() for output in network_outputs(self.module, images)]
+        """Run the network; `moments` are then those of its layers, and of the images as one more."""
+        done = self.network(images)
+        self.moments = done.moments
         if self.options.input_layer:
-            self.taps.moments.append(image_moments(images))
-        return outputs
+            self.moments = [*self.moments, image_moments(images)]
+        return done.outputs
 
     def loss(self, number: int, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
         """[K] with per-sample statistics, else [1]."""
-        o, moments = self.options, self.taps.moments
+        o, moments = self.options, self.moments
         if o.scope == "set":
             pairs = self.statistics.with_live(number, moments)
         elif o.scope == "batch":
@@ -512,7 +537,7 @@ class Run:
     def output_loss(self, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
         o = self.options
         if o.output == "stretch":
-            last = next(m for m in reversed(self.taps.moments) if m.positions > 1 and m.layer.name != INPUT)
+            last = next(m for m in reversed(self.moments) if m.positions > 1 and m.layer.name != INPUT)
             std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
             std0 = losses.standard_deviation(last.layer.var0)
             values = sum(
@@ -566,9 +591,9 @@ class Run:
             for number, first in enumerate(range(0, count, o.batch)):
                 group = indices[first : first + o.batch]
                 self.measure(start(gaussian, self.request, group).to(self.device))
-                pooled.put(number, self.taps.moments)
+                pooled.put(number, self.moments)
             margins = []
-            for (mean, square), m in zip(pooled.sums, self.taps.moments, strict=True):
+            for (mean, square), m in zip(pooled.sums, self.moments, strict=True):
                 spread, spread0 = spreads(o, mean, square, m.layer, count * m.positions)
                 margins.append(
                     (
@@ -588,7 +613,7 @@ class Run:
             "seed": self.request.seed,
             "count": self.request.count,
             "spec": spec.model_dump(mode="json"),
-            "mean": [float(layer.mean0.double().sum()) for layer in self.layers],
+            "mean": [float(layer.mean0.double().sum()) for layer in self.network.layers],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def make_set(
     download: bool = False,
     resume: Path | None = None,
     score: bool = True,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> CalibrationSet:
     """The calibration set of resolved options.
 
     download   whether a data set may be fetched
     resume     folder from which an interrupted generation goes on
     score      compare the set with the model's BatchNorm statistics
+    out_of_time   whether a source that optimises ends with what it has, and a warning
     raises     DataError, UsageError
     """
     assert options.calib is not None
@@ -74,6 +77,7 @@ def make_set(
                     tick=tick,
                     checkpoint=resume,
                     download=download,
+                    out_of_time=out_of_time,
                 ),
                 options.options,
             )

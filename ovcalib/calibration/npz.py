@@ -34,7 +34,7 @@ def images_wanted(spec: ModelSpec, argument: str) -> int:
 
 def generate(request: Request, options: Options) -> Generated:
     """The first images of a file, in its order."""
-    images, domain, labels, origin = load_calibration(Path(request.argument), request.spec)
+    images, domain, labels, origin, real = load_calibration(Path(request.argument), request.spec)
     if request.count > len(images):
         raise UsageError(
             f"`num_samples={request.count}` is more than the {len(images)} images of {request.argument!r}. "
@@ -44,6 +44,7 @@ def generate(request: Request, options: Options) -> Generated:
     return Generated(
         images=images[: request.count],
         domain=domain,
+        real=real,
         labels=None if labels is None else labels[: request.count],
         label_origin=origin,
     )

@@ -58,6 +58,7 @@ def generate(request: Request, options: Options) -> Generated:
     return Generated(
         images=np.stack([sample.pixels for sample in samples]),
         domain="pixels",
+        real=True,
         labels=None if labels is None else np.array([sample.label for sample in samples], dtype=np.int64),
         label_origin=None if labels is None else "data",
         warnings=tuple(warnings),

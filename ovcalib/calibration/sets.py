@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -18,8 +18,6 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically, write_json
 
-# Sources whose images are somebody's own.
-OWN_IMAGES = frozenset({"real", "npz"})
 # Beyond this many times the range of black to white, values cannot be normalised images.
 MAX_RANGE_FACTOR = 10.0
 PREVIEW_IMAGES = 64
@@ -49,10 +47,10 @@ class CalibrationSet:
     def input_range(self) -> tuple[float, float] | None:
         """Smallest and largest value that the network will be given, where the images do not tell it.
 
-        Images that were made stand for photographs, whose pixels run from black to white; they need not reach there
-        themselves, and some go beyond. Images of the user's own speak for themselves: None.
+        Made images stand for photographs, whose pixels run from black to white; they need not reach that range
+        themselves, and some exceed it. For real images the range is taken from them: None.
         """
-        if self.provenance.source.partition(":")[0] in OWN_IMAGES:
+        if self.provenance.real:
             return None
         low, high = self.preprocessing.input_range()
         return float(low.min()), float(high.max())
@@ -70,6 +68,12 @@ class CalibrationSet:
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return (self[i] for i in range(len(self)))
+
+    def subset(self, indices: range) -> CalibrationSet:
+        """Some of the images, with their labels."""
+        part = slice(indices.start, indices.stop)
+        labels = None if self.labels is None else self.labels[part]
+        return replace(self, images=self.images[part], labels=labels)
 
     def inputs(self, first: int = 0, last: int | None = None) -> list[NDArray[np.float32]]:
         """The network inputs of the images first..last; indices as in slices, None for the end."""
@@ -93,7 +97,9 @@ class CalibrationSet:
     def save(self, folder: Path) -> None:
         """Write calibration.npz, calibration.json and preview.png into a folder; each appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {"images": self.images, "domain": np.array(self.domain)}
+        arrays: dict[str, Any] = {
+            "images": self.images, "domain": np.array(self.domain), "real": np.array(self.provenance.real),
+        }  # fmt: skip
         if self.labels is not None:
             arrays["labels"] = self.labels
             arrays["label_origin"] = np.array(self.provenance.labels)
@@ -142,8 +148,10 @@ def write_description(calibration: CalibrationSet, folder: Path) -> None:
 
 def load_calibration(
     path: Path, spec: ModelSpec
-) -> tuple[NDArray[Any], Domain, NDArray[np.int64] | None, LabelOrigin | None]:
-    """Images, domain, labels and their origin of an npz file: one that ovcalib wrote, or the user's own arrays.
+) -> tuple[NDArray[Any], Domain, NDArray[np.int64] | None, LabelOrigin | None, bool]:
+    """Images, domain, labels, their origin and whether they are real, of an npz file.
+
+    The file is one that ovcalib wrote, or holds arrays of the user's own, which count as real.
 
     raises   DataError that says what the file holds and what was expected
     """
@@ -171,17 +179,18 @@ def load_calibration(
         raise DataError(f"'images' in {str(path)!r} is {images.dtype} {list(images.shape)}. {expected}")
     if not len(images):
         raise DataError(f"'images' in {str(path)!r} is empty. {expected}")
+    real = bool(arrays.get("real", np.array(True)).all())
     labels = arrays.get("labels")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(
             f"'labels' in {str(path)!r} is {labels.dtype} {list(labels.shape)}; expected integers [{len(images)}]."
         )
     if labels is None:
-        return images, domain, None, None
+        return images, domain, None, None, real
     origin = str(arrays.get("label_origin", "data"))
     if origin not in get_args(LabelOrigin):
         raise DataError(f"'label_origin' in {str(path)!r} is {origin!r}. Expected data, method or pseudo.")
-    return images, domain, labels.astype(np.int64), cast(LabelOrigin, origin)
+    return images, domain, labels.astype(np.int64), cast(LabelOrigin, origin), real
 
 
 def preflight(calibration: CalibrationSet) -> list[str]:

@@ -37,6 +37,7 @@ class Request:
     tick         receives the number of finished images, and a word on how it goes
     checkpoint   a folder in which an interrupted run may find its state again, or None
     download     whether a data set may be fetched
+    out_of_time  whether to end with what there is; sources that optimise ask before every step
     """
 
     count: int
@@ -47,6 +48,7 @@ class Request:
     tick: Callable[[int, str], None] = lambda done, note: None
     checkpoint: Path | None = None
     download: bool = False
+    out_of_time: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Generated:
 
     images    uint8 [N, H, W, C] ("pixels") or float32 [N, C, H, W] ("network"); N may be less than asked for
     labels    int64 [N], or None
+    real      they are photographs or the user's own, not made
     options   as they were resolved, where the source fills in some of them itself
     """
 
@@ -62,6 +65,7 @@ class Generated:
     domain: Domain
     labels: NDArray[np.int64] | None = None
     label_origin: LabelOrigin | None = None
+    real: bool = False
     licence: str | None = None
     options: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
@@ -124,6 +128,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
             seed=request.seed,
             seconds=round(time.perf_counter() - began, 3),
             domain=made.domain,
+            real=made.real,
             labels=made.label_origin,
             licence=made.licence,
             model=request.spec.name if "checkpoint" in source.NEEDS else None,

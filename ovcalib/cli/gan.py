@@ -19,7 +19,7 @@ from ovcalib.errors import UsageError, require
 from ovcalib.records.base import Frozen, Shown, checked
 
 IMAGES = "imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE"
-Device = Annotated[Literal["auto", "cpu", "cuda"], Shown(("-d", "--device"))]
+Device = Annotated[str, Shown(("-d", "--device"), metavar="auto|cpu|cuda[:N]")]
 Output = Annotated[Path, Shown(("-o", "--output"), metavar="DIR")]
 File = Annotated[Path | None, Shown(metavar="FILE", default="that of its cache")]
 Seed = Annotated[int, Shown(metavar="N")]

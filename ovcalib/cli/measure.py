@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,10 @@ from ovcalib.cli.quantize import warn
 from ovcalib.cli.tables import print_table
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.records.base import Shown
-from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.options import BenchmarkOptions, DiagnosisOptions, EvaluateOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from ovcalib.records.benchmark import Benchmark
 
 # Files bring their weights; these say what a file does not.
 OF_FILES = ("reference", "weights", "trust_remote_code", "dynamic_batch")
@@ -28,7 +30,7 @@ def evaluate(given: dict[str, Any], common: Common) -> None:
     package.module:factory.
     """
     from ovcalib import api
-    from ovcalib.report.markdown import points
+    from ovcalib.reports.markdown import points
 
     found = api.evaluate(given.pop("model"), given.pop("data"), progress=common.progress, **given)
     if common.as_json:
@@ -106,7 +108,7 @@ def diagnose(given: dict[str, Any], common: Common) -> None:
     FILE.onnx; INT8 is FILE.xml, quantized from it.
     """
     from ovcalib import api
-    from ovcalib.report.diagnosis import candidate_table, ignore_options, operation_table
+    from ovcalib.reports.diagnosis import candidate_table, ignore_options, operation_table
 
     target = common.target("diagnosis")
     found = api.diagnose(

@@ -15,6 +15,7 @@ from ovcalib.cli.guard import guarded, in_flags
 from ovcalib.errors import UsageError
 from ovcalib.progress import Progress
 from ovcalib.records.base import Frozen, Shown, flags_of, shown
+from ovcalib.records.options import ModelOptions
 
 COMMON = "Common"
 
@@ -88,7 +89,7 @@ def add_command(
             if field_name in leave_out:
                 continue
             look = (renamed or {}).get(field_name) or shown(kind, field_name)
-            key = "model" if field_name == "reference" else field_name
+            key = "model" if field_name == "reference" and kind is ModelOptions else field_name
             parameters.append(parameter(kind, field_name, field, look))
             if field.is_required():
                 required.append(key)
@@ -107,7 +108,7 @@ def add_command(
         given = {key: value for key, value in values.items() if value is not None and value != ()}
         if "options" in given:
             given["options"] = key_values(given["options"])
-        if "reference" in given:
+        if "reference" in given and ModelOptions in kinds:
             given = {"model": given.pop("reference"), **given}
         missing = [key for key in required if key not in given]
         if missing and "recipe" not in given:

@@ -32,7 +32,7 @@ def quantize(given: dict[str, Any], common: Common) -> int:
     """
     from ovcalib import api
     from ovcalib.records.read import read_recipe
-    from ovcalib.report.markdown import KERNELS, kernels_error, summary
+    from ovcalib.reports.markdown import KERNELS, kernels_error, summary
 
     recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
     fields = {**(read_recipe(recipe_file) if recipe_file else {}), **given}

@@ -53,6 +53,40 @@ def restore_biases(quantized: ov.Model, original: ov.Model) -> ov.Model:
     return graph
 
 
+def set_weights(op: ov.Node, weights: NDArray[np.float64]) -> None:
+    """Give a layer other weights, in place; a constant that it shared with other layers becomes its own.
+
+    weights   [G, O, I, K], as in `Quantizable`
+    """
+    if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"]:
+        weights = weights.swapaxes(1, 2)
+    before = op.input_value(1)
+    constant = ops.constant(weights.reshape(list(before.get_shape())).astype(np.float32))
+    constant.set_friendly_name(before.get_node().get_friendly_name())
+    op.input(1).replace_source_output(constant.output(0))
+
+
+def set_integer_weights(layer: Layer, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> None:
+    """Replace the weights of a layer, in place.
+
+    layer      one that has `integer_weights`
+    integers   int8 in the layer's own shape
+    scale      as many as NNCF gave it, in order: one, or one for each output channel
+    """
+    node = layer.op.input_value(1).get_node()
+    if node.get_type_name() == "Reshape":
+        node = node.input_value(0).get_node()
+    convert = node.input_value(0).get_node()
+    for reader, values in (
+        (convert.input(0), integers.astype(np.int8)),
+        (node.input(1), scale.astype(np.float32)),
+    ):
+        stored = reader.get_source_output()
+        constant = ov.op.Constant(np.ascontiguousarray(values.reshape(list(stored.get_shape()))))
+        constant.set_friendly_name(stored.get_node().get_friendly_name())
+        reader.replace_source_output(constant.output(0))
+
+
 def redirect(value: ov.Output, to: ov.Output) -> None:
     """Let everything that reads a value read another one."""
     for reader in value.get_target_inputs():

@@ -111,6 +111,19 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
     return ov.Model(results, graph.get_parameters(), "instrumented"), probes
 
 
+def quantized_inputs(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov.Model:
+    """The float network with what the named layers read as its only outputs, each quantized where it is read.
+
+    What is quantized for one layer does not reach the next.
+    """
+    graph = quantized.clone()
+    operations = {op.get_friendly_name(): op for op in graph.get_ops()}
+    # Held here before the operations are led past them.
+    values = [operations[name].input_value(0) for name in names]
+    _restore_in_place(graph, original, [op.get_friendly_name() for op in quantized_operations(graph)])
+    return ov.Model(values, graph.get_parameters(), "quantized inputs")
+
+
 def observe(graph: ov.Model, names: Iterable[str]) -> ov.Model:
     """The graph with the named operations' outputs, bias included, as its only outputs, in the order of `names`."""
     graph = graph.clone()

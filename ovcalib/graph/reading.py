@@ -127,6 +127,16 @@ def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return grouped.reshape(*grouped.shape[:3], -1)
 
 
+def signals_of(op: ov.Node) -> list[ov.Output]:
+    """The inputs of an operation that depend on the network's input."""
+    return [value for value in op.input_values() if not _is_constant(value)]
+
+
+def constant_value(value: ov.Output) -> NDArray[np.float64]:
+    """The value of an output that depends on constants alone."""
+    return np.array(_node(_fold(value)).get_data(), np.float64)
+
+
 def match_operations(graph: ov.Model, patterns: Iterable[str]) -> dict[str, list[ov.Node]]:
     """Operations of a float graph by wildcard pattern on their names, or by `type:Convolution`.
 
@@ -203,6 +213,14 @@ def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]
         return None
     integers = np.array(constant.get_data(), np.int8)
     return integers.reshape(shape), np.broadcast_to(scale, integers.shape).reshape(shape)
+
+
+def scale_count(layer: Layer) -> int:
+    """How many scales the weights of a layer have that has `integer_weights`."""
+    node = _node(layer.op.input_value(1))
+    if node.get_type_name() == "Reshape":
+        node = _node(node.input_value(0))
+    return int(np.prod(list(node.input_value(1).get_shape())))
 
 
 @dataclass(frozen=True)

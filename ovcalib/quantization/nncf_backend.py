@@ -20,10 +20,8 @@ from ovcalib.graph.editing import set_input_range
 from ovcalib.graph.files import refuse_quantized_graph
 from ovcalib.graph.reading import layer_name
 from ovcalib.quantization.bias_correction import correct_biases
+from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
-
-# Images that bias correction is measured on.
-BIAS_IMAGES = 64
 
 
 @dataclass
@@ -55,6 +53,7 @@ def quantize_default(
     settings: Settings,
     tick: Callable[[int], None] = lambda done: None,
     log: TextIO | None = None,
+    corrections: CalibrationSet | None = None,
 ) -> ov.Model:
     """INT8 by ranges over every image of the calibration set, with bias correction.
 
@@ -63,6 +62,7 @@ def quantize_default(
     graph     float, batch 1, with named inputs and outputs; it stays as it is
     tick      receives the number of images read
     log       receives what NNCF prints
+    corrections   images that biases are corrected on; None: all
     raises    ModelError where the graph is already quantized, or NNCF refuses it
     """
     refuse_quantized_graph(graph, graph.get_friendly_name())
@@ -97,8 +97,11 @@ def quantize_default(
             int8 = nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
             if calibration.input_range is not None:
                 set_input_range(int8, *calibration.input_range)
-            if settings.bias_correction == "layerwise":
-                correct_biases(graph, int8, calibration.inputs(last=BIAS_IMAGES))
+            fitted = (corrections or calibration).inputs()
+            if settings.rounding == "compensated":
+                int8 = compensated(graph, int8, fitted)
+            elif settings.bias_correction == "layerwise":
+                correct_biases(graph, int8, fitted)
             return int8
 
         try:

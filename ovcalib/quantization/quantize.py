@@ -12,26 +12,57 @@ from typing import TextIO
 import openvino as ov
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import Images
 from ovcalib.graph.reading import float_operations, layer_name, quantized_operations
-from ovcalib.kernels import kernels_of
+from ovcalib.kernels import host_kernels, kernels_of
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
+from ovcalib.quantization.equalization import equalize
+from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.selection import OutputError, guard_warning, operations_to_guard, select_settings
+from ovcalib.quantization.selection import OutputError, Selection, guard_warning, operations_to_guard, select_settings
 from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.records.result import Outcome, Quantization
+from ovcalib.records.result import Equalized, Outcome, Quantization
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An INT8 graph (batch 1), how it was made, how that ended, and what the user should know."""
+    """An INT8 graph, how it was made, how that ended, and what the user should know.
 
+    fp32   the float graph that it was made from: the one given, or an equalized one that computes the same
+    """
+
+    fp32: ov.Model
     int8: ov.Model
     record: Quantization
     outcome: Outcome
     warnings: tuple[str, ...]
+
+
+def saturates_here(settings: Settings, options: QuantizationOptions) -> bool:
+    """Whether this CPU's sums can saturate where those of a machine that the model is for cannot."""
+    full_range = settings.overflow_fix != "enable"
+    return full_range and host_kernels() == "avx2" and "vnni" in kernels_of(options.deploy_isa)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A float graph, equalized or not, and the INT8 graph that was made of it.
+
+    kept   operations that stay in float, because their expected SQNR is too low
+    """
+
+    source: ov.Model
+    equalized: tuple[Equalized, ...]
+    kept: list[Expected]
+    output: OutputError
+    selected: Selection
+
+    @functools.cached_property
+    def error(self) -> float:
+        return self.output.nmse(self.selected.int8)
 
 
 def quantize_graph(
@@ -56,22 +87,42 @@ def quantize_graph(
     """
     began = time.monotonic()
     warnings = []
-    kept = operations_to_guard(fp32, calibration, settings) if options.guard else []
-    if kept:
-        warnings.append(guard_warning(kept))
-        settings = dataclasses.replace(settings, ignored=(*settings.ignored, *(operation.name for operation in kept)))
-    with progress.task("calibrating", len(calibration)) as tick:
-        make = functools.partial(quantize_default, fp32, calibration, tick=tick, log=log)
-        error = OutputError(fp32, calibration)
-        selected = select_settings(make, settings, auto_fields(options, settings), error)
-    int8, settings, saturation = selected.int8, selected.settings, selected.saturation
+    parts = split(calibration)
+
+    def attempt(source: ov.Model, equalized: tuple[Equalized, ...] = ()) -> Attempt:
+        kept = operations_to_guard(source, calibration, settings) if options.guard else []
+        ignored = *settings.ignored, *(operation.name for operation in kept)
+        output = OutputError(source, parts.choices)
+        with progress.task("calibrating", len(parts.ranges)) as tick:
+            make = functools.partial(
+                quantize_default, source, parts.ranges, corrections=parts.corrections, tick=tick, log=log
+            )
+            chosen = dataclasses.replace(settings, ignored=ignored)
+            selected = select_settings(make, chosen, auto_fields(options, settings), output, parts.corrections)
+        return Attempt(source, equalized, kept, output, selected)
+
+    best = attempt(*equalize(fp32)) if options.equalize == "on" else attempt(fp32)
+    equalization_nmse = None
+    if options.equalize == "auto" and best.kept:
+        other = attempt(*equalize(fp32))
+        if other.equalized:
+            equalization_nmse = best.error, other.error
+            best = other if other.error <= best.error else best
+    int8, settings, saturation = best.selected.int8, best.selected.settings, best.selected.saturation
+    if settings.bias_correction in ("fast", "full") and saturates_here(settings, options):
+        warnings.append(
+            f"NNCF's {settings.bias_correction} bias correction ran on this CPU, whose sums of products saturate with "
+            "full-range weights, unlike those of the machine that the model is for. Use `bias_correction=layerwise`."
+        )
+    if best.kept:
+        warnings.append(guard_warning(best.kept))
     if saturation is not None and saturation.avoided:
         warnings.append(saturation.warning())
     outcome: Outcome = "done"
     reverted: tuple[str, ...] = ()
     restored = None
     if steering is not None:
-        found, restored = restore_to_goal(options, fp32, int8, steering, classification, out_of_time, progress)
+        found, restored = restore_to_goal(options, best.source, int8, steering, classification, out_of_time, progress)
         int8, outcome, reverted = found.model, found.outcome, found.reverted
         if restored.metric == "agreement" and 2 * len(reverted) > len(restored.ranking):
             warnings.append(
@@ -82,19 +133,24 @@ def quantize_graph(
     record = Quantization(
         mode=options.mode,
         preset=settings.preset,
-        subset_size=len(calibration),
+        subset_size=len(parts.ranges),
+        images=parts.record(),
         overflow_fix=settings.overflow_fix,
-        output_error=error.by_kernels(int8, kernels_of(options.deploy_isa)),
+        output_error=best.output.by_kernels(int8, kernels_of(options.deploy_isa)),
         saturation_nmse=(saturation.vnni, saturation.avx2) if saturation else None,
         halved_nmse=saturation.halved if saturation else None,
         deploy_isa=options.deploy_isa,
         activation_ranges=settings.activation_ranges,
-        ranges_nmse=selected.ranges_nmse,
+        ranges_nmse=best.selected.ranges_nmse,
+        rounding=settings.rounding,
+        rounding_nmse=best.selected.rounding_nmse,
         bias_correction=settings.bias_correction,
-        bias_nmse=selected.bias_nmse,
+        bias_nmse=best.selected.bias_nmse,
         transformer=settings.transformer,
         ignored=settings.ignored,
-        guarded={layer_name(operation.name): round(operation.sqnr_db, 2) for operation in kept},
+        equalized=best.equalized,
+        equalization_nmse=equalization_nmse,
+        guarded={layer_name(operation.name): round(operation.sqnr_db, 2) for operation in best.kept},
         input_range=calibration.input_range,
         int8_operations=len(quantized_operations(int8)),
         float_operations=len(float_operations(int8)),
@@ -102,4 +158,4 @@ def quantize_graph(
         restoration=restored,
         seconds=round(time.monotonic() - began, 3),
     )
-    return Quantized(int8, record, outcome, tuple(warnings))
+    return Quantized(best.source, int8, record, outcome, tuple(warnings))

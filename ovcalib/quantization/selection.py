@@ -22,13 +22,13 @@ from ovcalib.graph.editing import restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import is_emulated, outputs_on, without_saturation
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
+from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.result import Kernels, KernelsError
 from ovcalib.runtime import outputs_of
 
-# Images of the calibration set from which the expected SQNR is computed, and on which output errors are measured.
+# Images of the calibration set from which the expected SQNR is computed.
 GUARD_IMAGES = 8
-ERROR_IMAGES = 32
 # Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
@@ -59,7 +59,7 @@ def guard_warning(kept: Sequence[Expected]) -> str:
 
 
 class OutputError:
-    """The error of INT8 models against FP32 on the last images of a calibration set.
+    """The error of INT8 models against FP32 on images that they were not made from.
 
     Candidates are compared in arithmetic that does not saturate, emulated in float32: the same on every CPU, so that
     settings do not depend on the CPU that they are chosen on.
@@ -67,7 +67,7 @@ class OutputError:
 
     def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
         self.fp32 = fp32
-        self.inputs = calibration.inputs(-ERROR_IMAGES)
+        self.inputs = calibration.inputs()
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:
@@ -139,6 +139,7 @@ class Selection:
 
     ranges_nmse   see `select_activation_ranges`
     saturation    see `select_weight_range`
+    rounding_nmse   see `select_rounding`
     bias_nmse     see `select_bias_correction`
     """
 
@@ -146,30 +147,38 @@ class Selection:
     settings: Settings
     ranges_nmse: tuple[float, float] | None
     saturation: Saturation | None
+    rounding_nmse: tuple[float, float] | None
     bias_nmse: tuple[float, float] | None
 
 
 def select_settings(
-    quantize: Callable[[Settings], ov.Model], settings: Settings, auto: Container[str], output: OutputError
+    quantize: Callable[[Settings], ov.Model],
+    settings: Settings,
+    auto: Container[str],
+    output: OutputError,
+    corrections: CalibrationSet,
 ) -> Selection:
     """Quantize, and replace settings that were left open where the output error is smaller with others.
 
     quantize   makes the INT8 model of settings
-    auto       of "activation_ranges", "overflow_fix" and "bias_correction" those that were left open
+    corrections   images that rounding is fitted on
+    auto       of "activation_ranges", "overflow_fix", "rounding" and "bias_correction" those that were left open
     """
 
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize(settings), settings, output)
 
     best = make(settings)
-    ranges_nmse = saturation = bias_nmse = None
+    ranges_nmse = saturation = rounding_nmse = bias_nmse = None
     if "activation_ranges" in auto:
         best, ranges_nmse = select_activation_ranges(best, make)
     if "overflow_fix" in auto:
         best, saturation = select_weight_range(best, make)
-    if "bias_correction" in auto:
+    if "rounding" in auto:
+        best, rounding_nmse = select_rounding(best, corrections)
+    if "bias_correction" in auto and best.settings.rounding == "nearest":
         best, bias_nmse = select_bias_correction(best)
-    return Selection(best.int8, best.settings, ranges_nmse, saturation, bias_nmse)
+    return Selection(best.int8, best.settings, ranges_nmse, saturation, rounding_nmse, bias_nmse)
 
 
 Make = Callable[[Settings], QuantizedCandidate]
@@ -201,6 +210,19 @@ def select_weight_range(full: QuantizedCandidate, make: Make) -> tuple[Quantized
     half = make(dataclasses.replace(full.settings, overflow_fix="enable"))
     saturation = Saturation(full.error, full.error_on_avx2, half.error)
     return half if saturation.avoided else full, saturation
+
+
+def select_rounding(
+    nearest: QuantizedCandidate, corrections: CalibrationSet
+) -> tuple[QuantizedCandidate, tuple[float, float]]:
+    """Round weights so that they make up for each other's errors where the output error is smaller with it.
+
+    corrections   images that integers and biases are fitted on
+    returns   the better one, and the NMSE of the outputs with rounding to the nearest level and with compensation
+    """
+    output, settings = nearest.output, dataclasses.replace(nearest.settings, rounding="compensated")
+    other = QuantizedCandidate(compensated(output.fp32, nearest.int8, corrections.inputs()), settings, output)
+    return other if other.error < nearest.error else nearest, (nearest.error, other.error)
 
 
 def select_bias_correction(corrected: QuantizedCandidate) -> tuple[QuantizedCandidate, tuple[float, float]]:

@@ -16,6 +16,7 @@ from ovcalib.records.options import (
     OverflowFix,
     Preset,
     QuantizationOptions,
+    RoundingMode,
 )
 
 # Without a 32-bit INT8 dot product, products are summed in 16 bits, where full-range weights overflow: "enable" halves
@@ -40,6 +41,8 @@ class Settings:
                         each image's extremes, as is NNCF's default; "histogram", what leaves a histogram of all
                         values the least error. Those of single channels are extremes with each of them
     bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
+    rounding            "nearest", as NNCF has it, or "compensated", by ovcalib.quantization.rounding, which solves the
+                        biases along with it
     transformer         attention is there: SmoothQuant and the mixed preset apply
     ignored             friendly names of operations that stay in float
     """
@@ -48,6 +51,7 @@ class Settings:
     overflow_fix: OverflowFix = "first-layer"
     activation_ranges: ActivationRanges = "min-max"
     bias_correction: BiasCorrection = "layerwise"
+    rounding: RoundingMode = "nearest"
     transformer: bool = False
     ignored: tuple[str, ...] = ()
 
@@ -87,6 +91,7 @@ def resolve_settings(options: QuantizationOptions, graph: ov.Model) -> Settings:
         preset=options.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(options.overflow_fix, options.deploy_isa),
         activation_ranges=ranges,
+        rounding="compensated" if options.rounding == "compensated" else "nearest",
         bias_correction="layerwise" if options.bias_correction == "auto" else options.bias_correction,
         transformer=transformer,
         ignored=tuple(dict.fromkeys(ignored)),
@@ -98,6 +103,7 @@ def auto_fields(options: QuantizationOptions, settings: Settings) -> frozenset[s
     wanted = {
         "activation_ranges": options.activation_ranges == "auto" and not settings.transformer,
         "overflow_fix": options.overflow_fix == "auto" and options.deploy_isa == "any",
-        "bias_correction": options.bias_correction == "auto",
+        "rounding": options.rounding == "auto" and options.bias_correction in ("auto", "layerwise"),
+        "bias_correction": options.bias_correction == "auto" and options.rounding != "compensated",
     }
     return frozenset(name for name, auto in wanted.items() if auto)

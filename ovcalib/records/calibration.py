@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from ovcalib.records.base import Frozen
 
@@ -41,6 +43,8 @@ class Provenance(Frozen):
     options        every option of the source, resolved
     num_samples    images in the set
     requested      images asked for
+    real           the images are photographs or the user's own, not made by a source; those of earlier versions are
+                   taken for real where they came from a data set or a file
     labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
     warnings       what the user should know about the set
     score          how the set looks to the model; where it was not scored, `score_reason` says why
@@ -53,12 +57,20 @@ class Provenance(Frozen):
     seed: int
     seconds: float
     domain: Domain
+    real: bool = False
     labels: LabelOrigin | None
     licence: str | None = None
     model: str | None = None
     warnings: tuple[str, ...] = ()
     score: SetScore | None = None
     score_reason: str | None = "not asked for"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "real" not in value and isinstance(value.get("source"), str):
+            return {**value, "real": value["source"].partition(":")[0] in ("real", "npz")}
+        return value
 
 
 class Calibration(Provenance):

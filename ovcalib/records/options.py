@@ -20,6 +20,7 @@ OverflowFix = Literal["disable", "first-layer", "enable"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
 ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
+RoundingMode = Literal["nearest", "compensated"]
 
 # `validate_on` in place of a data reference: the calibration images, with the labels that came with them.
 CALIBRATION = "calibration"
@@ -135,7 +136,19 @@ class QuantizationOptions(Frozen):
         description="layerwise removes the mean shift that rounding a layer's weights causes; fast and full are "
         "NNCF's.",
     )
+    rounding: Annotated[
+        Literal["auto"] | RoundingMode,
+        Shown(default="auto: compensated where its output error is smaller"),
+    ] = Field(
+        default="auto",
+        description="Rounding of weights: each to the nearest level, or so that weights make up for each other's "
+        "errors (GPTQ).",
+    )
     guard: bool = Field(default=True, description="Leave operations in float whose expected SQNR in INT8 is too low.")
+    equalize: Annotated[
+        Literal["auto", "on", "off"],
+        Shown(default="auto: where operations would stay in float, and the output error is no larger with it"),
+    ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
     model_type: Literal["auto", "cnn", "transformer"] = Field(
         default="auto", description="transformer turns on SmoothQuant and the mixed preset."
     )
@@ -163,6 +176,15 @@ class QuantizationOptions(Frozen):
     max_iterations: Annotated[int | None, Shown(metavar="N", default="none")] = Field(
         default=None, ge=1, description="Candidates that accuracy-aware quantization measures at most."
     )
+
+    @model_validator(mode="after")
+    def _compensated_rounding_solves_biases(self) -> QuantizationOptions:
+        if self.rounding == "compensated" and self.bias_correction not in ("auto", "layerwise"):
+            raise ValueError(
+                f"`bias_correction={self.bias_correction}` does not go with `rounding=compensated`, which solves the "
+                "biases itself"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steering_needs_something_to_steer(self) -> QuantizationOptions:

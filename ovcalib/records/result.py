@@ -167,8 +167,36 @@ class Restored(Frozen):
     ranking: tuple[tuple[str, float], ...]
 
 
+class SetSplit(Frozen):
+    """How many images of the calibration set served for what; `shared` names the parts that have images in common.
+
+    ranges        activation ranges
+    corrections   rounding and biases
+    choices       defaults chosen by output error
+    """
+
+    ranges: int
+    corrections: int
+    choices: int
+    shared: tuple[Literal["ranges", "corrections", "choices"], ...]
+
+
+class Equalized(Frozen):
+    """Signals whose channels were equalized together, see ovcalib.quantization.equalization.
+
+    producers, consumers        names of the layers that write and that read them
+    ratio_before, ratio_after   the largest range of weights that a channel has over the geometric mean of all channels,
+                                in the layer where that is most
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    ratio_before: float
+    ratio_after: float
+
+
 class KernelsError(Frozen):
-    """Output error of the INT8 model on one kind of kernels, on the last calibration images.
+    """Output error of the INT8 model on one kind of kernels, on held-out calibration images.
 
     kernels    vnni: sums of products do not saturate; avx2: they do, see ovcalib.kernels
     emulated   this CPU does not have them: computed in another way that gives the same
@@ -183,16 +211,22 @@ class Quantization(Frozen):
     """How INT8 was made, resolved.
 
     overflow_fix       what it came to, whatever was asked
+    images             None in records of earlier versions
     output_error       of the model as it was written, on the kernels of all machines that it is for
-    saturation_nmse    NMSE of the outputs on the kernels of a CPU with VNNI and of one without, on the last
+    saturation_nmse    NMSE of the outputs on the kernels of a CPU with VNNI and of one without, on held-out
                        calibration images, before the overflow fix was settled; None where a machine was named
     halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
     activation_ranges  what they came to, whatever was asked
-    ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on the last calibration images; None
+    ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on held-out calibration images; None
                        where the first gave no reason to try the other
+    rounding           of weights, what it came to; with "compensated" the biases were solved along with it
+    rounding_nmse      NMSE of the outputs with weights rounded to the nearest and with compensation; None where it was
+                       not compared
     bias_correction    what it came to, whatever was asked
-    bias_nmse          NMSE of the outputs with bias correction and without it, on the last calibration images; None
+    bias_nmse          NMSE of the outputs with bias correction and without it, on held-out calibration images; None
                        where it was not for us to choose
+    equalized          groups of signals whose channels were equalized before quantizing
+    equalization_nmse  NMSE of the outputs without equalization and with it; None where it was not compared
     guarded            operations that the guard left in float, with their expected SQNR in dB
     input_range        that quantizers of the network's input were given from the preprocessing; None: from the images
     int8_operations    operations that compute on quantized values
@@ -203,6 +237,7 @@ class Quantization(Frozen):
     mode: Literal["default", "accuracy-aware"]
     preset: str
     subset_size: int
+    images: SetSplit | None = None
     overflow_fix: str
     output_error: tuple[KernelsError, ...] = ()
     saturation_nmse: tuple[float, float] | None = None
@@ -211,10 +246,14 @@ class Quantization(Frozen):
     # Records of earlier versions have NNCF's default.
     activation_ranges: str = "mean-min-max"
     ranges_nmse: tuple[float, float] | None = None
+    rounding: str = "nearest"
+    rounding_nmse: tuple[float, float] | None = None
     bias_correction: str
     bias_nmse: tuple[float, float] | None = None
     transformer: bool
     ignored: tuple[str, ...]
+    equalized: tuple[Equalized, ...] = ()
+    equalization_nmse: tuple[float, float] | None = None
     guarded: dict[str, float] = Field(default={})
     input_range: tuple[float, float] | None = None
     int8_operations: int

@@ -7,10 +7,10 @@ import pytest
 import ovcalib
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.result import Result
-from ovcalib.report.benchmark import benchmark_page
-from ovcalib.report.comparison import write_comparison
-from ovcalib.report.diagnosis import diagnosis_page
-from ovcalib.report.result import result_page
+from ovcalib.reports.benchmark import benchmark_page
+from ovcalib.reports.comparison import write_comparison
+from ovcalib.reports.diagnosis import diagnosis_page
+from ovcalib.reports.result import result_page
 from tests.e2e.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -141,7 +141,7 @@ def test_the_command_of_the_report_is_the_recipe(result):
     import shlex
 
     from ovcalib.records.recipe import Recipe
-    from ovcalib.report.result import quantize_command
+    from ovcalib.reports.result import quantize_command
 
     recipe = Recipe.model_validate(json.loads((result / "request.json").read_text()))
     about = recipe.model.model_copy(update={"reference": "tests.toy:ToyNet"})
@@ -211,15 +211,20 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
         net.block.conv.weight[:, 0] /= 3000
         net.down[0].weight[:, 0] /= 3000
     fields = {"input_shape": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "benchmark_time": 0}
-    guarded = ovcalib.quantize(net, tmp_path / "guarded", calib="noise", num_samples=10, **fields)
+    guarded = ovcalib.quantize(net, tmp_path / "guarded", calib="noise", num_samples=10, equalize="off", **fields)
     record = guarded.record.quantization
     assert {"block.conv", "down.0"} <= set(record.guarded)
     assert all(sqnr < 10 for sqnr in record.guarded.values())
     assert record.float_operations >= 2
     (warning,) = [w for w in guarded.record.warnings if "expected SQNR" in w]
     assert "activations" in warning
-    assert "--no-guard" in warning
+    assert "`guard=False`" in warning
     assert json.loads((tmp_path / "guarded" / "result.json").read_text())["quantization"]["guarded"] == record.guarded
+    # Equalized, nothing has to stay in float.
+    equalized = ovcalib.quantize(net, calib="noise", num_samples=10, **fields).record.quantization
+    assert equalized.guarded == {}
+    assert equalized.equalized
+    assert equalized.equalization_nmse[1] <= equalized.equalization_nmse[0]
     plain = ovcalib.quantize(net, calib="noise", num_samples=10, guard=False, **fields).record.quantization
     assert plain.guarded == {}
     assert plain.float_operations == 0
@@ -227,6 +232,10 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
 
 def test_bias_correction_is_chosen_and_said(result):
     chosen = json.loads((result / "result.json").read_text())["quantization"]
-    with_it, without = chosen["bias_nmse"]
-    assert chosen["bias_correction"] == ("layerwise" if with_it <= without else "none")
-    assert f"bias correction: {chosen['bias_correction']} (NMSE" in (result / "report.md").read_text()
+    nearest, compensated = chosen["rounding_nmse"]
+    assert chosen["rounding"] == ("compensated" if compensated < nearest else "nearest")
+    assert f"rounding: {chosen['rounding']} (NMSE" in (result / "report.md").read_text()
+    if chosen["rounding"] == "nearest":
+        with_it, without = chosen["bias_nmse"]
+        assert chosen["bias_correction"] == ("layerwise" if with_it <= without else "none")
+        assert f"bias correction: {chosen['bias_correction']} (NMSE" in (result / "report.md").read_text()

@@ -15,13 +15,15 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from ovcalib import sweep
 from ovcalib.cli import app as cli
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.progress import Progress
 from ovcalib.records.schema import schema
-from ovcalib.sweep.engines import LocalEngine
-from ovcalib.sweep.worker import run_task
+from ovcalib.records.sweep import make_sweep_recipe
+from ovcalib.sweeps import run as sweeps
+from ovcalib.sweeps.engines import LocalEngine
+from ovcalib.sweeps.state import read_results, read_sweep
+from ovcalib.sweeps.worker import run_task
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -55,7 +57,7 @@ class Inline:
 @pytest.fixture
 def inline(monkeypatch):
     engine = Inline()
-    monkeypatch.setattr(sweep, "open_engine", lambda reference, jobs: engine)
+    monkeypatch.setattr(sweeps, "open_engine", lambda reference, jobs: engine)
     return engine
 
 
@@ -80,9 +82,9 @@ def reference(data, tmp_path_factory):
     """A sweep that nothing interrupted."""
     out = tmp_path_factory.mktemp("reference") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "open_engine", lambda engine, jobs: Inline())
+        patch.setattr(sweeps, "open_engine", lambda engine, jobs: Inline())
         patch.chdir(ROOT)
-        found = sweep.run_sweep(sweep.make_sweep_recipe(content(data)), out)
+        found = sweeps.run_sweep(make_sweep_recipe(content(data)), out)
     assert [cell.state for cell in found.cells] == ["done"] * 4, found.failed
     return out
 
@@ -100,14 +102,14 @@ def nothing_half_written(folder):
 
 
 def test_a_result_says_where_its_images_came_from(reference):
-    found = sweep.read_results(reference, sweep.read_sweep(reference))
-    assert {r.calibration["source"] for r in found.values()} == {"noise", "fractal"}
-    assert {r.calibration["seed"] for r in found.values()} == {0, 1}
+    found = read_results(reference, read_sweep(reference))
+    assert {r.calibration.source for r in found.values()} == {"noise", "fractal"}
+    assert {r.calibration.seed for r in found.values()} == {0, 1}
     for key, result in found.items():
         assert result.recipe.calibration.calib == result.calibration.source  # so `quantize -c` makes the same images
         assert result.benchmark is None
         folder = reference / "cells" / key
-        shared = sweep.read_sweep(reference)
+        shared = read_sweep(reference)
         own = next(cell for cell in shared.cells if cell.key == key)
         made = (reference / "sets" / own.set_key / "calibration.npz").read_bytes()
         assert (folder / "calibration.npz").read_bytes() == made
@@ -126,7 +128,7 @@ def test_the_comparison_page_has_every_cell(reference):
 
 def test_a_finished_sweep_has_nothing_to_do(reference, data, inline):
     before = results(reference)
-    sweep.run_sweep(sweep.make_sweep_recipe(content(data)), reference)
+    sweeps.run_sweep(make_sweep_recipe(content(data)), reference)
     assert inline.tasks == []
     assert results(reference) == before
 
@@ -135,13 +137,13 @@ def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, dat
     import shutil
 
     shutil.copytree(reference, tmp_path / "out")
-    larger = sweep.make_sweep_recipe(
+    larger = make_sweep_recipe(
         content(data, modes=["default", "accuracy-aware"], seeds=[0], common={"max_iterations": 1})
     )
-    with pytest.raises(UsageError, match="another recipe.*--resume"):
-        sweep.run_sweep(larger, tmp_path / "out")
+    with pytest.raises(UsageError, match="another recipe.*`resume=True`"):
+        sweeps.run_sweep(larger, tmp_path / "out")
     sets = {path.name for path in (reference / "sets").iterdir()}
-    found = sweep.run_sweep(larger, tmp_path / "out", resume=True)
+    found = sweeps.run_sweep(larger, tmp_path / "out", resume=True)
     assert not found.failed
     assert {path.name for path in (tmp_path / "out" / "sets").iterdir()} == sets
     # The cells of the default algorithm are there, whatever steers the other.
@@ -179,25 +181,25 @@ def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp
 def test_folders_of_others_are_left_alone(data, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UsageError, match="not empty and holds no sweep"):
-        sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path)
+        sweeps.run_sweep(make_sweep_recipe(content(data)), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_two_sweeps_do_not_share_a_folder(reference, data):
     import fcntl
 
-    with (reference / sweep.LOCK).open("w") as lock:
+    with (reference / sweeps.LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="Another sweep is at work"):
-            sweep.run_sweep(sweep.make_sweep_recipe(content(data)), reference)
+            sweeps.run_sweep(make_sweep_recipe(content(data)), reference)
 
 
 def test_latency_is_measured_alone_and_afterwards(reference, data, inline, tmp_path):
     import shutil
 
     shutil.copytree(reference, tmp_path / "out")
-    timed = sweep.make_sweep_recipe(content(data, seeds=[0], benchmark_time=0.05))
-    sweep.run_sweep(timed, tmp_path / "out", resume=True)
+    timed = make_sweep_recipe(content(data, seeds=[0], benchmark_time=0.05))
+    sweeps.run_sweep(timed, tmp_path / "out", resume=True)
     assert inline.tasks == []
     assert len(list((tmp_path / "out").glob("cells/*/benchmark.json"))) == 2
     assert "Speed-up on CPU" in (tmp_path / "out" / "report.md").read_text()
@@ -345,8 +347,8 @@ class AtFirstCell(Progress):
 def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path):
     address, (_, _, worker) = cluster
     progress = AtFirstCell(worker.kill)
-    found = sweep.run_sweep(
-        sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine=f"dask:{address}", progress=progress
+    found = sweeps.run_sweep(
+        make_sweep_recipe(content(data)), tmp_path / "out", engine=f"dask:{address}", progress=progress
     )
     assert worker.wait(10) == -signal.SIGKILL
     assert not found.failed
@@ -358,24 +360,24 @@ def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data,
 def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
     reference, data, cluster, inline, tmp_path, monkeypatch
 ):
-    from ovcalib.sweep.engines import open_engine
+    from ovcalib.sweeps.engines import open_engine
 
     address, (scheduler, *_) = cluster
-    recipe = sweep.make_sweep_recipe(content(data))
-    monkeypatch.setattr(sweep, "open_engine", open_engine)
+    recipe = make_sweep_recipe(content(data))
+    monkeypatch.setattr(sweeps, "open_engine", open_engine)
     with pytest.raises(DeviceError, match="went away"):
-        sweep.run_sweep(recipe, tmp_path / "out", engine=f"dask:{address}", progress=AtFirstCell(scheduler.kill))
+        sweeps.run_sweep(recipe, tmp_path / "out", engine=f"dask:{address}", progress=AtFirstCell(scheduler.kill))
     done = results(tmp_path / "out")
     assert len(done) >= 1
-    monkeypatch.setattr(sweep, "open_engine", lambda reference, jobs: inline)
-    assert not sweep.run_sweep(recipe, tmp_path / "out").failed
+    monkeypatch.setattr(sweeps, "open_engine", lambda reference, jobs: inline)
+    assert not sweeps.run_sweep(recipe, tmp_path / "out").failed
     assert done.items() <= results(tmp_path / "out").items()
     assert tables(tmp_path / "out") == tables(reference)
 
 
 def test_there_is_no_scheduler(data, tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("ovcalib.sweep.engines.CONNECT_S", 0.5)
+    monkeypatch.setattr("ovcalib.sweeps.engines.CONNECT_S", 0.5)
     with pytest.raises(DeviceError, match="no dask scheduler at 'tcp://127.0.0.1:9'"):
-        sweep.run_sweep(sweep.make_sweep_recipe(content(data)), tmp_path / "out", engine="dask:tcp://127.0.0.1:9")
+        sweeps.run_sweep(make_sweep_recipe(content(data)), tmp_path / "out", engine="dask:tcp://127.0.0.1:9")
     assert not list(tmp_path.iterdir())

@@ -81,7 +81,10 @@ def test_samples_are_written_by_class(place, tmp_path):
         (["score", "a=fractal", "a=noise", "--reference", "REAL", "--count", "5"], "same name"),
         (["sample", "fractal", "-o", "out"], "Expected stylegan2-ada:FILE"),
         (["train-teacher", "REAL", "-o", "out", "--preset", "papr"], "Did you mean 'paper'"),
-        (["train-teacher", "REAL", "-o", "out", "--precision", "low"], "'low' is not one of 'auto', 'half', 'float32'"),
+        (
+            ["train-teacher", "REAL", "-o", "out", "--precision", "low"],
+            "--precision low: input should be 'auto', 'half' or 'float32'",
+        ),
         (["train-teacher", "REAL", "-o", "out", "--kimg", "0"], "should be greater than or equal to 0.001"),
         (["distill", "nowhere", "-o", "out", "--batch", "1"], "should be greater than or equal to 2"),
         (["collect", "nowhere.pkl", "-o", "out"], "There is no generator"),

@@ -18,7 +18,7 @@ from ovcalib.progress import Progress
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.schema import schema
-from ovcalib.report.diagnosis import ignore_options
+from ovcalib.reports.diagnosis import ignore_options
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def test_a_float_graph_has_no_range_to_set(toy_graph):
 def test_made_images_need_not_reach_black_and_white_but_the_input_does(toy, toy_graph, preset):
     pale = toy.calibration()
     pale = dataclasses.replace(pale, images=(pale.images // 4 + 96).astype(np.uint8))
-    own = dataclasses.replace(pale, provenance=pale.provenance.model_copy(update={"source": "real:photos"}))
+    own = dataclasses.replace(pale, provenance=pale.provenance.model_copy(update={"real": True}))
     low, high = toy.spec.preprocessing.input_range()
     made, measured = (
         input_quantizer(quantize_default(toy_graph, images, Settings(preset=preset))) for images in (pale, own)

@@ -217,7 +217,7 @@ def test_a_process_that_dies_is_an_error(toy, toy_graph, monkeypatch, tmp_path):
         "import os; print('no memory', file=__import__('sys').stderr); os._exit(9)"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(DeviceError, match=r"code 9 after 0 images: no memory.*--deploy-isa"):
+    with pytest.raises(DeviceError, match=r"code 9 after 0 images: no memory.*`deploy_isa`"):
         list(AVX2Process(toy_graph).run([toy.calibration(1)[0]]))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ovcalib.calibration import inversion as engine
 from ovcalib.calibration.bfloat16 import in_bfloat16
 from ovcalib.calibration.bn_taps import find_layers, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
+from ovcalib.calibration.parallel import on_all_cores
 from ovcalib.calibration.score import range_coverage, score_set, statistics_distance
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError, UsageError
@@ -117,6 +119,115 @@ def test_layers_are_as_they_were_even_after_a_failure(toy):
     with pytest.raises(RuntimeError, match="stop"), tapped(layers):
         raise RuntimeError("stop")
     assert all("forward" not in vars(layer.module) for layer in layers)
+
+
+# A network in parallel ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    """So that the machine has nothing to say in it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(network, images):
+    """Outputs, moments, and the gradient of something that depends on them and the images."""
+    ours = images.clone().requires_grad_()
+    done = network(ours.square())
+    weighted = sum((tensor.sin() * (1 + i)).sum() for i, tensor in enumerate(done.tensors()))
+    return [*done.tensors(), *torch.autograd.grad(weighted, ours)]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_copies_of_a_network_give_the_outputs_moments_and_gradients_of_one(toy, rng, two_threads, count):
+    images = torch.from_numpy(rng.standard_normal((count, 3, 16, 16), dtype=np.float32))
+    with on_all_cores(toy.net, "toy", half=False, copies=1) as one:
+        assert len(one.copies) == 1
+        expected = everything(one, images)
+    with on_all_cores(toy.net, "toy", half=False) as two:
+        assert len(two.copies) == 2
+        found = everything(two, images)
+        with torch.no_grad():
+            assert not two(images).outputs[0].requires_grad
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.get_num_threads() == 2
+
+
+def test_outputs_that_the_loss_ignores_do_no_harm_in_parallel(toy, rng, two_threads):
+    images = torch.from_numpy(rng.standard_normal((4, 3, 16, 16), dtype=np.float32))
+    found = []
+    for copies in (1, 2):
+        ours = images.clone().requires_grad_()
+        with on_all_cores(toy.net, "toy", half=False, copies=copies) as network:
+            found += torch.autograd.grad(network(ours).moments[0].square.sum(), ours)
+    torch.testing.assert_close(*found)
+
+
+def test_copies_share_weights_but_not_what_a_pass_leaves_in_attributes(rng, two_threads):
+    class Remembering(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            self.seen = x
+            if barrier:
+                barrier.wait(timeout=20)  # both threads are here
+            return self.net(self.seen)
+
+    barrier = None
+    net = Remembering(net_with(trained(nn.BatchNorm2d(8)))).eval().requires_grad_(False)
+    images = torch.from_numpy(rng.standard_normal((4, 3, 8, 8), dtype=np.float32))
+    expected = net(images)
+    barrier = threading.Barrier(2)
+    with on_all_cores(net, "net", half=False) as network:
+        torch.testing.assert_close(network(images).outputs[0], expected)
+        first, second = (copy.state_dict() for copy, _ in network.copies)
+        assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+
+
+class Tokens(nn.Module):
+    """Its BatchNorm sees every position as a row of its own, and one of its outputs is a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = trained(nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        rows = self.norm(x.flatten(2).transpose(1, 2).flatten(0, 1))
+        return rows.view(len(x), -1), torch.ones(len(x), 2)
+
+
+def test_rows_of_positions_and_constant_outputs_go_through_copies(rng, two_threads):
+    images = torch.from_numpy(rng.standard_normal((3, 3, 4, 4), dtype=np.float32))
+    net = Tokens().eval().requires_grad_(False)
+    found = []
+    for copies in (1, 2):
+        with on_all_cores(net, "net", half=False, copies=copies) as network:
+            found.append(everything(network, images))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_a_network_that_cannot_be_copied_goes_alone(rng, two_threads):
+    net = Tokens().eval().requires_grad_(False)
+    net.lock = threading.Lock()
+    images = torch.from_numpy(rng.standard_normal((3, 3, 4, 4), dtype=np.float32))
+    with on_all_cores(net, "net", half=False) as network:
+        assert len(network.copies) == 1
+        assert network(images).outputs[0].shape == (3, 48)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("name", ["bn-inversion", "dgh", "intraq"])
+def test_the_number_of_threads_changes_nothing_but_rounding(toy, two_threads, name):
+    many = made(name, toy)
+    torch.set_num_threads(1)
+    np.testing.assert_allclose(made(name, toy).images, many.images, atol=2e-3)
 
 
 # Losses ------------------------------------------------------------------------------------------------------
@@ -398,9 +509,8 @@ def test_slack_of_zero_is_zeroq(toy):
 def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy):
     def margins(slack):
         options = resolve(SOURCES["dsg"].Options(slack=slack), 16)
-        layers = find_layers(toy.net, "toy")
-        with tapped(layers) as taps, engine.swinging(toy.net, False) as swing:
-            run = engine.Run(request(toy), options, toy.net, layers, taps, swing, None, torch.device("cpu"))
+        with on_all_cores(toy.net, "toy", half=False) as network:
+            run = engine.Run(request(toy), options, network, engine.Swing(), None, torch.device("cpu"))
             assert run.margins is not None
             return torch.tensor(run.margins)
 
@@ -468,6 +578,51 @@ def test_an_interrupted_run_goes_on_to_the_same_images(toy, tmp_path, name, when
     assert np.array_equal(made(name, toy, count=12, steps=3, checkpoint=tmp_path).images, other.images)
     (tmp_path / "inversion.pt").write_bytes(b"PK broken")
     assert np.array_equal(made(name, toy, count=12, checkpoint=tmp_path).images, whole.images)
+
+
+def after(steps):
+    """A clock that has run out once it was asked so many times."""
+    asked = itertools.count()
+    return lambda: next(asked) >= steps
+
+
+def test_joint_steps_end_when_time_is_up_with_all_images_and_a_warning(toy):
+    ticks = []
+    asked = request(toy, 6, out_of_time=after(5), tick=lambda done, note: ticks.append(done))
+    found = generate("bn-inversion", asked, {"steps": "4", "batch": "4"})
+    assert len(ticks) == 5
+    assert found.images.shape == (6, 3, 16, 16)
+    (warning,) = found.provenance.warnings
+    assert warning.startswith("out of time: 6 of 6 images were made, with 5 of 8 steps")
+    assert not np.array_equal(found.images, made("bn-inversion", toy).images)
+    assert made("bn-inversion", toy).provenance.warnings == ()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("intraq", 5), ("zeroq", 5), ("genie", 5)])
+def test_batches_that_were_not_begun_are_left_out_when_time_is_up(toy, name, steps):
+    # Asked before every step, and once more before the second and the third batch.
+    asked = request(toy, 12, out_of_time=after(steps + 1))
+    found = generate(name, asked, {"steps": "4", "batch": "4"})
+    assert len(found.images) == 8
+    assert found.labels is not None
+    assert len(found.labels) == 8
+    assert f"8 of 12 images were made, with {steps} of 12 steps" in found.provenance.warnings[0]
+    np.testing.assert_array_equal(found.images[:4], made(name, toy, count=12).images[:4])
+
+
+def test_something_is_made_even_without_any_time(toy):
+    for name in ("bn-inversion", "zeroq"):
+        found = generate(name, request(toy, 6, out_of_time=lambda: True), {"steps": "4", "batch": "4"})
+        assert len(found.images) >= 4
+        assert np.isfinite(found.images).all()
+        assert "with 0 of 8 steps" in found.provenance.warnings[0]
+
+
+def test_progress_rises_with_every_step_and_ends_with_the_last(toy):
+    for name in ("bn-inversion", "zeroq", "genie"):
+        ticks = []
+        made(name, toy, count=8, tick=lambda done, note, ticks=ticks: ticks.append(done))
+        assert ticks == list(range(1, 9)), name
 
 
 # What cannot be inverted -------------------------------------------------------------------------------------

@@ -43,12 +43,12 @@ def test_a_set_survives_saving_exactly(tmp_path, rng, dtype):
     labels = np.array([3, 1, 2, 0])
     made = calibration_set(images, labels)
     made.save(tmp_path)
-    again, domain, again_labels, origin = load_calibration(tmp_path / "calibration.npz", SPEC)
+    again, domain, again_labels, origin, real = load_calibration(tmp_path / "calibration.npz", SPEC)
     assert np.array_equal(again, images)
     assert again.dtype == images.dtype
     assert again_labels is not None
     assert again_labels.tolist() == labels.tolist()
-    assert (domain, origin) == (made.domain, "data")
+    assert (domain, origin, real) == (made.domain, "data", made.provenance.real)
     described = json.loads((tmp_path / "calibration.json").read_text())
     assert described["provenance"]["num_samples"] == 4
     assert described["preprocessing"]["mean"] == list(SPEC.preprocessing.mean)
@@ -201,7 +201,7 @@ def test_real_images_are_balanced_and_know_their_labels(tmp_path, rng):
     assert made.labels is not None
     assert np.bincount(made.labels).tolist() == [2] * 10
     assert all(made.pixels(i)[0, 0, 0] // 20 == label for i, label in enumerate(made.labels))
-    with pytest.raises(UsageError, match="--num-samples 61 is more than the 60 images"):
+    with pytest.raises(UsageError, match="`num_samples=61` is more than the 60 images"):
         generate(f"real:{tmp_path}", Request(count=61, seed=0, spec=SPEC))
     one = generate(f"real:{tmp_path / 'cat'}", Request(count=2, seed=0, spec=SPEC))
     assert one.labels is None

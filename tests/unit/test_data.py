@@ -76,7 +76,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
         ("imagefoldr:x", UnknownNameError, "Did you mean 'imagefolder:DIR'"),
         ("datumaro:voc", UsageError, "datumaro:FORMAT:DIR"),
         ("npz:/no/file.npz", DataError, "no file"),
-        ("cifar10:/no/such/root", DataError, "--download"),
+        ("cifar10:/no/such/root", DataError, "`download=True`"),
     ],
 )
 def test_bad_references_say_what_was_expected(reference, error, message):

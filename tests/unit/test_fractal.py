@@ -115,3 +115,12 @@ def test_impossible_options_are_refused():
     request = Request(count=1, seed=0, spec=builtin.spec("resnet20-cifar10"))
     with pytest.raises(UsageError, match="points must be at least"):
         generate("fractal", request, {"points": "5"})
+
+
+def test_the_lookup_table_is_that_of_a_search_for_every_entry(rng):
+    quantiles = (np.arange(fractal.TABLE) + 0.5) / fractal.TABLE
+    for count in (1, 2, 7):
+        area = rng.random(count)
+        probabilities = area / (1e-5 + area.sum())
+        expected = np.minimum(np.searchsorted(np.cumsum(probabilities), quantiles), count - 1)
+        np.testing.assert_array_equal(fractal.lookup_table(probabilities), expected)

@@ -11,10 +11,10 @@ import yaml
 
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.records.sweep import SweepCell, make_sweep_recipe
-from ovcalib.sweep.engines import LocalEngine, open_engine, share_of_cpus
-from ovcalib.sweep.plan import content_of, plan
-from ovcalib.sweep.state import read_sweep
-from ovcalib.sweep.tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
+from ovcalib.sweeps.engines import LocalEngine, open_engine, share_of_cpus
+from ovcalib.sweeps.plan import content_of, plan
+from ovcalib.sweeps.state import read_sweep
+from ovcalib.sweeps.tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
 
 SMALL = {
     "models": ["resnet20-cifar10"],
@@ -136,12 +136,12 @@ def test_an_unknown_engine(reference):
 
 
 def test_jobs_belong_to_the_local_engine():
-    with pytest.raises(UsageError, match="--jobs 3"), open_engine("dask:tcp://127.0.0.1:1", 3):
+    with pytest.raises(UsageError, match="`jobs=3`"), open_engine("dask:tcp://127.0.0.1:1", 3):
         pass
 
 
 def test_a_task_that_ends_every_process_is_given_up(monkeypatch):
-    monkeypatch.setattr("ovcalib.sweep.engines.sys.executable", "/bin/false")
+    monkeypatch.setattr("ovcalib.sweeps.engines.sys.executable", "/bin/false")
     engine = LocalEngine(1)
     try:
         with pytest.raises(DeviceError, match=r"ended 4 times \(exit code 1\)"):
@@ -306,9 +306,19 @@ def test_a_narrow_relative_stands_beside_its_model_of_the_paper_by_name(paper):
     assert lines[-1].endswith("(0.50 %) | 41.73 |")
 
 
+def test_a_table_of_one_seed_says_so(paper):
+    sweep, results = swept({("noise", 0): result(0.4)}, {}, sources=[{"name": "Fractal", "calib": "noise"}], seeds=[0],
+                           models=[{"name": "RepVGG-A0", "model": "resnet20-cifar10"}])  # fmt: skip
+    table = paper.with_seeds(paper.drop_table(sweep, results, "default", paper.TABLE_1A), sweep)
+    assert table.splitlines()[-1] == "| Fractal (1 seed) | 0.40 (0.50 %) | 41.73 |"
+    assert table.splitlines()[0] == "| calibration | RepVGG-A0 | paper (RepVGG) |"
+    twice, _ = swept({}, {})
+    assert "(1 seed)" not in paper.with_seeds(paper.drop_table(twice, {}, "default", paper.TABLE_1A), twice)
+
+
 def test_scores_of_another_classifier_never_stand_for_the_inception_score(paper):
     lines = paper.score_table({"Fractal": {"fid-resnet20": 9.713}, "CIFAR-10": {"fid-resnet20": 0.03}}).splitlines()
-    assert lines[0] == "| images | paper: Inception Score of 50,000 | ours: Inception Score | fid-resnet20 |"
+    assert lines[0] == "| images | paper: Inception Score of 50,000 | ovcalib: Inception Score | fid-resnet20 |"
     assert lines[2] == "| StyleGAN2-ADA | 10.34 | not run | not run |"
     assert lines[4] == "| Fractal | 3.31 | not run | 9.71 |"
     assert lines[5] == "| CIFAR-10 | - | not run | 0.03 |"

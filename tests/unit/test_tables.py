@@ -8,9 +8,9 @@ from markupsafe import Markup
 from ovcalib.errors import UsageError
 from ovcalib.records.read import read_record, read_records
 from ovcalib.records.recipe import make_recipe
-from ovcalib.report import charts
-from ovcalib.report.result import quantize_command
-from ovcalib.report.tables import Table, shown
+from ovcalib.reports import charts
+from ovcalib.reports.result import quantize_command
+from ovcalib.reports.tables import Table, shown
 
 HOSTILE = "<script>alert(1)</script>|`=1+1"
 

@@ -10,10 +10,10 @@ from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.diagnosis import Diagnosis
 from ovcalib.records.read import Source, read_records, refuse_other_machines, refuse_other_model
 from ovcalib.records.result import Result
-from ovcalib.report.benchmark import write_benchmark_report
-from ovcalib.report.comparison import write_comparison
-from ovcalib.report.diagnosis import write_diagnosis_report
-from ovcalib.report.result import write_result_report
+from ovcalib.reports.benchmark import write_benchmark_report
+from ovcalib.reports.comparison import write_comparison
+from ovcalib.reports.diagnosis import write_diagnosis_report
+from ovcalib.reports.result import write_result_report
 from ovcalib.rundir import file_sha256, write_json
 
 

@@ -28,12 +28,12 @@ from ovcalib.records.options import BenchmarkOptions
 from ovcalib.records.read import read_record
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep, SweepCell, SweepRecipe
-from ovcalib.report.comparison import write_comparison
+from ovcalib.reports.comparison import write_comparison
 from ovcalib.rundir import REQUEST, write_atomically, write_json
-from ovcalib.sweep.engines import Engine, open_engine
-from ovcalib.sweep.plan import SET_FIELDS, Cell, plan
-from ovcalib.sweep.state import STATE, read_benchmarks, read_results
-from ovcalib.sweep.tables import csv_report, markdown_report
+from ovcalib.sweeps.engines import Engine, open_engine
+from ovcalib.sweeps.plan import SET_FIELDS, Cell, plan
+from ovcalib.sweeps.state import STATE, read_benchmarks, read_results
+from ovcalib.sweeps.tables import csv_report, markdown_report
 
 LOCK = ".lock"
 

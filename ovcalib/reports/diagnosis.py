@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis
-from ovcalib.report import charts
-from ovcalib.report.markdown import (
+from ovcalib.reports import charts
+from ovcalib.reports.markdown import (
     escape_markdown,
     points,
 )
-from ovcalib.report.render import FORMATS, render, tile, write
-from ovcalib.report.tables import Table, shown
+from ovcalib.reports.render import FORMATS, render, tile, write
+from ovcalib.reports.tables import Table, shown
 
 # On the page; the JSON and the CSV hold all of them.
 RANKED = 12

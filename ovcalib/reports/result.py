@@ -13,19 +13,19 @@ from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.diagnosis import Diagnosis
 from ovcalib.records.recipe import STAGES, Recipe
 from ovcalib.records.result import Result
-from ovcalib.report import charts
-from ovcalib.report.benchmark import benchmark_context, benchmark_markdown
-from ovcalib.report.comparison import results_table
-from ovcalib.report.diagnosis import diagnosis_context, diagnosis_markdown
-from ovcalib.report.markdown import (
+from ovcalib.reports import charts
+from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
+from ovcalib.reports.comparison import results_table
+from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
+from ovcalib.reports.markdown import (
     execution,
     markdown_report,
     megabytes,
     points,
     quantization_facts,
 )
-from ovcalib.report.render import FORMATS, data_uri, machine_facts, render, tile, write
-from ovcalib.report.tables import Table, shown
+from ovcalib.reports.render import FORMATS, data_uri, machine_facts, render, tile, write
+from ovcalib.reports.tables import Table, shown
 
 CLASSES = 30
 

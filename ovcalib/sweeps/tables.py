@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from ovcalib.evaluation.metrics import wilson_interval
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.result import Result
-from ovcalib.report.markdown import escape_markdown
-from ovcalib.report.tables import Table
+from ovcalib.reports.markdown import escape_markdown
+from ovcalib.reports.tables import Table
 
 if TYPE_CHECKING:
     from ovcalib.records.sweep import Sweep, SweepCell

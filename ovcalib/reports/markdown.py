@@ -42,7 +42,9 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("preset", quantization.preset),
         ("overflow fix", overflow_fix(quantization)),
         ("activation ranges", activation_ranges(quantization)),
+        ("rounding", rounding(quantization)),
         ("bias correction", bias_correction(quantization)),
+        ("equalization", equalization(quantization)),
         *((f"output error on {KERNELS[e.kernels]}", kernels_error(e)) for e in quantization.output_error),
         ("operations in INT8", str(quantization.int8_operations)),
         ("layers left in float", str(quantization.float_operations)),
@@ -60,6 +62,15 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
             ("reverted to float", ", ".join(quantization.reverted) or "none"),
         ]
     return [*facts, ("seconds", f"{quantization.seconds:.1f}")]
+
+
+def equalization(quantization: Quantization) -> str:
+    """How many groups of signals were equalized, and what that changed."""
+    groups = len(quantization.equalized)
+    what = f"{groups} groups of signals" if groups else "none"
+    if quantization.equalization_nmse is None:
+        return what
+    return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(what, *quantization.equalization_nmse)
 
 
 def kernels_error(found: KernelsError) -> str:
@@ -93,6 +104,15 @@ def activation_ranges(quantization: Quantization) -> str:
         return quantization.activation_ranges
     return "{} (NMSE {:.2g} with min-max and {:.2g} with mean-min-max)".format(
         quantization.activation_ranges, *quantization.ranges_nmse
+    )
+
+
+def rounding(quantization: Quantization) -> str:
+    """How weights were rounded, and why so."""
+    if quantization.rounding_nmse is None:
+        return quantization.rounding
+    return "{} (NMSE {:.2g} with nearest and {:.2g} with compensated)".format(
+        quantization.rounding, *quantization.rounding_nmse
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ovcalib.report.markdown import escape_markdown
+from ovcalib.reports.markdown import escape_markdown
 
 
 @dataclass(frozen=True)

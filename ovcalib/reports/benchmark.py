@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ovcalib.records.benchmark import Benchmark, BenchmarkRun, Noise
-from ovcalib.report import charts
-from ovcalib.report.markdown import (
+from ovcalib.reports import charts
+from ovcalib.reports.markdown import (
     escape_markdown,
 )
-from ovcalib.report.render import FORMATS, machine_facts, render, tile, write
-from ovcalib.report.tables import Table
+from ovcalib.reports.render import FORMATS, machine_facts, render, tile, write
+from ovcalib.reports.tables import Table
 
 
 def condition_facts(noise: Noise) -> list[tuple[str, str]]:

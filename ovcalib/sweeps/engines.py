@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from ovcalib.errors import DeviceError, UsageError, require
-from ovcalib.sweep.worker import GRACE_S, run_task
+from ovcalib.sweeps.worker import GRACE_S, run_task
 
 # So often a task is begun before it is given up, because it seems to be what kills its workers; dask's own number.
 ATTEMPTS = 4
@@ -134,7 +134,7 @@ class LocalWorker:
         cpus = share_of_cpus(available, index, jobs)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ovcalib.sweep.worker", ",".join(map(str, cpus))],
+            [sys.executable, "-m", "ovcalib.sweeps.worker", ",".join(map(str, cpus))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, **dict.fromkeys(THREAD_SETTINGS, str(len(cpus)))},
         )  # fmt: skip

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovcalib.records.result import Result
-from ovcalib.report import charts
-from ovcalib.report.render import FORMATS, render, write
-from ovcalib.report.tables import Table
+from ovcalib.reports import charts
+from ovcalib.reports.render import FORMATS, render, write
+from ovcalib.reports.tables import Table
 
 RESULT_COLUMNS = (
     "model", "source", "images", "mode", "outcome", "seed", "top-1 FP32 %", "top-1 INT8 %", "drop, points", "drop from",

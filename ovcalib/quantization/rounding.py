@@ -1,0 +1,378 @@
+"""Rounding that compensates: what a weight loses when it is rounded, those that are rounded after it make up for.
+
+A layer computes W x + b of quantized inputs x. Wanted are integers Q, a scale s near NNCF's for each output channel,
+and a shift of the bias, that change its output least over calibration images:
+
+    E|W x - (s Q x + shift)|^2
+
+The best shift is (W - s Q) E[x], which is bias correction. What is left is e H e^T for each row e of W - s Q, where H
+is the covariance of x. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023, after their "Optimal Brain Compression", NeurIPS 2022: columns are rounded one after the
+other, and the error of each is led to those that are still to come.
+
+Here x is what a layer reads in the FP32 network, quantized where it reads it. So layers do not depend on each other:
+one pass over the images is enough, and a layer stays right when others return to float. A few images do not determine
+H. Damping it leads back to plain rounding, and images that were not fitted tell how much of that a layer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from ovcalib.graph.editing import add_to_biases, restore_biases, set_integer_weights
+from ovcalib.graph.probing import quantized_inputs
+from ovcalib.graph.reading import Layer, integer_weights, quantizable_operations, quantized_layers, scale_count
+from ovcalib.quantization.bias_correction import weight_errors
+from ovcalib.runtime import Inference, groups_that_fit, size_of
+
+# Shares of the mean diagonal that are added to the diagonal of H; a layer takes the best of them, or plain rounding.
+DAMPINGS = (0.01, 0.1, 1.0)
+# Scales that are tried for an output channel, in those that NNCF chose. Smaller ones clip the largest weights.
+SCALES = tuple(1 + k / 40 for k in range(-8, 5))
+# Output positions of a layer that are looked at in one image.
+POSITIONS = 256
+# Share of the images that decides, layer by layer, whether compensation helps.
+HELD_OUT_SHARE = 0.25
+SEED = 0
+# Columns whose errors are led on to all later ones by one matrix product.
+BLOCK = 128
+
+
+# The rounding of one layer: arrays in, arrays out -----------------------------------------------
+
+
+def compensated_rounding(
+    weights: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    hessian: NDArray[np.float64],
+    limit: int,
+    damping: float = DAMPINGS[0],
+) -> NDArray[np.int8]:
+    """Integers Q with little e H e^T for each row e = weights - scale * Q.
+
+    weights   [..., O, I]; leading axes are problems of their own, such as the channels of a depthwise convolution
+    scale     [..., O]
+    hessian   [..., I, I], symmetric and positive semidefinite
+    limit     largest absolute integer
+    damping   share of the mean diagonal that is added to the diagonal
+    returns   int8 [..., O, I]
+
+    With H = R D R^T, R upper triangular with ones on its diagonal, e H e^T is the sum over columns j of
+    D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded so that its term is least: GPTQ without the inverse of H
+    (Chee et al., "QuIP", NeurIPS 2023, theorem 6). Columns of large variance, whose errors cost most, come first, while
+    many others are left to make up for them.
+    """
+    order = np.argsort(-np.diagonal(hessian, axis1=-2, axis2=-1), axis=-1, kind="stable")
+    exact = np.take_along_axis(weights / scale[..., None], order[..., None, :], -1)
+    sorted_rows = np.take_along_axis(hessian, order[..., :, None], -2)
+    feedback = _unit_upper(_damped(np.take_along_axis(sorted_rows, order[..., None, :], -1), damping))
+    count = exact.shape[-1]
+    rounded, errors = np.zeros_like(exact), np.zeros_like(exact)
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        led = exact[..., start:stop] + errors[..., :start] @ feedback[..., :start, start:stop]
+        for j in range(start, stop):
+            column = led[..., j - start] + (errors[..., start:j] @ feedback[..., start:j, j : j + 1])[..., 0]
+            rounded[..., j] = np.clip(np.rint(column), -limit, limit)
+            errors[..., j] = exact[..., j] - rounded[..., j]
+    return np.take_along_axis(rounded, np.argsort(order, axis=-1)[..., None, :], -1).astype(np.int8)
+
+
+def rescaled_rounding(
+    weights: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    hessian: NDArray[np.float64],
+    limit: int,
+    damping: float = DAMPINGS[0],
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """`compensated_rounding` with the best of SCALES for each row: integers [..., O, I] and scales [..., O]."""
+    damped = _damped(hessian, damping)
+    least = np.full(scale.shape, np.inf)
+    best, chosen = np.zeros(weights.shape, np.int8), scale
+    for factor in SCALES:
+        integers = compensated_rounding(weights, factor * scale, hessian, limit, damping)
+        errors = weights - factor * scale[..., None] * integers
+        lost = np.sum((errors @ damped) * errors, axis=-1)
+        better = lost < least
+        least = np.where(better, lost, least)
+        best = np.where(better[..., None], integers, best)
+        chosen = np.where(better, factor * scale, chosen)
+    return best, chosen
+
+
+def _damped(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    """H plus a share of its mean diagonal on the diagonal; the identity for inputs that never change."""
+    mean = np.diagonal(hessian, axis1=-2, axis2=-1).mean(-1)
+    share = np.where(mean > 0, damping * mean, 1.0)
+    return hessian + share[..., None, None] * np.eye(hessian.shape[-1])
+
+
+def _unit_upper(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R of H = R D R^T."""
+    factor = np.linalg.cholesky(hessian[..., ::-1, ::-1])[..., ::-1, ::-1]
+    unit: NDArray[np.float64] = factor / np.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
+    return unit
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of the inputs of a layer.
+
+    mean         float64 [G, I]: groups, inputs of one output position
+    covariance   float64 [G, I, I]
+    """
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
+def bias_shift(errors: NDArray[np.float64], fitted: Moments) -> NDArray[np.float64]:
+    """The shift [G, O] that makes up for the mean of what weights [G, O, I] have lost in rounding."""
+    shift: NDArray[np.float64] = (errors @ fitted.mean[..., None])[..., 0]
+    return shift
+
+
+def output_error(errors: NDArray[np.float64], fitted: Moments, seen: Moments) -> float:
+    """Mean squared error of a layer's output, summed over channels.
+
+    errors   float64 [G, O, I]: weights less rounded weights
+    fitted   the inputs that the shift of the bias was solved on
+    seen     those that the error is wanted for
+    """
+    mean = bias_shift(errors, seen) - bias_shift(errors, fitted)
+    return float(np.sum((errors @ seen.covariance) * errors) + np.sum(mean**2))
+
+
+# The inputs of a layer --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """What each output position of a convolution reads, along the spatial axes. shape is that of the output."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def reads(self, x: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The inputs [C, P, kernel] of output positions, numbered in C order, of an image [C, spatial axes]."""
+        padded = np.pad(x, [(0, 0), *zip(self.before, self.after, strict=True)])
+        spread = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        every = (slice(None), *(slice(None, None, step) for step in (*self.strides, *self.dilations)))
+        windows = sliding_window_view(padded, spread, tuple(range(1, x.ndim)))[every]
+        return np.moveaxis(windows, 0, len(self.shape))[np.unravel_index(positions, self.shape)].swapaxes(0, 1)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A layer whose weights can be rounded anew.
+
+    exact     float64 [G, O, I]: groups, output channels, inputs of one output position
+    plain     int8 like it: its weights as NNCF rounded them
+    scale     float64 [G, O]
+    limit     largest absolute integer that NNCF uses here
+    window    None for a matrix product
+    """
+
+    layer: Layer
+    exact: NDArray[np.float64]
+    plain: NDArray[np.int8]
+    scale: NDArray[np.float64]
+    limit: int
+    window: Window | None
+
+    @staticmethod
+    def of(layer: Layer, exact: NDArray[np.float64]) -> Rounding | None:
+        """None for a layer that is not understood. exact is float64 [G, O, I, K], as in `Quantizable`."""
+        found, kind, attributes = integer_weights(layer), layer.op.get_type_name(), layer.op.get_attributes()
+        if found is None or layer.op.output(0).get_partial_shape().is_dynamic:
+            return None
+        window = None
+        if kind == "MatMul":
+            if attributes["transpose_a"]:
+                return None
+        elif kind in ("Convolution", "GroupConvolution"):
+            spatial = layer.op.output(0).get_shape()[2:]
+            kernel = layer.op.input_value(1).get_shape()[-len(spatial) :]
+            strides, dilations, before, after = (
+                tuple(attributes[name]) for name in ("strides", "dilations", "pads_begin", "pads_end")
+            )
+            window = Window(tuple(kernel), strides, dilations, before, after, tuple(spatial))
+        else:
+            return None
+        flat = exact.reshape(*exact.shape[:2], -1)
+        integers, scale = (value.T if _is_turned(layer) else value for value in found)
+        plain = integers.astype(np.int8).reshape(flat.shape)
+        limit = min(127, int(np.abs(plain.astype(np.int64)).max()))
+        return Rounding(layer, flat, plain, scale.astype(np.float64).reshape(flat.shape)[..., 0], limit, window)
+
+    def rows(self, x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+        """The inputs [G, P, I] of at most POSITIONS output positions of one image; x as the layer reads it."""
+        count = x.size // x.shape[-1] if self.window is None else int(np.prod(self.window.shape))
+        chosen = rng.choice(count, POSITIONS, replace=False) if count > POSITIONS else np.arange(count)
+        if self.window is None:
+            return x.reshape(1, count, -1)[:, chosen]
+        groups = len(self.exact)
+        read = self.window.reads(x[0], chosen)
+        by_group = read.reshape(groups, len(read) // groups, len(chosen), -1)
+        return by_group.transpose(0, 2, 1, 3).reshape(groups, len(chosen), -1)
+
+    def errors(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What weights lose in rounding, [G, O, I]."""
+        return self.exact - scale[..., None] * integers
+
+    def write(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> None:
+        shape = list(self.layer.op.input_value(1).get_shape())
+        own = integers[0].T if _is_turned(self.layer) else integers.reshape(shape)
+        set_integer_weights(self.layer, own, scale if self.by_channel else scale.reshape(-1)[:1])
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether every output channel has a scale of its own."""
+        return scale_count(self.layer) == self.scale.size
+
+    def bytes_held(self) -> int:
+        """Of its input, and of its second moments over two sets of images."""
+        groups, _, inputs = self.exact.shape
+        return size_of(self.layer.op.input_value(0)) + int(2 * 8 * groups * inputs**2)
+
+
+def _is_turned(layer: Layer) -> bool:
+    """Whether its weights have inputs before output channels, as some matrix products have."""
+    return layer.op.get_type_name() == "MatMul" and not layer.op.get_attributes()["transpose_b"]
+
+
+def input_moments(
+    graph: ov.Model, roundings: Sequence[Rounding], images: Sequence[NDArray[np.float32]], rng: np.random.Generator
+) -> list[Moments]:
+    """Moments over images and sampled positions.
+
+    graph   has the inputs of the layers as its outputs
+    """
+    infer = Inference(graph)
+    sums = [np.zeros((len(r.exact), r.exact.shape[-1])) for r in roundings]
+    # Products are summed in float32, for the sake of time: their errors are far below any damping.
+    products = [np.zeros((*total.shape, total.shape[-1]), np.float32) for total in sums]
+    counts = [0] * len(roundings)
+    for image in images:
+        for i, (rounding, x) in enumerate(zip(roundings, infer(image), strict=True)):
+            rows = rounding.rows(x, rng)
+            counts[i] += rows.shape[1]
+            sums[i] += rows.sum(1, dtype=np.float64)
+            products[i] += rows.transpose(0, 2, 1) @ rows
+    found = []
+    for count, total, product in zip(counts, sums, products, strict=True):
+        mean = total / count
+        found.append(Moments(mean, product.astype(np.float64) / count - mean[..., :, None] * mean[..., None, :]))
+    return found
+
+
+# The network ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """How well a layer's output is kept on images that were not fitted.
+
+    plain         error of plain rounding with a corrected bias: mean squared error of the output over its variance
+    compensated   the same of the best compensated rounding
+    damping       of the rounding that was taken; None for plain rounding
+    rescaled      whether it has scales of its own
+    """
+
+    name: str
+    plain: float
+    compensated: float
+    damping: float | None
+    rescaled: bool
+
+    @property
+    def kept(self) -> bool:
+        return self.damping is not None
+
+
+def choose_rounding(
+    rounding: Rounding, fitted: Moments, unseen: Moments
+) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
+    """Plain or compensated rounding, whichever is better on inputs that were not fitted: integers and scales."""
+    power = float(np.sum((rounding.exact @ unseen.covariance) * rounding.exact)) or 1.0
+    problem = rounding.exact, rounding.scale, fitted.covariance, rounding.limit
+
+    def error(integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
+        return output_error(rounding.errors(integers, scale), fitted, unseen) / power
+
+    plain = error(rounding.plain, rounding.scale)
+    tried = [(damping, compensated_rounding(*problem, damping)) for damping in DAMPINGS]
+    compensated, damping, integers = min(
+        ((error(integers, rounding.scale), damping, integers) for damping, integers in tried),
+        key=lambda found: found[0],
+    )
+    scale = rounding.scale
+    if rounding.by_channel:
+        others = rescaled_rounding(*problem, damping)
+        if (rescaled := error(*others)) < compensated:
+            compensated, (integers, scale) = rescaled, others
+    if compensated < plain:
+        record = RoundedLayer(rounding.layer.name, plain, compensated, damping, scale is not rounding.scale)
+        return record, integers, scale
+    return RoundedLayer(rounding.layer.name, plain, compensated, None, False), rounding.plain, rounding.scale
+
+
+def round_weights(
+    fp32: ov.Model,
+    int8: ov.Model,
+    images: Sequence[NDArray[np.float32]],
+    rng: np.random.Generator,
+    *,
+    held_out: Sequence[NDArray[np.float32]],
+) -> tuple[RoundedLayer, ...]:
+    """Round the weights of every quantized layer anew and correct its bias, in place.
+
+    fp32, int8   the same network before quantization and after it without bias correction, batch 1
+    images       network inputs, float32 [1, C, H, W] each, that integers and biases are solved on
+    rng          chooses the positions in each image
+    held_out     network inputs that tell, for each layer, whether compensation helps
+    returns      the layers that were looked at, in execution order; others, if any, keep their integers
+    """
+    exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
+    layers = quantized_layers(int8)
+    possible = [Rounding.of(layer, exact[layer.name]) for layer in layers if layer.name in exact]
+    roundings = [rounding for rounding in possible if rounding is not None]
+    seeing, known = int8.clone(), {rounding.layer.name for rounding in roundings}
+    shifts = {
+        name: -error
+        for name, error in (weight_errors(fp32, int8, images) if len(known) < len(layers) else {}).items()
+        if name not in known
+    }
+    records = []
+    for group in groups_that_fit(roundings, Rounding.bytes_held):
+        graph = quantized_inputs(seeing, fp32, [rounding.layer.name for rounding in group])
+        fitted, unseen = input_moments(graph, group, images, rng), input_moments(graph, group, held_out, rng)
+        for rounding, own, other in zip(group, fitted, unseen, strict=True):
+            record, integers, scale = choose_rounding(rounding, own, other)
+            rounding.write(integers, scale)
+            shifts[rounding.layer.name] = bias_shift(rounding.errors(integers, scale), own).reshape(-1)
+            records.append(record)
+    add_to_biases(int8, shifts)
+    return tuple(records)
+
+
+def compensated(fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]]) -> ov.Model:
+    """A copy of an INT8 graph with its weights rounded anew; its biases are solved from those of the float graph.
+
+    images   some are held out to decide where compensation helps; a single one serves for both
+    """
+    copy = restore_biases(int8, fp32)
+    held_out = max(1, round(HELD_OUT_SHARE * len(images)))
+    fitted = images[:-held_out] or images
+    round_weights(fp32, copy, fitted, np.random.default_rng(SEED), held_out=images[-held_out:])
+    return copy
