@@ -1,0 +1,39 @@
+"""The public API under a user's type checker."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ovcalib
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def mypy(script):
+    """Lines that have an error."""
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", f"tests/typing/{script}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = re.findall(rf"{script}:(\d+): error: (.*)", found.stdout)
+    assert found.stdout.count(": error:") == len(lines), found.stdout
+    return lines
+
+
+def test_a_users_script_is_typed_to_the_leaf():
+    assert mypy("user_script.py") == []
+
+
+def test_mistakes_are_found():
+    found = dict(mypy("wrong_script.py"))
+    assert set(found) == {"6", "8", "10"}
+    assert 'Unexpected keyword argument "calibration"' in found["6"]
+    assert 'Literal["default", "accuracy-aware"]' in found["8"].replace("'", '"')
+
+
+def test_no_package_hides_a_public_function():
+    """Importing ovcalib.x.y makes ovcalib.x a module, whatever was called so before."""
+    packages = {path.parent.name for path in (ROOT / "ovcalib").glob("*/__init__.py")}
+    modules = {path.stem for path in (ROOT / "ovcalib").glob("*.py")}
+    assert not (packages | modules) & set(ovcalib.__all__)
