@@ -1,5 +1,6 @@
 """The public API under a user's type checker."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,18 @@ def test_mistakes_are_found():
     assert set(found) == {"6", "8", "10"}
     assert 'Unexpected keyword argument "calibration"' in found["6"]
     assert 'Literal["default", "accuracy-aware"]' in found["8"].replace("'", '"')
+
+
+def test_pyright_finds_the_same(tmp_path):
+    settings = {"include": [str(ROOT / "tests" / "typing")], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    found = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "-p", str(tmp_path), "--outputjson", "--pythonpath", sys.executable],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    errors = json.loads(found.stdout)["generalDiagnostics"]
+    places = {(Path(error["file"]).name, error["range"]["start"]["line"] + 1) for error in errors}
+    assert places == {("wrong_script.py", 6), ("wrong_script.py", 8), ("wrong_script.py", 10)}
 
 
 def test_no_package_hides_a_public_function():
