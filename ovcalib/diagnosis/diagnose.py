@@ -23,16 +23,20 @@ from ovcalib.graph.editing import restore
 from ovcalib.graph.files import batch_one, is_quantized
 from ovcalib.graph.probing import instrument, observe
 from ovcalib.graph.reading import layer_name, quantized_operations
+from ovcalib.kernels import outputs_on
 from ovcalib.measurement.benchmark import interleaved_latency
 from ovcalib.models.load import Model, load_model
 from ovcalib.progress import Progress
 from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis, QuantizedInput, SignalQuality
 from ovcalib.records.options import CalibrationOptions, DiagnosisOptions, ModelOptions
-from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that_fit, size_of
+from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that_fit, outputs_of, size_of
 
 # A range of which this much is cut off, or so little is used, is named as a likely fault.
 CLIPPED_SHARE = 0.01
 USED_SHARE = 0.25
+# More output error than this on kernels without VNNI is saturation; images that it is measured on.
+SATURATED_NMSE = 0.01
+SATURATION_IMAGES = 16
 # Operations whose ranges are put into words.
 FAULTS = 5
 
@@ -78,13 +82,15 @@ def diagnose(about: ModelOptions, int8: str, options: DiagnosisOptions, progress
         for name in worst
         for op in [next(op for op in quantized.get_ops() if op.get_friendly_name() == name)]
     )
+    saturation = saturation_fault(fp32, quantized, sets[on][:SATURATION_IMAGES])
+    found_faults = [*([saturation] if saturation else []), *faults(operations, on)]
     search = Search(fp32, quantized, items, options, model.spec.num_classes is not None, progress)
     found = search.run(worst)
     return Diagnosis(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,
         model=model.spec.name, fp32_sha256=model.sha256, int8_sha256=other.sha256, device=options.device, on=on,
         count=len(search.reference), signal_count=len(sets[on]), max_drop=options.max_drop, sets=tuple(sets),
-        operations=operations, faults=tuple(faults(operations, on)),
+        operations=operations, faults=tuple(found_faults),
         warnings=tuple(model.warnings), **found,
     )  # fmt: skip
 
@@ -300,6 +306,18 @@ class Search:
             else None,
             "nmse": error if math.isfinite(error) else None,
         }
+
+
+def saturation_fault(fp32: ov.Model, int8: ov.Model, inputs: Sequence[NDArray[np.float32]]) -> str | None:
+    """What is lost to sums that saturate on CPUs without VNNI, in words; None where it is little."""
+    reference = outputs_of(fp32, inputs)
+    exact, saturated = (nmse(reference, outputs_on(kernels, int8, inputs)) for kernels in ("vnni", "avx2"))
+    if saturated <= exact + SATURATED_NMSE:
+        return None
+    return (
+        f"sums of products saturate on CPUs without VNNI, which no single layer shows: output NMSE {saturated:.2g} "
+        f"there, {exact:.2g} with VNNI. Quantize with --deploy-isa any or avx2, which use half of the weights' range"
+    )
 
 
 def faults(operations: Sequence[OperationDiagnosis], on: str) -> list[str]:

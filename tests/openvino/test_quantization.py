@@ -15,6 +15,7 @@ from openvino import opset13 as ops
 from ovcalib import Preprocessing
 from ovcalib.api import make_recipe
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.diagnosis.diagnose import saturation_fault
 from ovcalib.errors import DeviceError, ModelError
 from ovcalib.evaluation.dataset import calibration_images
 from ovcalib.evaluation.metrics import nmse
@@ -439,3 +440,17 @@ def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating):
     found = {error.kernels: error.nmse for error in output.by_kernels(int8, ("vnni", "avx2"))}
     assert found["vnni"] < 1e-3
     assert found["avx2"] > 0.05
+
+
+def test_a_diagnosis_names_saturation(saturating):
+    graph, calibration = saturating
+    found = {
+        fix: saturation_fault(
+            graph,
+            quantize_default(graph, calibration, Settings(overflow_fix=fix, bias_correction="none")),
+            calibration.inputs(),
+        )
+        for fix in ("disable", "enable")
+    }
+    assert "saturate on CPUs without VNNI" in found["disable"]
+    assert found["enable"] is None
