@@ -40,7 +40,7 @@ class Settings:
     activation_ranges   of a tensor that has one: "min-max", the extremes over all images; "mean-min-max", the mean of
                         each image's extremes, as is NNCF's default; "histogram", what leaves a histogram of all
                         values the least error. Those of single channels are extremes with each of them
-    bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.bias_correction
+    bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.quantization.bias_correction
     rounding            "nearest", as NNCF has it, or "compensated", by ovcalib.quantization.rounding, which solves the
                         biases along with it
     transformer         attention is there: SmoothQuant and the mixed preset apply

@@ -1,8 +1,9 @@
 """What a user can ask for, one group of options for each stage.
 
 A field holds type, bounds, default and the sentence of help. The command line, recipe files, the JSON Schema and the
-documentation of the keywords are made from the fields: to add an option, add a field here, a keyword in `ovcalib.api`
-and the place that reads it. Every field has a name of its own, so that they can also be given without their groups.
+keywords of the Python API are made from the fields. To add an option, add a field here and the place that reads it, and
+run `python -m ovcalib.records.schema`. Every field has a name of its own, so that they can also be given without their
+groups.
 """
 
 from __future__ import annotations

@@ -33,12 +33,25 @@ def test_quantize_without_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_compare_sources(labelled, tmp_path, capsys, rng):
+def test_compare_sources(labelled, toy, tmp_path, capsys, rng):
     import numpy as np
 
-    arguments = ["--sources", "noise", "fractal", "--images", 4, "-o", tmp_path / "out"]
+    from ovcalib.export.to_onnx import to_onnx
+
+    to_onnx(toy.net, toy.spec.input_shape, tmp_path / "toy.onnx")
+    arguments = [
+        "--model",
+        tmp_path / "toy.onnx",
+        "--sources",
+        "noise",
+        "fractal",
+        "--images",
+        4,
+        "-o",
+        tmp_path / "out",
+    ]
     if labelled:
-        np.savez(tmp_path / "eval.npz", images=rng.integers(0, 256, (6, 32, 32, 3), np.uint8), labels=np.arange(6))
+        np.savez(tmp_path / "eval.npz", images=rng.integers(0, 256, (6, 16, 16, 3), np.uint8), labels=np.arange(6) % 4)
         arguments += ["--eval", f"npz:{tmp_path / 'eval.npz'}"]
     run("compare_sources.py", *arguments)
     rows = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines())}
