@@ -22,7 +22,7 @@ from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError, UsageError
 from tests.toy import ToyNet
 
-METHODS = ["bn-inversion", "zeroq", "dsg", "intraq", "genie", "dgh"]
+METHODS = [name for name in SOURCES if issubclass(SOURCES[name].Options, InversionOptions)]
 
 
 def request(toy, count=6, **fields):
@@ -430,37 +430,20 @@ def test_the_rate_is_cut_on_a_plateau_image_by_image(reset):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_keeps_the_contract_of_a_source(toy, name):
-    before = {key: value.clone() for key, value in toy.net.state_dict().items()}
+def test_a_method_makes_network_inputs_with_the_answers_of_the_model_as_labels(toy, name):
+    """What every source promises is in test_source_contract.py."""
     found = made(name, toy)
-    assert found.images.shape == (6, 3, 16, 16)
-    assert found.images.dtype == np.float32
-    assert np.isfinite(found.images).all()
     assert found.domain == "network"
+    assert found.provenance.options["steps"] == 4
     assert found.provenance.labels == ("method" if name == "intraq" else "pseudo")
-    assert found.labels is not None
     if name == "intraq":
         assert found.labels.tolist() == [0, 1, 2, 3, 0, 1]
     else:
         with torch.no_grad():
             assert found.labels.tolist() == toy.net(torch.from_numpy(found.images)).argmax(1).tolist()
-    assert len({image.tobytes() for image in found.images}) == 6
-    assert set(found.provenance.options) == {field.name for field in dataclasses.fields(SOURCES[name].Options)}
-    assert found.provenance.options["steps"] == 4
-    assert all(torch.equal(value, before[key]) for key, value in toy.net.state_dict().items())
-    assert not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in toy.net.modules()
-    )
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_same_seed_gives_the_same_images_and_another_gives_others(toy, name):
-    first = made(name, toy)
-    assert np.array_equal(first.images, made(name, toy).images)
-    assert not np.allclose(first.images, made(name, toy, seed=1).images)
-
-
-@pytest.mark.parametrize("name", ["zeroq", "dsg"])
+@pytest.mark.parametrize("name", [name for name in METHODS if SOURCES[name].Options().scope == "sample"])
 def test_images_of_their_own_do_not_depend_on_the_batch_or_the_count(toy, name):
     one_by_one = made(name, toy, batch=1)
     np.testing.assert_allclose(made(name, toy, batch=4).images, one_by_one.images, atol=2e-3)
