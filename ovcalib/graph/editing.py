@@ -25,6 +25,7 @@ from ovcalib.graph.reading import (
     _is_quantized,
     _node,
     _range,
+    activation_quantizers,
     quantized_layers,
     quantized_operations,
 )
@@ -150,6 +151,24 @@ def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
             constant = ov.op.Constant(np.full(before.shape, value, np.float32))
             fq.input(i).replace_source_output(constant.output(0))
     return bool(found)
+
+
+def widen_channel_ranges(quantized: ov.Model, factor: float) -> None:
+    """Let quantizers with a range for each channel span `factor` times as much, but no more than a Clamp lets through.
+
+    The levels' zero stays where it is.
+    """
+    for fq in activation_quantizers(quantized):
+        low, high = _range(fq)
+        if high.size == 1:
+            continue
+        wider = np.full(high.shape, factor, np.float32)
+        source = _node(fq.input_value(0))
+        if source.get_type_name() == "Clamp" and not low.any():
+            bound = np.float32(source.get_attributes()["max"])
+            wider = np.clip(np.divide(bound, high, out=wider.copy(), where=high > 0), 1, factor)
+        for i, ends in enumerate((low * wider, high * wider) * 2, start=1):
+            fq.input(i).replace_source_output(ov.op.Constant(ends.astype(np.float32)).output(0))
 
 
 def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str]) -> None:

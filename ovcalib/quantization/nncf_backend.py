@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError, OvcalibError, require
-from ovcalib.graph.editing import set_input_range
+from ovcalib.graph.editing import set_input_range, widen_channel_ranges
 from ovcalib.graph.files import refuse_quantized_graph
 from ovcalib.graph.reading import layer_name
 from ovcalib.quantization.bias_correction import correct_biases
@@ -97,6 +97,8 @@ def quantize_default(
             int8 = nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
             if calibration.input_range is not None:
                 set_input_range(int8, *calibration.input_range)
+            if settings.channel_headroom != 1:
+                widen_channel_ranges(int8, settings.channel_headroom)
             fitted = (corrections or calibration).inputs()
             if settings.rounding == "compensated":
                 int8 = compensated(graph, int8, fitted)

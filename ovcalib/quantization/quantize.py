@@ -141,6 +141,7 @@ def quantize_graph(
         halved_nmse=saturation.halved if saturation else None,
         deploy_isa=options.deploy_isa,
         activation_ranges=settings.activation_ranges,
+        channel_headroom=settings.channel_headroom,
         ranges_nmse=best.selected.ranges_nmse,
         rounding=settings.rounding,
         rounding_nmse=best.selected.rounding_nmse,

@@ -32,6 +32,10 @@ OVERFLOW_FIX: dict[str, OverflowFix] = {
     "npu": "disable",
 }
 
+# The extremes of one channel over a few dozen images are soon exceeded by others, and what is clipped costs more than
+# the coarser levels of twice the range. A tensor's extremes, over all of its channels, are hardly ever exceeded.
+CHANNEL_HEADROOM = 2.0
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,6 +44,7 @@ class Settings:
     activation_ranges   of a tensor that has one: "min-max", the extremes over all images; "mean-min-max", the mean of
                         each image's extremes, as is NNCF's default; "histogram", what leaves a histogram of all
                         values the least error. Those of single channels are extremes with each of them
+    channel_headroom    factor on the ranges of single channels, which the inputs of depthwise convolutions have
     bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.quantization.bias_correction
     rounding            "nearest", as NNCF has it, or "compensated", by ovcalib.quantization.rounding, which solves the
                         biases along with it
@@ -50,6 +55,7 @@ class Settings:
     preset: Preset = "performance"
     overflow_fix: OverflowFix = "first-layer"
     activation_ranges: ActivationRanges = "min-max"
+    channel_headroom: float = 1.0
     bias_correction: BiasCorrection = "layerwise"
     rounding: RoundingMode = "nearest"
     transformer: bool = False
@@ -91,6 +97,7 @@ def resolve_settings(options: QuantizationOptions, graph: ov.Model) -> Settings:
         preset=options.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(options.overflow_fix, options.deploy_isa),
         activation_ranges=ranges,
+        channel_headroom=CHANNEL_HEADROOM if options.activation_ranges == "auto" else 1.0,
         rounding="compensated" if options.rounding == "compensated" else "nearest",
         bias_correction="layerwise" if options.bias_correction == "auto" else options.bias_correction,
         transformer=transformer,

@@ -123,7 +123,10 @@ class QuantizationOptions(Frozen):
     )
     activation_ranges: Annotated[
         Literal["auto"] | ActivationRanges,
-        Shown(default="auto: min-max, or mean-min-max for transformers and where its output error is smaller"),
+        Shown(
+            default="auto: min-max, twice as wide for single channels; mean-min-max for transformers and where its "
+            "output error is smaller"
+        ),
     ] = Field(
         default="auto",
         description="Range estimator: extremes over all images, mean of each image's extremes (NNCF's default), or a "

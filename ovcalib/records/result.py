@@ -217,6 +217,7 @@ class Quantization(Frozen):
                        calibration images, before the overflow fix was settled; None where a machine was named
     halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
     activation_ranges  what they came to, whatever was asked
+    channel_headroom   factor on the ranges of single channels, those of depthwise convolutions' inputs
     ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on held-out calibration images; None
                        where the first gave no reason to try the other
     rounding           of weights, what it came to; with "compensated" the biases were solved along with it
@@ -245,6 +246,7 @@ class Quantization(Frozen):
     deploy_isa: str
     # Records of earlier versions have NNCF's default.
     activation_ranges: str = "mean-min-max"
+    channel_headroom: float = 1.0
     ranges_nmse: tuple[float, float] | None = None
     rounding: str = "nearest"
     rounding_nmse: tuple[float, float] | None = None

@@ -100,11 +100,12 @@ def overflow_fix(quantization: Quantization) -> str:
 
 def activation_ranges(quantization: Quantization) -> str:
     """What the ranges of activations came to, and why."""
+    chosen = quantization.activation_ranges
+    if quantization.channel_headroom != 1:
+        chosen += f", {quantization.channel_headroom:g} times as wide for single channels"
     if quantization.ranges_nmse is None:
-        return quantization.activation_ranges
-    return "{} (NMSE {:.2g} with min-max and {:.2g} with mean-min-max)".format(
-        quantization.activation_ranges, *quantization.ranges_nmse
-    )
+        return chosen
+    return "{} (NMSE {:.2g} with min-max and {:.2g} with mean-min-max)".format(chosen, *quantization.ranges_nmse)
 
 
 def rounding(quantization: Quantization) -> str:

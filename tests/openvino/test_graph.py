@@ -6,7 +6,7 @@ import pytest
 from openvino import opset13 as ops
 
 from ovcalib.errors import UnknownNameError
-from ovcalib.graph.editing import restore, set_input_range
+from ovcalib.graph.editing import restore, set_input_range, widen_channel_ranges
 from ovcalib.graph.files import read_graph, write_ir
 from ovcalib.graph.reading import float_operations, layer_name, match_operations, quantized_operations
 from ovcalib.quantization.nncf_backend import quantize_default
@@ -158,6 +158,34 @@ def test_zero_stays_exact_in_an_asymmetric_range(span):
 
 def test_a_float_graph_has_no_range_to_set(toy_graph):
     assert not set_input_range(toy_graph.clone(), 0, 1)
+
+
+def channel_quantizer(low, high, clamp=None):
+    x = ops.parameter([1, len(high), 4, 4], np.float32, name="x")
+    source = x if clamp is None else ops.clamp(x, 0.0, clamp)
+    ends = [np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (low, high, low, high)]
+    return ov.Model([ops.relu(ops.fake_quantize(source, *ends, 256))], [x])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "clamp", "expected"),
+    [
+        ([0, 0], [1.0, 3.0], None, [2.0, 6.0]),
+        ([0, 0, 0, 0], [1.0, 4.0, 6.0, 0.0], 6.0, [2.0, 6.0, 6.0, 0.0]),  # no more than a Clamp lets through
+        ([-1.28, -2.56], [1.27, 2.54], None, [2.54, 5.08]),
+        ([0], [1.0], None, [1.0]),  # one range for all channels has no need of it
+    ],
+)
+def test_ranges_of_single_channels_are_widened_and_zero_stays_where_it_is(low, high, clamp, expected):
+    graph = channel_quantizer(low, high, clamp)
+    widen_channel_ranges(graph, 2.0)
+    graph.validate_nodes_and_infer_types()
+    (fq,) = [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize"]
+    lows, highs, *out = (fq.input_value(i).get_node().get_data().reshape(-1) for i in (1, 2, 3, 4))
+    assert highs == pytest.approx(expected)
+    assert [list(lows), list(highs)] == [list(values) for values in out]
+    for before, after in zip(zip(low, high, strict=True), zip(lows, highs, strict=True), strict=True):
+        assert after[0] * before[1] == pytest.approx(before[0] * after[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["performance", "mixed"])

@@ -22,7 +22,7 @@ from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import restore_biases
 from ovcalib.graph.files import batch_one, graph_sha256, is_quantized, read_graph, write_ir
 from ovcalib.graph.reading import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
-from ovcalib.kernels import outputs_on
+from ovcalib.kernels import outputs_on, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.nncf_backend import _Items, quantize_default
@@ -358,6 +358,22 @@ def test_activation_ranges_are_those_of_all_images(rng):
     assert top["min-max"] == pytest.approx(10)
     assert top["mean-min-max"] == pytest.approx(5.5)
     assert 5.5 < top["histogram"] <= 10.1
+
+
+def test_a_channel_that_is_larger_in_other_images_is_not_clipped(rng):
+    x = ops.parameter([1, 8, 8, 8], np.float32, "x")
+    weights = rng.normal(size=(8, 1, 1, 3, 3)).astype(np.float32)
+    depthwise = ops.group_convolution(ops.relu(x), ops.constant(weights), [1, 1], [0, 0], [0, 0], [1, 1])
+    graph = ov.Model([depthwise], [x], "depthwise")
+    calibration = network_set(rng.uniform(0, 1, (16, 8, 8, 8)).astype(np.float32))
+    others = list(rng.uniform(0, 1.5, (16, 1, 8, 8, 8)).astype(np.float32))
+    expected = outputs_of(graph, others)
+
+    def error(**given):
+        settings = resolve_settings(QuantizationOptions(**given), graph)
+        return nmse(expected, outputs_of(without_saturation(quantize_default(graph, calibration, settings)), others))
+
+    assert error() < error(activation_ranges="min-max") / 20
 
 
 def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
