@@ -105,10 +105,13 @@ class Expected:
     weights_share: float
 
 
-def expected_sqnr(graph: ov.Model, images: Sequence[NDArray[np.float32]]) -> list[Expected]:
+def expected_sqnr(
+    graph: ov.Model, images: Sequence[NDArray[np.float32]], channel_headroom: float = 1.0
+) -> list[Expected]:
     """The operations of a float graph that INT8 suits least first.
 
-    images   network inputs, float32 [1, C, H, W] each
+    images             network inputs, float32 [1, C, H, W] each
+    channel_headroom   factor on the ranges of single channels
     Convolutions, matrix products with constant weights and sums of two signals are looked at. Activations have one
     range a tensor, those of depthwise convolutions one a channel, weights one an output channel, as NNCF has it.
     """
@@ -125,7 +128,8 @@ def expected_sqnr(graph: ov.Model, images: Sequence[NDArray[np.float32]]) -> lis
     found = []
     for op in operations:
         inputs = [signals[_key(value)] for value in op.inputs]
-        noise = [rounding_noise(x, op.by_channel) for x in inputs]
+        wider = channel_headroom if op.by_channel else 1.0
+        noise = [wider**2 * rounding_noise(x, op.by_channel) for x in inputs]
         if op.weights is None:
             from_activations, from_weights = float(sum(n.sum() for n in noise)), 0.0
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -14,14 +14,21 @@ import openvino as ov
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import Images
-from ovcalib.graph.reading import float_operations, layer_name, quantized_operations
+from ovcalib.graph.reading import float_operations, layer_name, quantizable_operations, quantized_operations
 from ovcalib.kernels import host_kernels, kernels_of
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.selection import OutputError, Selection, guard_warning, operations_to_guard, select_settings
+from ovcalib.quantization.selection import (
+    OutputError,
+    Selection,
+    expected_operations,
+    guard_warning,
+    operations_to_guard,
+    select_settings,
+)
 from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import Equalized, Outcome, Quantization
@@ -51,11 +58,13 @@ def saturates_here(settings: Settings, options: QuantizationOptions) -> bool:
 class Attempt:
     """A float graph, equalized or not, and the INT8 graph that was made of it.
 
-    kept   operations that stay in float, because their expected SQNR is too low
+    expected   of every operation; empty without the guard
+    kept       operations that stay in float, because their expected SQNR is too low
     """
 
     source: ov.Model
     equalized: tuple[Equalized, ...]
+    expected: list[Expected]
     kept: list[Expected]
     output: OutputError
     selected: Selection
@@ -63,6 +72,13 @@ class Attempt:
     @functools.cached_property
     def error(self) -> float:
         return self.output.nmse(self.selected.int8)
+
+
+def in_execution_order(graph: ov.Model, expected: Sequence[Expected]) -> dict[str, float]:
+    """Expected SQNR in dB by layer, as the record has it."""
+    by_name = {operation.name: operation.sqnr_db for operation in expected}
+    order = [operation.name for operation in quantizable_operations(graph)]
+    return {layer_name(name): round(by_name[name], 2) for name in order if name in by_name}
 
 
 def quantize_graph(
@@ -90,7 +106,8 @@ def quantize_graph(
     parts = split(calibration)
 
     def attempt(source: ov.Model, equalized: tuple[Equalized, ...] = ()) -> Attempt:
-        kept = operations_to_guard(source, calibration, settings) if options.guard else []
+        expected = expected_operations(source, calibration, settings) if options.guard else []
+        kept = operations_to_guard(expected, settings)
         ignored = *settings.ignored, *(operation.name for operation in kept)
         output = OutputError(source, parts.choices)
         with progress.task("calibrating", len(parts.ranges)) as tick:
@@ -99,7 +116,7 @@ def quantize_graph(
             )
             chosen = dataclasses.replace(settings, ignored=ignored)
             selected = select_settings(make, chosen, auto_fields(options, settings), output, parts.corrections)
-        return Attempt(source, equalized, kept, output, selected)
+        return Attempt(source, equalized, expected, kept, output, selected)
 
     best = attempt(*equalize(fp32)) if options.equalize == "on" else attempt(fp32)
     equalization_nmse = None
@@ -151,6 +168,7 @@ def quantize_graph(
         ignored=settings.ignored,
         equalized=best.equalized,
         equalization_nmse=equalization_nmse,
+        expected_sqnr=in_execution_order(best.source, best.expected),
         guarded={layer_name(operation.name): round(operation.sqnr_db, 2) for operation in best.kept},
         input_range=calibration.input_range,
         int8_operations=len(quantized_operations(int8)),

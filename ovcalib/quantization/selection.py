@@ -38,9 +38,13 @@ SATURATED_NMSE = 0.01
 NAMED_OPERATIONS = 4
 
 
-def operations_to_guard(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
+def expected_operations(fp32: ov.Model, calibration: CalibrationSet, settings: Settings) -> list[Expected]:
+    """What INT8 will make of each operation, the lowest SQNR first."""
+    return expected_sqnr(fp32, calibration.inputs(last=GUARD_IMAGES), settings.channel_headroom)
+
+
+def operations_to_guard(expected: Sequence[Expected], settings: Settings) -> list[Expected]:
     """The operations below the SQNR limit, the lowest first, without those that are ignored anyway."""
-    expected = expected_sqnr(fp32, calibration.inputs(last=GUARD_IMAGES))
     return [operation for operation in below_sqnr_limit(expected) if operation.name not in settings.ignored]
 
 

@@ -228,6 +228,7 @@ class Quantization(Frozen):
                        where it was not for us to choose
     equalized          groups of signals whose channels were equalized before quantizing
     equalization_nmse  NMSE of the outputs without equalization and with it; None where it was not compared
+    expected_sqnr      of operations in INT8, in dB, in execution order; empty without the guard
     guarded            operations that the guard left in float, with their expected SQNR in dB
     input_range        that quantizers of the network's input were given from the preprocessing; None: from the images
     int8_operations    operations that compute on quantized values
@@ -256,6 +257,7 @@ class Quantization(Frozen):
     ignored: tuple[str, ...]
     equalized: tuple[Equalized, ...] = ()
     equalization_nmse: tuple[float, float] | None = None
+    expected_sqnr: dict[str, float] = Field(default={})
     guarded: dict[str, float] = Field(default={})
     input_range: tuple[float, float] | None = None
     int8_operations: int

@@ -121,6 +121,16 @@ def test_a_depthwise_layer_bears_wide_channels(images, rng, weights):
     assert after["conv1"] == pytest.approx(before["conv1"], abs=0.01)
 
 
+def test_wider_ranges_of_single_channels_bring_more_noise_there_and_nowhere_else(images, rng, weights):
+    graph = chain(weights[0], rng.normal(size=(8, 1, 1, 3, 3)))
+    before = {e.name: e for e in expected_sqnr(graph, images)}
+    after = {e.name: e.sqnr_db for e in expected_sqnr(graph, images, channel_headroom=2.0)}
+    share = before["conv1"].weights_share
+    noise = 4 * (1 - share) + share  # steps twice as large
+    assert after["conv1"] == pytest.approx(before["conv1"].sqnr_db - 10 * np.log10(noise))
+    assert after["conv0"] == pytest.approx(before["conv0"].sqnr_db)
+
+
 def test_sums_and_matrix_products_are_looked_at(toy, toy_graph):
     found = {op.name: op for op in quantizable_operations(toy_graph)}
     kinds = sorted(
