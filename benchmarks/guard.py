@@ -17,9 +17,9 @@ import torch
 
 import ovcalib
 from ovcalib.quantization.expected_noise import expected_sqnr
+from ovcalib.quantization.selection import GUARD_IMAGES
 
 MODEL = "resnet20-cifar10"
-GUARD_IMAGES = 8
 
 
 def main() -> None:
