@@ -260,7 +260,6 @@ def test_a_sweep_killed_midway_goes_on_to_the_same_table(reference, data, tmp_pa
     assert nothing_half_written(out)
 
 
-@pytest.mark.slow
 def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(content(data, sources=[{"calib": "fractal", "num_samples": 100000}], seeds=[0])))
@@ -277,7 +276,6 @@ def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path) -> None:
     assert nothing_half_written(out)
 
 
-@pytest.mark.slow  # the sweep killed midway loses a worker too
 def test_a_task_whose_process_is_killed_runs_again(tmp_path) -> None:
     engine = LocalEngine(1)
     try:

@@ -175,7 +175,6 @@ def steps_in_a_process(rank, folder, port) -> None:
             torch.save(training.average.state_dict(), folder / f"{rank}.pt")
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

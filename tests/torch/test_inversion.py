@@ -724,8 +724,8 @@ def test_the_score_tells_training_images_from_noise_and_copies(toy) -> None:
     "name",
     [
         "ssdlite320_mobilenet_v3_large",
-        pytest.param("fcos_resnet50_fpn", marks=pytest.mark.slow),
-        pytest.param("retinanet_resnet50_fpn_v2", marks=pytest.mark.slow),
+        "fcos_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
     ],
 )
 def test_detectors_give_all_their_output_maps_to_the_loss(name, toy) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,3 +184,27 @@ def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys) 
         "training 911/1000, 4 min 27 s left",
         "training 921/1000, 3 min 57 s left",
     ]
+
+
+def test_a_notebook_shows_one_bar_that_is_replaced_and_cleared(monkeypatch, capsys) -> None:
+    class ZMQInteractiveShell:  # by whose name rich knows a notebook
+        pass
+
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda content, raw: shown.append(content["text/plain"]))
+    display = SimpleNamespace(display=lambda content, raw, display_id: handle)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress.Terminal().task("training", 4) as tick:
+        for done in (1, 2, 3):
+            tick(done)
+            now[0] += 3.0
+    assert shown == [
+        f"{'━' * 12}{'┄' * 12} training 2/4, 6 s left",
+        f"{'━' * 18}{'┄' * 6} training 3/4, 3 s left",
+        "",
+    ]
+    assert capsys.readouterr() == ("", "")
