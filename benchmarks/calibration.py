@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def finished_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells of an earlier run."""
-    return json.loads(args.output.read_text())["cells"] if args.output.exists() else []  # type: ignore[no-any-return]
+    return json.loads(args.output.read_text())["cells"] if args.output.exists() else []
 
 
 def make_set(args: argparse.Namespace, arm: str, seed: int) -> tuple[Path, float]:

@@ -17,9 +17,9 @@ import torch
 
 import ovcalib
 from ovcalib.quantization.expected_noise import expected_sqnr
+from ovcalib.quantization.selection import GUARD_IMAGES
 
 MODEL = "resnet20-cifar10"
-GUARD_IMAGES = 8
 
 
 def main() -> None:
@@ -63,10 +63,11 @@ def widen(module: torch.nn.Module, factor: float) -> None:
     """Widen the most used channel inside every block, in place, without changing the function."""
     for block in module.modules():
         if hasattr(block, "bn1") and hasattr(block, "conv2"):
-            channel = int(block.bn1.weight.abs().argmax())
-            block.bn1.weight[channel] *= factor
-            block.bn1.bias[channel] *= factor
-            block.conv2.weight[:, channel] /= factor
+            weight = block.get_parameter("bn1.weight")
+            channel = int(weight.abs().argmax())
+            weight[channel] *= factor
+            block.get_parameter("bn1.bias")[channel] *= factor
+            block.get_parameter("conv2.weight")[:, channel] /= factor
 
 
 if __name__ == "__main__":

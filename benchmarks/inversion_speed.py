@@ -74,12 +74,14 @@ def hooks_step(module: nn.Module, images: Tensor) -> Callable[[], None]:
         module(leaf)
         for hook in hooks:
             hook.remove()
-        loss = sum(
-            (x.mean((0, 2, 3)) - m.running_mean).square().mean() + (x.var((0, 2, 3)) - m.running_var).square().mean()
-            for m, x in found
-        )
+        loss = torch.zeros(())
+        for m, x in found:
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            loss = loss + (x.mean((0, 2, 3)) - m.running_mean).square().mean()
+            loss = loss + (x.var((0, 2, 3)) - m.running_var).square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -89,7 +91,7 @@ def engine_seconds(args: argparse.Namespace, precision: str) -> float:
     """Seconds of a step of ovcalib's engine."""
     options = {"pipeline": "none", "output": "none", "clip": False, "batch": args.images, "precision": precision}
     few, many = (whole_run(args, "dgh", {**options, "steps": steps}) for steps in (1, 1 + args.steps))
-    return (many - few) / args.steps
+    return (many - few) / int(args.steps)
 
 
 def whole_run(args: argparse.Namespace, source: str, options: dict[str, object]) -> float:
@@ -109,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         began = time.perf_counter()
         for _ in range(args.steps):
             step()
-        return (time.perf_counter() - began) / args.steps
+        return (time.perf_counter() - began) / int(args.steps)
 
     network, hooks = network_step(module, images), hooks_step(module, images)
     ways: dict[str, Callable[[], float]] = {

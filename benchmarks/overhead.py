@@ -20,6 +20,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nncf
@@ -41,11 +42,11 @@ def bare(model: Path, images: Path, folder: Path, preprocessing: ovcalib.Preproc
     ov.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
 
 
-def toolkit(model: Path, images: Path, folder: Path, **settings: str) -> None:
+def toolkit(model: Path, images: Path, folder: Path, as_nncf: bool = False) -> None:
     count = len(np.load(images)["images"])
     ovcalib.quantize(
         str(model), folder / "out", calib=f"npz:{images}", num_samples=count, benchmark_time=0,
-        **settings,
+        bias_correction="full" if as_nncf else "auto", activation_ranges="mean-min-max" if as_nncf else "auto",
     )  # fmt: skip
 
 
@@ -58,9 +59,9 @@ def main() -> None:
     args = parser.parse_args()
     spec = ovcalib.load_model(str(args.model)).spec
     plain = functools.partial(bare, preprocessing=spec.preprocessing)
-    ways = {
+    ways: dict[str, Callable[[Path, Path, Path], None]] = {
         "bare": plain, "bare-fast": functools.partial(plain, fast=True), "default": toolkit,
-        "ovcalib": functools.partial(toolkit, bias_correction="full", activation_ranges="mean-min-max"),
+        "ovcalib": functools.partial(toolkit, as_nncf=True),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as root:

@@ -96,11 +96,11 @@ def to_tensors(data: ImageData, spec: builtin.ModelSpec, device: torch.device) -
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     model.eval()
-    hits = [
-        (model(x.contiguous(memory_format=torch.channels_last)).argmax(1) == y).sum().item()
-        for x, y in zip(inputs.split(500), labels.split(500), strict=True)
-    ]
-    return sum(hits) / len(labels)
+    hits = sum(
+        int((model(x.contiguous(memory_format=torch.channels_last)).argmax(1) == y).sum())
+        for x, y in zip(torch.split(inputs, 500), torch.split(labels, 500), strict=True)
+    )
+    return hits / len(labels)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace) -> None:
     keep, held = order[args.holdout :], order[: args.holdout]
 
     torch.manual_seed(args.seed)
-    model = builtin.build(args.model).to(device, memory_format=torch.channels_last)
+    model = builtin.build(args.model).to(device).to(memory_format=torch.channels_last)
     if args.init:
         model.load_state_dict(load_state_dict(Path(args.init)))
     # Weight decay on convolution and linear weights alone: BatchNorm's scale and all biases are left free.
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace) -> None:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
             hits += (logits.argmax(1) == y).float().mean().item()

@@ -4,7 +4,7 @@
     result = ovcalib.quantize("resnet20-cifar10", output="out")
     print(result.record.agreement)
 
-The names here are resolved when they are first used, so importing ovcalib costs nothing.
+Names are imported when they are first used, so `import ovcalib` is fast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# OpenVINO and NNCF send usage events as soon as they are imported, unless this package of theirs is missing. In a
-# process that uses ovcalib it is: nothing here talks to a network that was not asked to.
+# OpenVINO and NNCF send usage events as soon as they are imported, unless this package is missing. ovcalib hides it, so
+# that nothing is sent.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:

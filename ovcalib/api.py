@@ -1,8 +1,8 @@
 """The functions behind the commands, for Python.
 
 Keywords are the fields of the option groups in `ovcalib.records.options`, which say what each means, takes and
-defaults to; `help(ovcalib.quantize)` lists them. Every function raises `ovcalib.OvcalibError`, whose subclasses say
-whose fault it is: `UsageError`, `ModelError`, `DataError`, `DeviceError`.
+defaults to; `help(ovcalib.quantize)` lists them. Every function raises subclasses of
+`ovcalib.OvcalibError`: `UsageError`, `ModelError`, `DataError`, `DeviceError`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def quantize(
 
     model       a reference (`resnet20-cifar10`, `torchvision:NAME`, `FILE.onnx`, `package.module:factory`, ...) or a
                 torch module, which stays as it is
-    output      folder that appears whole when all is done; None keeps nothing but the returned value
+    output      folder, written when all is done; None writes nothing
     overwrite   replace an earlier result in that folder
     progress    `ovcalib.progress.Terminal()` shows bars, also in a notebook; None shows nothing
     returns     the record (`result.json`), both OpenVINO graphs and the calibration set
@@ -329,13 +329,13 @@ def sweep(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Quantize every model with every source, mode and seed; the same call goes on after an interruption.
+    """Quantize every model with every source, mode and seed; the same call continues an interrupted sweep.
 
     recipe    what to run, or a YAML file with it
-    output    folder of a new sweep, or of this same one, which then goes on
+    output    folder of a new sweep, or of the same sweep, which is continued
     jobs      cells at once, for the engine "local"
     engine    "local", or "dask:ADDRESS" with workers that see the same folders
-    resume    go on in the folder of another recipe; cells that both have are kept
+    resume    continue in the folder of another recipe; cells that both have are kept
     returns   the state of every cell, with the error of a failed one
     """
     from ovcalib.sweeps.plan import read_sweep_recipe

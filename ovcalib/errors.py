@@ -1,8 +1,8 @@
-"""Everything that ovcalib raises on purpose.
+"""The exceptions of ovcalib.
 
     OvcalibError                      exit code 1
       UsageError                      2   an option or its value
-        UnknownNameError              2   a name that no table holds
+        UnknownNameError              2   an unknown name
         InvalidOptionError            2   a value that an argument does not take
         MissingDependencyError        2   an optional package that is not installed
       ModelError                      3   the model cannot be read, converted or quantized
@@ -42,7 +42,7 @@ class DeviceError(OvcalibError):
 
 
 class UnknownNameError(UsageError):
-    """A name outside a table, with the nearest name that the table holds."""
+    """An unknown name, with the nearest known one."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], origin: str = "") -> None:
         self.name, self.known = name, sorted(known)

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 
-class QuantizeKeywords(TypedDict, total=False):
-    weights: str | None
+class InputKeywords(TypedDict, total=False):
     input_shape: tuple[int, int, int] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+
+
+class LoadKeywords(InputKeywords, total=False):
+    weights: str | None
     trust_remote_code: bool
+
+
+class QuantizeKeywords(LoadKeywords, total=False):
     dynamic_batch: bool
     calib: str | None
     num_samples: int | None
@@ -42,13 +48,7 @@ class QuantizeKeywords(TypedDict, total=False):
     benchmark_time: float
 
 
-class GenerateKeywords(TypedDict, total=False):
-    weights: str | None
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
-    trust_remote_code: bool
+class GenerateKeywords(LoadKeywords, total=False):
     seed: int
     options: Mapping[str, object]
     score: bool
@@ -56,35 +56,19 @@ class GenerateKeywords(TypedDict, total=False):
     download: bool
 
 
-class ConvertKeywords(TypedDict, total=False):
-    weights: str | None
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
-    trust_remote_code: bool
+class ConvertKeywords(LoadKeywords, total=False):
     dynamic_batch: bool
     to: Sequence[Literal["onnx", "ir"]]
 
 
-class EvaluateKeywords(TypedDict, total=False):
-    weights: str | None
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
-    trust_remote_code: bool
+class EvaluateKeywords(LoadKeywords, total=False):
     limit: int | None
     download: bool
     device: str
     precision: Literal["f32", "f16", "bf16", "default"]
 
 
-class BenchmarkKeywords(TypedDict, total=False):
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
+class BenchmarkKeywords(InputKeywords, total=False):
     device: Sequence[str]
     hint: Sequence[Literal["latency", "throughput"]]
     precision: Sequence[Literal["default", "f32", "f16", "bf16"]]
@@ -99,11 +83,7 @@ class BenchmarkKeywords(TypedDict, total=False):
     min_agreement: float
 
 
-class DiagnoseKeywords(TypedDict, total=False):
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
+class DiagnoseKeywords(InputKeywords, total=False):
     data: str | None
     calib: Sequence[str]
     num_samples: int
@@ -112,12 +92,3 @@ class DiagnoseKeywords(TypedDict, total=False):
     device: str
     benchmark_time: float
     seed: int
-
-
-class LoadKeywords(TypedDict, total=False):
-    weights: str | None
-    input_shape: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    short_side: int | None
-    trust_remote_code: bool

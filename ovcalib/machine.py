@@ -1,10 +1,9 @@
-"""What this machine is: processor, instruction sets, devices, versions."""
+"""Processor, instruction sets, memory and operating conditions of this machine."""
 
 from __future__ import annotations
 
 import functools
 import os
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -70,16 +69,6 @@ def memory_gib() -> float | None:
         return None
 
 
-def peak_memory_bytes() -> int | None:
-    """Largest resident memory of this process so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # Noise and power ------------------------------------------------------------------------------
 
 RAPL = Path("/sys/class/powercap")
@@ -87,7 +76,7 @@ RAPL_REASON = f"no readable energy counter (RAPL) under {RAPL}"
 
 
 class Ticks(NamedTuple):
-    """Processor time in ticks: all of it, what nobody used, and what the host took away."""
+    """Processor time in ticks: total, idle, and stolen by the host."""
 
     all: int
     idle: int
@@ -105,14 +94,14 @@ def processor_ticks() -> Ticks | None:
 
 
 def busy_share(before: Ticks | None, after: Ticks | None) -> float | None:
-    """Share of the processor time between two readings that anybody used, 0..1."""
+    """Busy share of the processor time between two readings, 0..1."""
     if before is None or after is None or after.all == before.all:
         return None
     return 1 - (after.idle - before.idle) / (after.all - before.all)
 
 
 def steal_share(before: Ticks | None, after: Ticks | None) -> float | None:
-    """Share of the processor time between two readings that the host took away, 0..1."""
+    """Share of the processor time between two readings that the host of a virtual machine took, 0..1."""
     if before is None or after is None or after.all == before.all:
         return None
     return (after.stolen - before.stolen) / (after.all - before.all)
@@ -140,7 +129,7 @@ def package_energy_joules() -> float | None:
 
 
 def governor(cpufreq: Path = Path("/sys/devices/system/cpu/cpufreq")) -> str | None:
-    """What decides the clock of the cores ("performance", "powersave", ...); None where the system does not tell."""
+    """Frequency governor of the cores ("performance", "powersave", ...); None where the system does not tell."""
     try:
         found = {file.read_text().strip() for file in cpufreq.glob("policy*/scaling_governor")}
     except OSError:
@@ -166,7 +155,7 @@ def temperature_celsius(thermal: Path = Path("/sys/class/thermal")) -> float | N
     for file in thermal.glob("thermal_zone*/temp"):
         try:
             found.append(int(file.read_text()) / 1000)
-        except (OSError, ValueError):  # a sensor that sleeps
+        except (OSError, ValueError):  # an inactive sensor
             continue
     return max(found, default=None)
 

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Progress: a bar with the time left on a terminal or in a notebook, plain lines on stderr elsewhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Work that is over sooner shows nothing.
 DELAY_S = 2.0
 PLAIN_EVERY_S = 10.0
+BAR_WIDTH = 24
 
 
 class Task:
@@ -57,14 +62,14 @@ class Progress:
 
 
 class Terminal(Progress):
-    """Bars through rich where stderr is a terminal, else a line every ten seconds."""
+    """Bars where stderr is a terminal and in a notebook, else a line every ten seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
-        self.plain = not self.console.is_terminal
-        self.status: object = None
+        self.plain = not self.console.is_terminal and not self.console.is_jupyter
+        self.bar: _StatusBar | _NotebookBar | None = None
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True) if self.plain else self.console.print(line, markup=False)
@@ -81,20 +86,46 @@ class Terminal(Progress):
         if self.plain:
             print(text, file=sys.stderr, flush=True)
             return
-        from rich.status import Status
-
-        if self.status is None:
-            self.status = Status(text, console=self.console)
-            self.status.start()
-        assert isinstance(self.status, Status)
-        width = 24
-        filled = round(width * done / max(task.total, 1))
-        self.status.update(f"{'━' * filled}[dim]{'━' * (width - filled)}[/dim] {text}")
+        if self.bar is None:
+            self.bar = _NotebookBar() if self.console.is_jupyter else _StatusBar(self.console)
+        self.bar.show(round(BAR_WIDTH * done / max(task.total, 1)), text)
 
     def _end(self, task: Task) -> None:
-        if self.status is not None:
-            self.status.stop()  # type: ignore[attr-defined]
-            self.status = None
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class _StatusBar:
+    """The last line of a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.status import Status
+
+        self.status = Status("", console=console)
+        self.status.start()
+
+    def show(self, filled: int, text: str) -> None:
+        self.status.update(f"{'━' * filled}[dim]{'━' * (BAR_WIDTH - filled)}[/dim] {text}")
+
+    def stop(self) -> None:
+        self.status.stop()
+
+
+class _NotebookBar:
+    """An output of a notebook's cell that is replaced. Bars of rich would need ipywidgets there."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, filled: int, text: str) -> None:
+        bar = f"{'━' * filled}{'┄' * (BAR_WIDTH - filled)}"
+        self.handle.update({"text/plain": f"{bar} {text}"}, raw=True)
+
+    def stop(self) -> None:
+        self.handle.update({"text/plain": ""}, raw=True)
 
 
 def _duration(seconds: float) -> str:

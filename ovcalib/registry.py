@@ -1,4 +1,4 @@
-"""A lazy table: name -> "module:attribute", imported when it is asked for."""
+"""A table of names and "module:attribute", which is imported when it is first used."""
 
 from __future__ import annotations
 

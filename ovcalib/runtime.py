@@ -1,4 +1,4 @@
-"""Inference on a device, behind a protocol that tests can fake."""
+"""Inference on a device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from ovcalib.errors import DeviceError, ModelError, UnknownNameError
 
-# What accuracy is measured in: no hidden bfloat16 or float16 in the float parts of a model.
+# Precision in which accuracy is measured. By default, a device may run the float parts of a model in 16 bits.
 EVALUATION_PRECISION = "f32"
-# Outputs of a graph whose inside is looked at are all held at once; more than fit are looked at in groups.
+# All observed outputs of a graph are in memory at once; outputs that do not fit are observed in several passes.
 GROUP_BYTES = 256 * 2**20
 
 T = TypeVar("T")
 
 
 class Runner(Protocol):
-    """Something that turns network inputs into outputs, in order."""
+    """Runs a network on inputs, in order."""
 
     def run(self, inputs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         """Outputs of items, each float32 [K]: all output tensors of the item, flattened one after the other."""

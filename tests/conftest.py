@@ -74,7 +74,7 @@ def toy():
 
 
 class Toy:
-    def __init__(self, net, spec, images, labels):
+    def __init__(self, net, spec, images, labels) -> None:
         self.net, self.spec, self.images, self.labels = net, spec, images, labels
 
     def calibration(self, count=64, images=None):

@@ -3,13 +3,13 @@
 A source is a module with three things:
 
     Options     a frozen dataclass; its fields are what `-O key=value` sets
-    NEEDS       what must be there: "argument" (after the colon of the reference), "checkpoint" (the torch module)
+    NEEDS       what it requires: "argument" (after the colon of the reference), "checkpoint" (the torch module)
     generate    (Request, Options) -> Generated
 
-and, where 300 images are not what it should make if the user does not say, `images_wanted(spec, argument) -> int`.
+and, if its default number of images is not 300, `images_wanted(spec, argument) -> int`.
 
 To add one, write its file and its line in SOURCES; the command line, `-O`, `ovcalib sources` and the contract tests
-follow by themselves. Installed packages add theirs through the entry-point group `ovcalib.sources`.
+read the table. Installed packages add theirs through the entry-point group `ovcalib.sources`.
 """
 
 from ovcalib.registry import Registry

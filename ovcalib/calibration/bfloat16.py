@@ -1,4 +1,4 @@
-"""Running a network and its gradient in bfloat16, on CPUs that multiply in it."""
+"""A network and its gradient in bfloat16, on CPUs with bfloat16 arithmetic."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class _GroupedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
         (weight,) = ctx.saved_tensors
-        # Only its shape and layout count. Without a layout (torch.nn.grad.conv2d_input) torch takes four times as long.
+        # Only its shape and layout are used. Without a layout, as in torch.nn.grad.conv2d_input, this takes four times
+        # as long.
         x = torch.empty(ctx.shape, device=weight.device, memory_format=torch.channels_last)
         found = torch.ops.aten.convolution_backward(
             gradients[0].float(), x, weight, None, *ctx.settings, (True, False, False)

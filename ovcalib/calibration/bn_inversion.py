@@ -1,10 +1,10 @@
-"""BatchNorm inversion: fractal pictures, optimised for the network's own statistics.
+"""BatchNorm inversion: fractals, optimised for the statistics in the network's BatchNorm layers.
 
-Fractal pictures already have the colours and the spectrum of photographs; a few steps of whole-set matching give them
-the statistics that this very network remembers, in every layer, and DGH's stretching gives the outputs their range:
-matched means and spreads alone leave the tails too short, and INT8 clips what is longer. Many images with few steps
-measured better than few images with many. Of the methods here it measures best in the least time, and is what ovcalib
-calibrates with where nothing else is asked for (benchmarks/results/calibration.md).
+Fractals have the colours and the spectrum of photographs. A few optimisation steps match the statistics of the whole
+set to those stored in every layer, and DGH's output stretching widens the range of the outputs: with matched means and
+variances alone the tails are too short, and INT8 clips larger activations. Many images with few steps give a smaller
+output error than few images with many steps. This is the default source: of the inversion methods it has the smallest
+output error for the time that it takes (benchmarks/results/calibration.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Options(InversionOptions):
 
 
 def generate(request: Request, options: Options) -> Generated:
-    """Fractal pictures, optimised for the network's own BatchNorm statistics."""
+    """Fractals, optimised for the network's BatchNorm statistics."""
     from ovcalib.calibration.inversion import invert
 
     return invert(request, options)

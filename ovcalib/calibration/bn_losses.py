@@ -1,8 +1,8 @@
 """Losses of BatchNorm inversion, side by side: pure functions of tensors.
 
 Shapes: S is the number of statistics sets: images for per-sample statistics, 1 for a batch or a whole set.
-    mean, spread      [S, C] what the images give at the input of a layer
-    mean0, spread0    [C]    what the layer has stored
+    mean, spread      [S, C] of the images at the input of a layer
+    mean0, spread0    [C]    stored in the layer
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def standard_deviation(variance_: Tensor) -> Tensor:
 
 
 def slack_gap(value: Tensor, target: Tensor, slack: Tensor | float) -> Tensor:
-    """max(|value - target| - slack, 0): what is left of a deviation after what costs nothing.
+    """max(|value - target| - slack, 0): the part of a deviation beyond the slack.
 
     Slack distribution alignment (DSG, Zhang et al. 2021); with slack 0 its square is ZeroQ's term.
     """
@@ -62,11 +62,11 @@ def output_range(outputs: Tensor) -> Tensor:
 
 
 def stretch(outputs: Tensor, mean: Tensor, std: Tensor, mean0: Tensor, std0: Tensor, delta: float) -> Tensor:
-    """Output distribution stretching with the last BatchNorm as a leash (DGH, Dikstein et al.).
+    """Output distribution stretching, limited by the statistics of the last BatchNorm (DGH, Dikstein et al.).
 
     outputs     [N, K] flattened outputs
     mean, std   [N, C] of each image at the input of the last BatchNorm
-    delta       mean squared deviation per channel that costs nothing; without the leash the loss has no lower bound
+    delta       mean squared deviation per channel that is free; without this limit the loss has no lower bound
     The range enters linearly, as in the authors' code; the paper squares it.
     """
     leash = F.relu(mean_over_channels(mean - mean0) - delta) + F.relu(mean_over_channels(std - std0) - delta)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ovcalib.errors import ModelError
 
-# Statistics that training never touched.
+# Initial values of the statistics, which training changes.
 UNTRAINED = (0.0, 1.0)
 
 
@@ -37,11 +37,11 @@ class Layer:
 
 
 def find_layers(module: nn.Module, name: str) -> list[Layer]:
-    """The BatchNorm layers of a network that remember their training data.
+    """The BatchNorm layers of a network with statistics of the training data.
 
     BatchNorm of any dimension, SyncBatchNorm, InstanceNorm that tracks statistics, and torchvision's
-    FrozenBatchNorm2d count; layers with track_running_stats=False remember nothing and are passed over.
-    raises   ModelError that says what to use instead, where there is none, or training never reached them
+    FrozenBatchNorm2d count; layers with track_running_stats=False have none and are skipped.
+    raises   ModelError that says what to use instead, if there is none or all have their initial statistics
     """
     layers = []
     for path, child in module.named_modules():
@@ -72,8 +72,8 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
 class _BatchNormWithMoments(torch.autograd.Function):
     """input * scale + shift, and the first two moments of every image and channel.
 
-    Written out because autograd would go through every activation five more times: the gradients of the moments are
-    added where the gradient of the affine map is made. Activations may be bfloat16; sums are float32.
+    The gradient is written by hand, because autograd would read every activation five more times: the gradients of the
+    moments are added to that of the affine map. Activations may be bfloat16; sums are float32.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class _BatchNormWithMoments(torch.autograd.Function):
         out, flat_out = _empty_channels_last(x.shape, x)
         values = flat.float()
         mean = values.mean(1)
-        # The squares need memory of the size of the output, which has no use for its own yet.
+        # The squares are written into the memory of the output, which is filled later.
         scratch = flat_out if x.dtype == torch.float32 else torch.empty_like(values)
         square = torch.mul(values, values, out=scratch).mean(1)
         torch.addcmul(shift, values, scale, out=scratch)

@@ -1,8 +1,8 @@
 """DGH: one set of statistics for the whole set (Dikstein et al., Sony).
 
-Every batch is optimised for the statistics of all images together, whatever their number, so single images are free to
-differ as those of a data set do. Images are blurred and cropped on the way to the network, and a second loss stretches
-the range of the outputs, with the last BatchNorm as a leash. Needs no labels and works for any task.
+Every batch is optimised for the statistics of all images together, so single images may differ as those of a data set
+do. Images are blurred and cropped on the way to the network, and a second loss stretches
+the range of the outputs, limited by the statistics of the last BatchNorm. Needs no labels and works for any task.
 
 The paper prints the squared distance of means and variances; its code compares standard deviations, averages over
 channels, and weighs the spread with 10 (paper's repository) or 1 (the product). The defaults here are the product's

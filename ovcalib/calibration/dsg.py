@@ -1,4 +1,4 @@
-"""DSG: statistics with slack, and images that differ in what they care for (Zhang et al. 2021).
+"""DSG: statistics with slack, and layer weights that differ by image (Zhang et al. 2021).
 
 Slack distribution alignment: in every layer a deviation costs nothing up to the 0.9 quantile, over the channels, of the
 deviation of Gaussian noise. Layerwise sample enhancement: image j counts layer j twice. Both as the paper has them; the

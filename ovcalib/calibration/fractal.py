@@ -1,9 +1,9 @@
-"""Fractals in natural colours: images with edges at every scale, made from nothing.
+"""Fractals in natural colours: images with edges at every scale, made without data.
 
 The shapes are those of Datumaro's synthetic data generator (its FractalImageGenerator, after Kataoka et al. 2020,
 "Pre-training without Natural Images"): iterated function systems of 2 to 7 affine maps, kept when they fill enough of
-the picture, and varied by a table of weights. What Datumaro leaves to a 129 MB colourisation network is done here
-with what is known of photographs, because a calibration set must have their statistics more than their looks:
+the picture, and varied by a table of weights. Datumaro colours them with a network of 129 MB. Here
+they are given known statistics of photographs, which matter more for calibration than their appearance:
 
 - colours along the principal axes of the RGB values of ImageNet (Krizhevsky et al. 2012, section 4.1),
 - a background and surfaces whose amplitude falls off as a power of the frequency (Field 1987),
@@ -11,7 +11,7 @@ with what is known of photographs, because a calibration set must have their sta
 - brightness and contrast that vary from image to image as they do between photographs.
 
 The free constants below were chosen by the distance of BatchNorm statistics on EfficientNet-Lite0, which needs no
-photograph; `benchmarks/fractal.py` measures what became of it. With `colorizer` the published look is made instead.
+photograph; `benchmarks/fractal.py` measures the time. `colorizer` colours them with the network instead.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class System:
     """Affine maps x' = a x + b y + e, y' = c x + d y + f.
 
     maps    float32 [n, 6], rows (a, b, c, d, e, f)
-    table   int64 [TABLE]; a map stands in it as often as it is probable, to one part in 65,536
+    table   int64 [TABLE]; a map occurs in proportion to its probability, to one part in 65,536
     """
 
     maps: Array
@@ -128,14 +128,14 @@ class System:
 
 
 def draw_system(rng: np.random.Generator) -> System:
-    """2 to 7 maps with parameters in (-1, 1), each as probable as it covers area, |ad - bc|."""
+    """2 to 7 maps with parameters in (-1, 1), with probabilities in proportion to their areas, |ad - bc|."""
     maps = rng.uniform(-1, 1, (rng.integers(2, 8), 6)).astype(np.float32)
     area = np.abs(maps[:, 0] * maps[:, 3] - maps[:, 1] * maps[:, 2]).astype(np.float64)
     return System(maps, lookup_table(area / (1e-5 + area.sum())))
 
 
 def lookup_table(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Indices 0..n-1, each as often as it is probable; drawing from it is seven times faster than a search."""
+    """Indices 0..n-1 in proportion to their probabilities; drawing from it is seven times faster than a search."""
     # Entry t belongs to the first index whose cumulative probability reaches (t + 1/2) / TABLE.
     ends = np.floor(np.cumsum(probabilities)[:-1] * TABLE + 0.5).astype(np.int64)
     return np.repeat(np.arange(len(probabilities)), np.diff(ends, prepend=0, append=TABLE))
@@ -247,7 +247,7 @@ def noise_fields(seed: int, height: int, width: int, exponent: float = 1.436) ->
 
 
 def natural_colour(rng: np.random.Generator, spread: float = 0.55) -> Array:
-    """A colour that photographs have, float32 [3] on the 0..1 scale, which it may leave a little."""
+    """A colour with the distribution of photographs, float32 [3] on the 0..1 scale, slightly beyond it at times."""
     along = rng.standard_normal(3, dtype=np.float32) * COLOUR_STD * np.float32(spread)
     return np.asarray(COLOUR_MEAN + along @ COLOUR_AXES.T, np.float32)
 
@@ -353,7 +353,7 @@ def _channels(image: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.uint8]:
     return (luma + 0.5).astype(np.uint8)[..., None]
 
 
-# The published look ---------------------------------------------------------------------------
+# The published method -------------------------------------------------------------------------
 
 
 def plain_fractal(

@@ -1,8 +1,8 @@
 """GENIE: a small generator and its latent vectors, optimised for each batch anew (Jeon et al. 2023).
 
-What is optimised is not pixels but a fresh generator with its inputs, whose convolutions are a prior for natural
-images; swing convolution moves the inputs of strided convolutions at random, so that every pixel gets a gradient. The
-rates are the ones that the published code really uses, in which the two are swapped: 0.1 for latent vectors, 0.01 for
+Instead of pixels, a new generator and its inputs are optimised; its convolutions are a prior for natural
+images. Swing convolution moves the inputs of strided convolutions at random, so that every pixel gets a gradient. The
+learning rates are those of the published code, in which the two are swapped: 0.1 for latent vectors, 0.01 for
 the generator.
 """
 

@@ -1,9 +1,9 @@
-"""Images from a network's memory: the engine behind zeroq, dsg, intraq, dgh and bn-inversion.
+"""Optimising images for the statistics in BatchNorm layers: zeroq, dsg, intraq, dgh, genie and bn-inversion.
 
-Pixels are optimised until the inputs of the BatchNorm layers have the statistics that training left there. The methods
+Pixels are optimised until the inputs of the BatchNorm layers have the statistics stored in them. The methods
 differ along a few axes, which are the fields of `InversionOptions`; each method is a file with its own defaults.
 
-Differences from all the published codes, on purpose:
+Differences from the published codes:
 - Statistics are read at the *inputs of the BatchNorm layers*. Codes that hook convolutions pair them wrongly wherever
   their order or number differs.
 - With per-sample statistics each image has its own learning rate, so an image does not depend on its neighbours in the
@@ -44,8 +44,7 @@ from ovcalib.rundir import write_atomically
 
 CHECKPOINT_EVERY_S = 20.0
 INPUT = "(input)"
-# Function systems of the fractals that images start from. Finding one takes as long as four pictures, and the pixels
-# change anyway.
+# Function systems of the fractals that images start from: few, because finding one takes as long as four images.
 SYSTEMS = 32
 
 # Gaussian of sigma 1.25 on 3x3 positions, as DGH smooths.
@@ -425,7 +424,7 @@ class Run:
             self.statistics.put(number, self.moments)
 
     def open(self, number: int) -> None:
-        if number in self.batches:  # from a checkpoint
+        if number in self.batches:  # from the resume folder
             return
         images = start(self.options, self.request, self.groups[number]).to(self.device)
         if self.device.type == "cpu":
@@ -481,7 +480,7 @@ class Run:
             )
 
     def report(self, loss: float) -> None:
-        """One more step is made: progress, in images."""
+        """Report one more step as progress, in images."""
         assert self.options.steps is not None
         self.made += 1
         total = len(self.groups) * self.options.steps
@@ -646,7 +645,7 @@ class Run:
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
-            return  # damaged: begin again
+            return  # damaged: start again
         if state["key"] != self.key():
             return
         self.finished = {number: images.cpu() for number, images in state["finished"].items()}
@@ -658,7 +657,7 @@ class Run:
 
 
 def image_moments(images: Tensor) -> Moments:
-    """Moments of the images themselves, as of one more layer that remembers mean 0 and variance 1."""
+    """Moments of the images themselves, as of one more layer with stored mean 0 and variance 1."""
     one, zero = images.new_ones(images.shape[1]), images.new_zeros(images.shape[1])
     layer = Layer(INPUT, nn.Identity(), zero, one, one, zero)
     return Moments(layer, images.mean((2, 3)), images.square().mean((2, 3)), images.shape[2] * images.shape[3])

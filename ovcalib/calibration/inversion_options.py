@@ -1,4 +1,4 @@
-"""The axes along which the methods of BatchNorm inversion differ; read without torch."""
+"""Options of BatchNorm inversion: the axes along which its methods differ. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from ovcalib.records.model import ModelSpec
 
-# Eight small pictures do not fill a processor: with 32 a ResNet-20 takes half the time, and loses no more.
+# Eight small images do not use a processor fully: with 32, ResNet-20 takes half the time and has the same output error.
 SMALL, BATCH_OF_SMALL = 96, 32
 
 
@@ -26,7 +26,7 @@ class InversionOptions:
     reduction       sum or mean over channels and layers
     spread_weight   weight of the spread against the mean
     input_layer     compare the images themselves with mean 0 and std 1, as one more layer
-    slack           share of channels (0..1) whose deviation, measured on noise, costs nothing in each layer
+    slack           share of channels (0..1) whose deviation, measured on noise, is free in each layer
     enhance         count layer j twice for image j
 
     pipeline        what images go through at every step: nothing, smooth-augment (blur, flip, crop), or local-object
@@ -38,7 +38,7 @@ class InversionOptions:
 
     output          output loss: none, stretch (widen the range of the outputs), or labels (soft inception)
     output_weight   weight of the output loss against the statistics
-    delta           stretch: deviation at the last BatchNorm that costs nothing
+    delta           stretch: deviation at the last BatchNorm that is free
     confidence      labels: smallest target probability of the label
     lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
     distance_weight labels: weight of that distance
@@ -118,7 +118,7 @@ Options = TypeVar("Options", bound=InversionOptions)
 
 
 def resolve(options: Options, side: int) -> Options:
-    """The options with what the budget and the image size decide filled in.
+    """The options, with values that depend on the budget and the image size filled in.
 
     side   shorter side of the network's input, pixels
     """
@@ -133,6 +133,6 @@ def resolve(options: Options, side: int) -> Options:
 
 
 def images_wanted(spec: ModelSpec, argument: str) -> int:
-    """How many images are made where the user does not say: optimised ones are dear, and a few dozen are enough."""
+    """The default number of images: optimised ones are expensive, and a few dozen are enough."""
     _, height, width = spec.input_shape
     return 64 if height * width > 96 * 96 else 128

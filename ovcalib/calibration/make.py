@@ -1,4 +1,4 @@
-"""From the request to a checked, scored calibration set."""
+"""Make, check and score a calibration set."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def make_set(
     """The calibration set of resolved options.
 
     download   whether a data set may be fetched
-    resume     folder from which an interrupted generation goes on
+    resume     folder from which an interrupted generation continues
     score      compare the set with the model's BatchNorm statistics
-    out_of_time   whether a source that optimises ends with what it has, and a warning
+    out_of_time   tells a source that optimises to end with its images so far, and a warning
     raises     DataError, UsageError
     """
     assert options.calib is not None

@@ -1,4 +1,4 @@
-"""Running any network up to its output maps: logits, or everything that a detector's heads give."""
+"""Output tensors of any network: logits, or the output maps of a detector's heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise: the control arm. A source that does no better than this is worth nothing."""
+"""Noise: the control, which other sources have to surpass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NEEDS: frozenset[str] = frozenset()
 @dataclass(frozen=True)
 class Options:
     """
-    distribution   gaussian: N(0, 1) as network input, which has the mean and the variance of normalised
-                   photographs and nothing else of them; uniform: every pixel value equally likely
+    distribution   gaussian: N(0, 1) as network input, the mean and variance of normalised photographs; uniform:
+                   every pixel value equally likely
     """
 
     distribution: Literal["gaussian", "uniform"] = "gaussian"

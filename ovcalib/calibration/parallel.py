@@ -1,8 +1,8 @@
-"""A network on all cores at once, each thread with images of its own.
+"""A network on all cores, each thread with its own images.
 
-Torch splits every single operation over its threads, and each ends when the slowest of them does. A step of inversion
-has hundreds of short operations: they wait more than they compute, and for a whole time slice wherever anything else
-runs on the machine. Here a thread takes its images through the whole network and back alone.
+Torch splits every operation over its threads, and an operation ends with the slowest thread. A step of inversion has
+hundreds of short operations, whose threads wait more than they compute, and wait for a whole time slice if other work
+runs on the machine. Here each thread takes its images through the whole network and back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ovcalib.calibration.bfloat16 import in_bfloat16
 from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, tapped
 from ovcalib.calibration.network_outputs import network_outputs
 
-# The interpreter serves one thread at a time: more than these would wait for it, and share out operations instead.
+# The interpreter runs one thread at a time; further threads would wait for it, and are given to operations instead.
 MOST_COPIES = 4
 
 Share = TypeVar("Share")
@@ -124,7 +124,7 @@ def on_all_cores(module: nn.Module, name: str, half: bool, copies: int | None = 
     count = min(threads if on_cpu else 1, copies or MOST_COPIES)
     try:
         modules = [module, *(twin(module) for _ in range(count - 1))]
-    except Exception:  # a network may hold what cannot be copied, and then goes alone
+    except Exception:  # a network that cannot be copied runs as one copy
         modules, count = [module], 1
     layers = [find_layers(each, name) for each in modules]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Real images: the reference against which every other source is measured."""
+"""Real images: the reference for all other sources."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(request: Request, options: Options) -> Generated:
     try:
         labels = model_labels(data, request.spec)
     except DataError as error:
-        # The default algorithm needs no labels, so a folder with other classes still calibrates.
+        # The default algorithm needs no labels, so images of other classes serve as well.
         warnings.append(f"labels are not used: {error}")
     order = choose(data.labels if options.balanced else None, len(data), request.seed)
     reader = Reader(data, request.spec, labels, order)

@@ -1,4 +1,4 @@
-"""How good a calibration set is for a model, told without real data."""
+"""Scores of a calibration set for a model, without real data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALLEST_STD = 1e-3
 
 
 def score_set(module: nn.Module, calibration: CalibrationSet, name: str) -> SetScore:
-    """Four measures of a calibration set against what the network's BatchNorm layers remember.
+    """Compare a calibration set with the statistics in the network's BatchNorm layers.
 
     calibration   the first 64 images are read
     raises        ModelError for a network without usable BatchNorm layers
@@ -76,9 +76,9 @@ def statistics_distance(mean: Tensor, std: Tensor, mean0: Tensor, std0: Tensor) 
 
 
 def range_coverage(low: Tensor, high: Tensor, mean0: Tensor, std0: Tensor) -> float:
-    """Agreement of activation ranges with those remembered: intersection over union, averaged over channels, 0..1.
+    """Agreement of activation ranges with stored ones: intersection over union, averaged over channels, 0..1.
 
-    low, high   [C] smallest and largest value of the set; the remembered range is mean0 +- 3 std0
+    low, high   [C] smallest and largest value of the set; the stored range is mean0 +- 3 std0
     Too narrow a range clips, too wide a one wastes levels; both lower the value.
     """
     low0, high0 = mean0 - REACH * std0, mean0 + REACH * std0
@@ -111,7 +111,7 @@ def extremes(layers: list[Layer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 
 
 def remembered_outputs(module: nn.Module, images: Tensor, by_name: dict[str, Moments]) -> float:
-    """Range of the outputs where the last BatchNorm layer sees what it remembers instead of what the images give.
+    """Range of the outputs if the input of the last BatchNorm layer has the stored statistics.
 
     Its input is replaced by Gaussian values of the stored mean and variance, one for each image and channel, the same
     at every position: objects are larger than the receptive field of a position.

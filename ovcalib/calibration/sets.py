@@ -1,4 +1,4 @@
-"""The calibration set: images in their own domain, labels, and where they come from."""
+"""The calibration set: images, labels and provenance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CalibrationSet:
 
     images          uint8 [N, H, W, C], RGB (domain "pixels"), or float32 [N, C, H, W], already normalised ("network").
                     Images made by inversion live in the network's domain; rounding and clipping them to pixels would
-                    change the very ranges that calibration exists to measure.
+                    change the ranges that calibration measures.
     labels          int64 [N], classes of the model, or None
     preprocessing   turns pixels into network inputs
     """
@@ -45,10 +45,10 @@ class CalibrationSet:
 
     @property
     def input_range(self) -> tuple[float, float] | None:
-        """Smallest and largest value that the network will be given, where the images do not tell it.
+        """Range of the network's input from its preprocessing; None for real images, whose own range is used.
 
-        Made images stand for photographs, whose pixels run from black to white; they need not reach that range
-        themselves, and some exceed it. For real images the range is taken from them: None.
+        Generated images stand for photographs, whose pixels range from black to white; the range of generated images
+        may be smaller or larger.
         """
         if self.provenance.real:
             return None
@@ -194,7 +194,7 @@ def load_calibration(
 
 
 def preflight(calibration: CalibrationSet) -> list[str]:
-    """Check a set before NNCF sees it, which accepts NaN, zeros and unnormalised values without a word.
+    """Check a set before it is given to NNCF, which accepts NaN, zeros and unnormalised values silently.
 
     returns   warnings about values that are possible but unlikely
     raises    DataError for values that cannot be network inputs
@@ -205,7 +205,7 @@ def preflight(calibration: CalibrationSet) -> list[str]:
     smallest, largest = np.inf, -np.inf
     constant = []
     for i, x in enumerate(calibration):
-        # Sums of float32 products are exact enough to warn by, and NaN or infinity shows in them.
+        # Sums of float32 products are exact enough for warnings, and show NaN or infinity.
         flat = x.reshape(-1)
         moments += flat.sum() / flat.size, flat @ flat / flat.size
         if not np.isfinite(moments).all():

@@ -1,4 +1,4 @@
-"""From a reference and a request to a calibration set."""
+"""Sources by reference, their options, and their calibration sets."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DEFAULT_IMAGES = 300
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a source.
+    """What a source has to make.
 
     count        images
     spec         the model that the images are for
     module       the torch module itself, where there is one
     argument     what follows the colon in the reference
     tick         receives the number of finished images, and a word on how it goes
-    checkpoint   a folder in which an interrupted run may find its state again, or None
+    checkpoint   the resume folder, with the state of an interrupted run, or None
     download     whether a data set may be fetched
-    out_of_time  whether to end with what there is; sources that optimise ask before every step
+    out_of_time  whether to end with the images so far; sources that optimise ask before every step
     """
 
     count: int
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a source gives back; `generate` adds the provenance.
+    """What a source returns; `generate` adds the provenance.
 
     images    uint8 [N, H, W, C] ("pixels") or float32 [N, C, H, W] ("network"); N may be less than asked for
     labels    int64 [N], or None
@@ -138,7 +138,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
 
 
 def images_wanted(reference: str, spec: ModelSpec) -> int:
-    """How many images a source makes where the user does not say; NNCF's own default but for dear ones."""
+    """The default number of images of a source: 300, as in NNCF; fewer for expensive sources."""
     from ovcalib.calibration import SOURCES
 
     name, _, argument = reference.partition(":")

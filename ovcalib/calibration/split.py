@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.records.result import SetSplit
 
-# Images that defaults are chosen on: a quarter of the set, but no more than tell the error well.
+# Images that defaults are chosen on: a quarter of the set, but no more than the error needs.
 CHOICE_SHARE = 0.25
 CHOICE_IMAGES = 32
 # Images that biases are corrected on.
 CORRECTION_IMAGES = 64
-# Of fewer images none can be spared for the choices.
+# Sets with fewer images are not split.
 SMALLEST_SPLIT = 8
 
 
@@ -42,7 +42,7 @@ class Split:
 
 
 def split(calibration: CalibrationSet) -> Split:
-    """The one place that divides a calibration set; the last images are those that defaults are chosen on."""
+    """The parts of a calibration set; defaults are chosen on the last images. No other code splits a set."""
     count = len(calibration)
     if count < SMALLEST_SPLIT:
         return Split(calibration, calibration, calibration)

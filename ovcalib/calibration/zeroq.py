@@ -1,11 +1,11 @@
-"""ZeroQ: every image alone has the statistics of the training data (Cai et al. 2020, section 3.1).
+"""ZeroQ: every single image has the statistics of the training data (Cai et al. 2020, section 3.1).
 
 Each image's mean and standard deviation over its own positions are pulled to the stored ones, in every layer, and those
 of the image itself to 0 and 1. Statistics are read at the inputs of the BatchNorm layers; the authors' code reads the
 outputs of the first convolutions, and pairs them wrongly wherever their order or number differs.
 
-The published rate is made for 500 steps. In the few of the quick budget it drives pixels far beyond black and white and
-makes the images alike, which the score without data shows (diversity); a fifth of it does not.
+The published learning rate is for 500 steps. With the few steps of the quick budget it drives pixels far beyond black
+and white and makes the images alike (`diversity` in the score); a fifth of it does not.
 """
 
 from __future__ import annotations

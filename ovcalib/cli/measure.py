@@ -24,11 +24,7 @@ FORMATS = ("html", "md", "csv")
 
 
 def evaluate(given: dict[str, Any], common: Common) -> None:
-    """Measure the accuracy of a model on labelled images.
-
-    MODEL is a name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml or
-    package.module:factory.
-    """
+    """Measure the accuracy of a model on labelled images."""
     from ovcalib import api
     from ovcalib.reports.markdown import points
 

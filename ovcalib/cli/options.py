@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def add_command(
     """Add a command to a group.
 
     function    takes the values that the user gave, by field (`reference` as `model`), and what is common to commands;
-                its docstring is the help, and it returns an exit code or None
+                its docstring is the help, with what fields given by position are, and it returns an exit code or None
     renamed     other names and metavars for some of the fields
     leave_out   fields that the command does not have
     extra       further parameters
@@ -84,6 +85,7 @@ def add_command(
     own_output = any("output" in kind.model_fields for kind in kinds)
     flags = {name: f"--{name}" for name in ("overwrite", "latency", "jobs", "engine", "resume")} | {"output": "-o"}
     required: list[str] = []
+    text = inspect.cleandoc(function.__doc__ or "")
     for kind in kinds:
         for field_name, field in kind.model_fields.items():
             if field_name in leave_out:
@@ -93,6 +95,8 @@ def add_command(
             parameters.append(parameter(kind, field_name, field, look))
             if field.is_required():
                 required.append(key)
+            if isinstance(parameters[-1], click.Argument):
+                text += f"\n\n{parameters[-1].metavar}: {field.description}"
             flags[key] = flags[field_name] = (look.flags or flags_of(kind, field_name))[-1]
 
     def run(**values: Any) -> int | None:
@@ -118,7 +122,7 @@ def add_command(
     command = Command(
         name or function.__name__.replace("_", "-"),
         callback=run,
-        help=in_flags(function.__doc__ or "", flags),
+        help=in_flags(text, flags),
         params=[*without_backquotes(parameters, flags), *extra, *common_options(common)],
         no_args_is_help=bool(required),
     )

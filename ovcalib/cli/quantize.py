@@ -25,11 +25,7 @@ from ovcalib.records.options import (
 
 
 def quantize(given: dict[str, Any], common: Common) -> int:
-    """Quantize a model to INT8 and prove the result.
-
-    MODEL is a name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx, FILE.xml or
-    package.module:factory.
-    """
+    """Quantize a model to INT8 and prove the result."""
     from ovcalib import api
     from ovcalib.records.read import read_recipe
     from ovcalib.reports.markdown import KERNELS, kernels_error, summary
@@ -120,11 +116,7 @@ def generate(given: dict[str, Any], common: Common) -> None:
 
 
 def convert(given: dict[str, Any], common: Common) -> None:
-    """Write a model as ONNX and FP32 IR, and compare their outputs.
-
-    MODEL is a name of `ovcalib models`, torchvision:NAME, timm:NAME, hub:OWNER/REPO:NAME, FILE.onnx or
-    package.module:factory.
-    """
+    """Write a model as ONNX and FP32 IR, and compare their outputs."""
     from ovcalib import api
 
     model = given.pop("model")

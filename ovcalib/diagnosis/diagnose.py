@@ -23,7 +23,7 @@ from ovcalib.graph.editing import restore
 from ovcalib.graph.files import batch_one, is_quantized
 from ovcalib.graph.probing import instrument, observe
 from ovcalib.graph.reading import layer_name, quantized_operations
-from ovcalib.kernels import outputs_on
+from ovcalib.kernels import SATURATED_NMSE, outputs_on
 from ovcalib.measurement.benchmark import interleaved_latency
 from ovcalib.models.load import Model, load_model
 from ovcalib.progress import Progress
@@ -34,8 +34,7 @@ from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that
 # A range of which this much is cut off, or so little is used, is named as a likely fault.
 CLIPPED_SHARE = 0.01
 USED_SHARE = 0.25
-# More output error than this on kernels without VNNI is saturation; images that it is measured on.
-SATURATED_NMSE = 0.01
+# Images on which saturation is measured.
 SATURATION_IMAGES = 16
 # Operations whose ranges are put into words.
 FAULTS = 5

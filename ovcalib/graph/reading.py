@@ -8,12 +8,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import openvino as ov
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from ovcalib.errors import UnknownNameError
+
+T = TypeVar("T", bound=np.generic)
 
 WEIGHTED = frozenset(
     {
@@ -177,6 +181,39 @@ class Layer:
     def of(op: ov.Node) -> Layer:
         bias = _bias(op)
         return Layer(op.get_friendly_name(), op, bias.add if bias else None, _channel_axis(op))
+
+
+@dataclass(frozen=True)
+class Window:
+    """What each output position of a convolution reads, along the spatial axes. shape is that of the output."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(layer: Layer) -> Window | None:
+        """None for a matrix product."""
+        if layer.op.get_type_name() == "MatMul":
+            return None
+        attributes, shape = layer.op.get_attributes(), tuple(layer.op.output(0).get_shape()[2:])
+        kernel = tuple(layer.op.input_value(1).get_shape()[-len(shape) :])
+        strides, dilations, before, after = (
+            tuple(attributes[name]) for name in ("strides", "dilations", "pads_begin", "pads_end")
+        )
+        return Window(kernel, strides, dilations, before, after, shape)
+
+    def reads(self, x: NDArray[T], border: int = 0) -> NDArray[T]:
+        """A view [C, output axes, kernel axes] of an image [C, spatial axes] that is padded with `border`."""
+        padding = [(0, 0), *zip(self.before, self.after, strict=True)]
+        padded = np.pad(x, padding, constant_values=border)
+        spread = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        every = (slice(None), *(slice(None, None, step) for step in (*self.strides, *self.dilations)))
+        views: NDArray[T] = sliding_window_view(padded, spread, tuple(range(1, x.ndim)))[every]
+        return views
 
 
 def quantized_layers(graph: ov.Model) -> list[Layer]:

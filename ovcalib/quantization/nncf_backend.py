@@ -18,7 +18,6 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError, OvcalibError, require
 from ovcalib.graph.editing import set_input_range, widen_channel_ranges
 from ovcalib.graph.files import refuse_quantized_graph
-from ovcalib.graph.reading import layer_name
 from ovcalib.quantization.bias_correction import correct_biases
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
@@ -125,14 +124,6 @@ def quantize_default(
                 f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. "
                 "Leave the operation at fault in float with `ignore`."
             ) from error
-
-
-def dry_run_ignored(found: dict[str, list[ov.Node]]) -> list[str]:
-    """Lines that say what each pattern of an ignored scope matches."""
-    return [
-        f"{pattern}: {', '.join(f'{layer_name(op)} ({op.get_type_name()})' for op in ops)}"
-        for pattern, ops in found.items()
-    ]
 
 
 @contextlib.contextmanager

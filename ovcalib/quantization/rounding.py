@@ -22,12 +22,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from ovcalib.graph.editing import add_to_biases, restore_biases, set_integer_weights
 from ovcalib.graph.probing import quantized_inputs
-from ovcalib.graph.reading import Layer, integer_weights, quantizable_operations, quantized_layers, scale_count
+from ovcalib.graph.reading import (
+    Layer,
+    Window,
+    integer_weights,
+    quantizable_operations,
+    quantized_layers,
+    scale_count,
+)
 from ovcalib.quantization.bias_correction import weight_errors
 from ovcalib.runtime import Inference, groups_that_fit, size_of
 
@@ -153,26 +159,6 @@ def output_error(errors: NDArray[np.float64], fitted: Moments, seen: Moments) ->
 
 
 @dataclass(frozen=True)
-class Window:
-    """What each output position of a convolution reads, along the spatial axes. shape is that of the output."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def reads(self, x: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The inputs [C, P, kernel] of output positions, numbered in C order, of an image [C, spatial axes]."""
-        padded = np.pad(x, [(0, 0), *zip(self.before, self.after, strict=True)])
-        spread = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
-        every = (slice(None), *(slice(None, None, step) for step in (*self.strides, *self.dilations)))
-        windows = sliding_window_view(padded, spread, tuple(range(1, x.ndim)))[every]
-        return np.moveaxis(windows, 0, len(self.shape))[np.unravel_index(positions, self.shape)].swapaxes(0, 1)
-
-
-@dataclass(frozen=True)
 class Rounding:
     """A layer whose weights can be rounded anew.
 
@@ -196,24 +182,16 @@ class Rounding:
         found, kind, attributes = integer_weights(layer), layer.op.get_type_name(), layer.op.get_attributes()
         if found is None or layer.op.output(0).get_partial_shape().is_dynamic:
             return None
-        window = None
         if kind == "MatMul":
             if attributes["transpose_a"]:
                 return None
-        elif kind in ("Convolution", "GroupConvolution"):
-            spatial = layer.op.output(0).get_shape()[2:]
-            kernel = layer.op.input_value(1).get_shape()[-len(spatial) :]
-            strides, dilations, before, after = (
-                tuple(attributes[name]) for name in ("strides", "dilations", "pads_begin", "pads_end")
-            )
-            window = Window(tuple(kernel), strides, dilations, before, after, tuple(spatial))
-        else:
+        elif kind not in ("Convolution", "GroupConvolution"):
             return None
         flat = exact.reshape(*exact.shape[:2], -1)
         integers, scale = (value.T if _is_turned(layer) else value for value in found)
-        plain = integers.astype(np.int8).reshape(flat.shape)
+        plain, scale = integers.astype(np.int8).reshape(flat.shape), scale.astype(np.float64).reshape(flat.shape)
         limit = min(127, int(np.abs(plain.astype(np.int64)).max()))
-        return Rounding(layer, flat, plain, scale.astype(np.float64).reshape(flat.shape)[..., 0], limit, window)
+        return Rounding(layer, flat, plain, scale[..., 0], limit, Window.of(layer))
 
     def rows(self, x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
         """The inputs [G, P, I] of at most POSITIONS output positions of one image; x as the layer reads it."""
@@ -222,7 +200,8 @@ class Rounding:
         if self.window is None:
             return x.reshape(1, count, -1)[:, chosen]
         groups = len(self.exact)
-        read = self.window.reads(x[0], chosen)
+        at = np.unravel_index(chosen, self.window.shape)
+        read = np.moveaxis(self.window.reads(x[0]), 0, len(at))[at].swapaxes(0, 1)  # [C, P, kernel]
         by_group = read.reshape(groups, len(read) // groups, len(chosen), -1)
         return by_group.transpose(0, 2, 1, 3).reshape(groups, len(chosen), -1)
 

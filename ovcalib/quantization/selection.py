@@ -20,7 +20,7 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import restore_biases
 from ovcalib.graph.reading import layer_name
-from ovcalib.kernels import is_emulated, outputs_on, without_saturation
+from ovcalib.kernels import SATURATED_NMSE, is_emulated, outputs_on, without_saturation
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
@@ -32,8 +32,6 @@ GUARD_IMAGES = 8
 # Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
-# So much more error on the kernels of AVX2 than on others is saturation.
-SATURATED_NMSE = 0.01
 # Operations that a warning names.
 NAMED_OPERATIONS = 4
 

@@ -31,8 +31,11 @@ from ovcalib.records.options import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The groups of each function; what it takes by position is left out.
+# The groups of each function, and what it takes by position or not at all. A class is based on the largest one above
+# it whose keywords it has.
 GROUPS: dict[str, tuple[type[Frozen], ...]] = {
+    "InputKeywords": (ModelOptions,),
+    "LoadKeywords": (ModelOptions,),
     "QuantizeKeywords": (
         ModelOptions, CalibrationOptions, QuantizationOptions, EvaluationOptions, MeasurementOptions,
     ),
@@ -41,15 +44,16 @@ GROUPS: dict[str, tuple[type[Frozen], ...]] = {
     "EvaluateKeywords": (ModelOptions, EvaluateOptions),
     "BenchmarkKeywords": (ModelOptions, BenchmarkOptions),
     "DiagnoseKeywords": (ModelOptions, DiagnosisOptions),
-    "LoadKeywords": (ModelOptions,),
 }  # fmt: skip
-POSITIONAL = {
+# Finished files bring their weights.
+OF_FILES = {"weights", "trust_remote_code", "dynamic_batch"}
+LEFT_OUT = {
+    "InputKeywords": OF_FILES,
+    "LoadKeywords": {"dynamic_batch"},
     "GenerateKeywords": {"calib", "num_samples", "dynamic_batch"},
     "EvaluateKeywords": {"data", "dynamic_batch"},
-    # Finished files bring their weights.
-    "BenchmarkKeywords": {"weights", "trust_remote_code", "dynamic_batch"},
-    "DiagnoseKeywords": {"weights", "trust_remote_code", "dynamic_batch"},
-    "LoadKeywords": {"dynamic_batch"},
+    "BenchmarkKeywords": OF_FILES,
+    "DiagnoseKeywords": OF_FILES,
 }
 
 
@@ -57,7 +61,7 @@ def fields_of(keywords: str) -> Iterator[tuple[type[Frozen], str, FieldInfo]]:
     """The group, name and field of every keyword."""
     for kind in GROUPS[keywords]:
         for name, field in kind.model_fields.items():
-            if name != "reference" and name not in POSITIONAL.get(keywords, ()):
+            if name != "reference" and name not in LEFT_OUT.get(keywords, ()):
                 yield kind, name, field
 
 
@@ -127,7 +131,11 @@ def keywords_module() -> str:
         "from collections.abc import Mapping, Sequence",
         "from typing import Literal, TypedDict",
     ]
+    written: dict[str, dict[str, str]] = {"TypedDict": {}}
     for name in GROUPS:
-        lines += ["", "", f"class {name}(TypedDict, total=False):"]
-        lines += [f"    {field_name}: {annotation_of(field)}" for _, field_name, field in fields_of(name)]
+        own = {field_name: annotation_of(field) for _, field_name, field in fields_of(name)}
+        base = max((other for other in written if written[other].items() <= own.items()), key=lambda o: len(written[o]))
+        lines += ["", "", f"class {name}({base}, total=False):"]
+        lines += [f"    {field}: {annotation}" for field, annotation in own.items() if field not in written[base]]
+        written[name] = own
     return "\n".join(lines) + "\n"

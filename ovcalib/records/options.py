@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ovcalib.records.base import Frozen, Shown
 
@@ -52,6 +52,23 @@ def shape(value: Any) -> Any:
     return sizes
 
 
+def text_values(value: Any) -> Any:
+    """A dict with text for keys and values; anything else as it is."""
+    return {str(key): str(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def names(value: Any) -> Any:
+    """Names with commas as a tuple, none twice; anything else as it is."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
+
+
+Numbers = Annotated[tuple[float, ...] | None, BeforeValidator(numbers)]
+Shape = Annotated[tuple[int, int, int] | None, BeforeValidator(shape)]
+TextValues = Annotated[dict[str, str], BeforeValidator(text_values)]
+
+
 class ModelOptions(Frozen):
     """Model"""
 
@@ -59,13 +76,13 @@ class ModelOptions(Frozen):
     weights: Annotated[
         str | None, Shown(metavar="shipped|published|FILE", default="shipped, or what the reference brings")
     ] = Field(default=None, description="Weights of the model; published ones are downloaded.")
-    input_shape: Annotated[tuple[int, int, int] | None, Shown(metavar="C,H,W", default="the model's")] = Field(
+    input_shape: Annotated[Shape, Shown(metavar="C,H,W", default="the model's")] = Field(
         default=None, description="Shape of one image, where the model does not say."
     )
-    mean: Annotated[tuple[float, ...] | None, Shown(metavar="A,B,C", default="the model's")] = Field(
+    mean: Annotated[Numbers, Shown(metavar="A,B,C", default="the model's")] = Field(
         default=None, description="Mean of each channel on the 0..1 scale."
     )
-    std: Annotated[tuple[float, ...] | None, Shown(metavar="A,B,C", default="the model's")] = Field(
+    std: Annotated[Numbers, Shown(metavar="A,B,C", default="the model's")] = Field(
         default=None, description="Standard deviation of each channel on the 0..1 scale."
     )
     short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
@@ -73,16 +90,6 @@ class ModelOptions(Frozen):
     )
     trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")
-
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        return numbers(value)
-
-    @field_validator("input_shape", mode="before")
-    @classmethod
-    def _shape(cls, value: Any) -> Any:
-        return shape(value)
 
 
 class CalibrationOptions(Frozen):
@@ -96,14 +103,9 @@ class CalibrationOptions(Frozen):
         default=None, ge=1, description="Calibration images (never batches)."
     )
     seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of everything random.")
-    options: Annotated[dict[str, str], Shown(("-O",), metavar="KEY=VALUE", default="none", repeat=True)] = Field(
+    options: Annotated[TextValues, Shown(("-O",), metavar="KEY=VALUE", default="none", repeat=True)] = Field(
         default={}, description="An option of the source; see `ovcalib sources NAME`. Repeatable."
     )
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return {str(key): str(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 class QuantizationOptions(Frozen):
@@ -228,13 +230,6 @@ class MeasurementOptions(Frozen):
 
 
 # Of commands that measure finished models ------------------------------------------------------
-
-
-def names(value: Any) -> Any:
-    """Names with commas as a tuple, none twice; anything else as it is."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
 
 
 class BenchmarkOptions(Frozen):

@@ -10,11 +10,20 @@ from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
 from ovcalib.records.base import Frozen, checked
-from ovcalib.records.options import shape
+from ovcalib.records.options import Shape, TextValues
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
-class SweepModel(Frozen):
+class SweepEntry(Frozen):
+    """An entry of a list in a sweep recipe: its fields, or the value of the first one alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {next(iter(cls.model_fields)): value} if isinstance(value, str) else value
+
+
+class SweepModel(SweepEntry):
     """A model of a sweep: the fields of Recipe that describe one, or its reference alone.
 
     name      how tables call it; None: the reference
@@ -24,29 +33,19 @@ class SweepModel(Frozen):
     model: str
     name: str | None = None
     weights: str | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: Shape = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     short_side: int | None = Field(default=None, ge=0)
     trust_remote_code: bool = False
     command: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-    @field_validator("input_shape", mode="before")
-    @classmethod
-    def _shape(cls, value: Any) -> Any:
-        return shape(value)
-
     @property
     def label(self) -> str:
         return self.name or self.model
 
 
-class SweepSource(Frozen):
+class SweepSource(SweepEntry):
     """A calibration source of a sweep, or its reference alone.
 
     name          how tables call it; None: the reference with its options and count
@@ -55,18 +54,8 @@ class SweepSource(Frozen):
 
     calib: str
     name: str | None = None
-    options: dict[str, str] = Field(default={})
+    options: TextValues = Field(default={})
     num_samples: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"calib": value} if isinstance(value, str) else value
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return {str(k): str(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     @property
     def label(self) -> str:

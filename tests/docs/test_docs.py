@@ -2,6 +2,7 @@
 
 import ast
 import glob
+import importlib
 import inspect
 import os
 import re
@@ -93,7 +94,7 @@ def block_of(title):
 # The pages ----------------------------------------------------------------------------------------------------
 
 
-def test_the_documentation_builds_offline(tmp_path):
+def test_the_documentation_builds_offline(tmp_path) -> None:
     if find_spec("mkdocs") is None or find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed")
     nowhere = "http://127.0.0.1:9"
@@ -115,7 +116,7 @@ def test_the_documentation_builds_offline(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_points_to_exists(page):
+def test_what_a_page_points_to_exists(page) -> None:
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / page).parent / target).exists(), target
@@ -123,7 +124,7 @@ def test_what_a_page_points_to_exists(page):
         assert (ROOT / path).exists(), path
 
 
-def test_every_source_is_documented():
+def test_every_source_is_documented() -> None:
     from ovcalib.calibration import SOURCES
 
     for name in SOURCES:
@@ -131,7 +132,7 @@ def test_every_source_is_documented():
         assert f"### `{name}`" in PAGES["docs/methods.md"], name
 
 
-def test_the_layers_are_those_of_the_structure():
+def test_the_layers_are_those_of_the_structure() -> None:
     from tests.unit.test_structure import LAYERS
 
     rows = re.findall(r"^\| (\d) \| (.*) \|$", PAGES["docs/architecture.md"], re.MULTILINE)
@@ -142,7 +143,7 @@ def test_the_layers_are_those_of_the_structure():
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.page)
-def test_other_commands_are_known(block):
+def test_other_commands_are_known(block) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in lines(block):
         words = shlex.split(line, comments=True)
@@ -157,9 +158,9 @@ def test_other_commands_are_known(block):
 @pytest.mark.parametrize(
     ("block", "words"), COMMANDS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_every_option_exists(block, words):
+def test_every_option_exists(block, words) -> None:
     """Also of the commands that are not run."""
-    command = cli.app
+    command: click.Command = cli.app
     while isinstance(command, click.Group):
         command, words = command.commands[words[0]], words[1:]
     command.make_context(command.name, list(words))
@@ -187,8 +188,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.syspath_prepend(root)
-        from my_package.my_module import make_model
-
+        make_model = importlib.import_module("my_package.my_module").make_model
         torch.manual_seed(0)
         model = make_model()
         for _ in range(20):  # BatchNorm statistics that are not those of a new network
@@ -234,7 +234,7 @@ def run(words):
 
 
 @pytest.mark.parametrize("page", [page for page, found in RUN.items() if found])
-def test_the_commands_run(page, place, monkeypatch):
+def test_the_commands_run(page, place, monkeypatch) -> None:
     """In their order, those of a page in one folder."""
     monkeypatch.chdir(place)
     for words in RUN[page]:
@@ -245,21 +245,21 @@ def test_the_commands_run(page, place, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and not b.title], ids=lambda b: b.page)
-def test_the_functions_take_these_arguments(block):
+def test_the_functions_take_these_arguments(block) -> None:
     from ovcalib import api
 
     found = [
-        node for node in ast.walk(ast.parse(block.text))
+        (node.func.attr, node) for node in ast.walk(ast.parse(block.text))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name) and node.func.value.id == "ovcalib"
     ]  # fmt: skip
     assert found
-    for call in found:
-        signature = inspect.signature(getattr(api, call.func.attr))
-        signature.bind(*call.args, **{keyword.arg: None for keyword in call.keywords})
+    for name, call in found:
+        keywords = {str(keyword.arg): None for keyword in call.keywords}
+        inspect.signature(getattr(api, name)).bind(*call.args, **keywords)
 
 
-def test_the_recipes_are_read(tmp_path):
+def test_the_recipes_are_read(tmp_path) -> None:
     from ovcalib import api
     from ovcalib.records.sweep import make_sweep_recipe
 
@@ -268,7 +268,7 @@ def test_the_recipes_are_read(tmp_path):
     assert len(make_sweep_recipe(yaml.safe_load(block_of("sweep.yaml"))).sources) == 3
 
 
-def test_the_source_of_the_example_works(monkeypatch):
+def test_the_source_of_the_example_works(monkeypatch) -> None:
     from ovcalib.calibration import SOURCES
     from ovcalib.calibration.sources import Request, generate
     from ovcalib.errors import UsageError

@@ -5,24 +5,25 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(name, *arguments):
+def run(name, *arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_every_example_is_tested():
+def test_every_example_is_tested() -> None:
     tested = {"quantize_without_data.py", "compare_sources.py", "notebook.ipynb"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
 
 
-def test_quantize_without_data(tmp_path, capsys):
+def test_quantize_without_data(tmp_path, capsys) -> None:
     run("quantize_without_data.py", "--images", 4, "--steps", 1, "--benchmark-time", 0, "-o", tmp_path / "out")
     shown = capsys.readouterr().out
     assert "agreement with FP32:" in shown
@@ -33,7 +34,7 @@ def test_quantize_without_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_compare_sources(labelled, toy, tmp_path, capsys, rng):
+def test_compare_sources(labelled, toy, tmp_path, capsys, rng) -> None:
     import numpy as np
 
     from ovcalib.export.to_onnx import to_onnx
@@ -63,18 +64,19 @@ def test_compare_sources(labelled, toy, tmp_path, capsys, rng):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_the_notebook(monkeypatch):
+def test_the_notebook(monkeypatch) -> None:
     """Each cell, and the value that a notebook shows under it."""
     monkeypatch.setenv("OVCALIB_EXAMPLE_IMAGES", "4")
     notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
     assert notebook["nbformat"] == 4
-    names, shown = {}, []
+    names: dict[str, Any] = {}
+    shown = []
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
             continue
         body = ast.parse("".join(cell["source"])).body
-        last = body.pop() if isinstance(body[-1], ast.Expr) else None
-        exec(compile(ast.Module(body, []), "notebook", "exec"), names)
+        last = body[-1] if isinstance(body[-1], ast.Expr) else None
+        exec(compile(ast.Module(body[:-1] if last else body, []), "notebook", "exec"), names)
         if last is not None:
             shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), names))
     assert any("<table" in value._repr_html_() for value in shown if hasattr(value, "_repr_html_"))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -14,7 +15,7 @@ FLAGS = [
 
 
 class Browser:
-    def __init__(self):
+    def __init__(self) -> None:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read, self.out = os.pipe()
         self.inward, write = os.pipe()
@@ -27,7 +28,8 @@ class Browser:
         )  # fmt: skip
         os.close(read)
         os.close(write)
-        self.buffer, self.number, self.events, self.session = b"", 0, [], None
+        self.buffer, self.number, self.session = b"", 0, None
+        self.events: list[dict[str, Any]] = []
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -52,7 +54,7 @@ class Browser:
         line, self.buffer = self.buffer.split(b"\0", 1)
         return json.loads(line)
 
-    def open(self, path, width, dark=False):
+    def open(self, path, width, dark=False) -> None:
         """Load a file and wait until it is there; events of earlier pages are forgotten."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -65,7 +67,7 @@ class Browser:
     def evaluate(self, expression):
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def press(self, key):
+    def press(self, key) -> None:
         code = {"Tab": 9, "Enter": 13}[key]
         text = {"Enter": "\r"}.get(key, "")
         self("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, text=text)
@@ -83,7 +85,7 @@ class Browser:
             if event.get("method") == "Network.requestWillBeSent"
         ]
 
-    def close(self):
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self.out)

@@ -62,7 +62,7 @@ def folder(result, benchmarked, tmp_path_factory):
 
 @pytest.mark.parametrize("page", ["result", "benchmark", "diagnosis", "comparison"])
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (1200, True)])
-def test_a_page_in_a_browser(browser, folder, page, width, dark):
+def test_a_page_in_a_browser(browser, folder, page, width, dark) -> None:
     path = folder / f"{page}.html"
     browser.open(path, width, dark)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -75,13 +75,13 @@ def test_a_page_in_a_browser(browser, folder, page, width, dark):
     assert background == ("rgb(21, 22, 27)" if dark else "rgb(251, 250, 248)")
 
 
-def test_a_hostile_name_is_shown_as_it_is(browser, folder):
+def test_a_hostile_name_is_shown_as_it_is(browser, folder) -> None:
     browser.open(folder / "result.html", 900)
     assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE
 
 
 @pytest.mark.parametrize("page", ["result", "comparison"])
-def test_everything_is_reached_by_keyboard(browser, folder, page):
+def test_everything_is_reached_by_keyboard(browser, folder, page) -> None:
     browser.open(folder / f"{page}.html", 900)
     wanted = browser.evaluate(
         "[...document.querySelectorAll('a, button, summary, .scroll, pre')].filter(e => e.checkVisibility()).length"
@@ -93,7 +93,7 @@ def test_everything_is_reached_by_keyboard(browser, folder, page):
     assert browser.evaluate("reached.size") >= wanted
 
 
-def test_columns_sort_by_number_and_back(browser, folder):
+def test_columns_sort_by_number_and_back(browser, folder) -> None:
     browser.open(folder / "comparison.html", 900)
     button = "document.querySelectorAll('table.sortable th button')[4]"  # outcome: done, budget
     column = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[4].textContent)"
@@ -105,7 +105,7 @@ def test_columns_sort_by_number_and_back(browser, folder):
     assert browser.evaluate(f"{button}.parentElement.getAttribute('aria-sort')") == "descending"
 
 
-def test_charts_have_text_alternatives(browser, folder):
+def test_charts_have_text_alternatives(browser, folder) -> None:
     browser.open(folder / "result.html", 900)
     charts = "[...document.querySelectorAll('svg')]"
     assert browser.evaluate(f"{charts}.length") >= 4

@@ -45,7 +45,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
-def test_quantize_proves_a_users_model(done, data):
+def test_quantize_proves_a_users_model(done, data) -> None:
     result = json.loads((done / "result.json").read_text())
     assert result["outcome"] == "done"
     assert result["accuracy"]["count"] == 200
@@ -66,24 +66,24 @@ def test_quantize_proves_a_users_model(done, data):
             "calibration.npz", "calibration.json", "preview.png"} <= written  # fmt: skip
 
 
-def test_what_is_written_keeps_its_schema(done):
+def test_what_is_written_keeps_its_schema(done) -> None:
     jsonschema.validate(json.loads((done / "result.json").read_text()), schema("result"))
     jsonschema.validate(json.loads((done / "request.json").read_text()), schema("recipe"))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_shipped_schemas_are_those_of_the_types(name):
+def test_shipped_schemas_are_those_of_the_types(name) -> None:
     assert schema(name) == current_schema(name), "run python -m ovcalib.records.schema"
 
 
 @pytest.mark.parametrize("recipe", ["request.json", "result.json"])
-def test_a_recipe_runs_again_to_the_same_weights(done, tmp_path, recipe):
+def test_a_recipe_runs_again_to_the_same_weights(done, tmp_path, recipe) -> None:
     found = run("quantize", "-c", done / recipe, "-o", tmp_path / "out", *FAST)
     assert found.exit_code == 0, found.stderr
     assert (tmp_path / "out/int8/model.bin").read_bytes() == (done / "int8/model.bin").read_bytes()
 
 
-def test_the_command_line_beats_the_recipe(done, tmp_path):
+def test_the_command_line_beats_the_recipe(done, tmp_path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: resnet20-cifar10\ncalib: noise\nnum_samples: 5\n")
     found = run("quantize", *MODEL, "-c", recipe, "--num-samples", 7, "-o", tmp_path / "out", "--json", *FAST)
@@ -93,7 +93,7 @@ def test_the_command_line_beats_the_recipe(done, tmp_path):
     assert result["calibration"] == {**result["calibration"], "source": "noise", "num_samples": 7}
 
 
-def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path):
+def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path) -> None:
     found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--num-samples", 20, "-O", "steps=3",
                 "-O", "init=gaussian", "-o", tmp_path / "out", *FAST)  # fmt: skip
     assert found.exit_code == 0, found.stderr
@@ -106,7 +106,7 @@ def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path):
     assert "Accuracy was not measured" in (tmp_path / "out/report.md").read_text()
 
 
-def test_accuracy_aware_says_what_it_did(data, tmp_path):
+def test_accuracy_aware_says_what_it_did(data, tmp_path) -> None:
     arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 30,
                  "--eval", data / "eval", "--mode", "accuracy-aware", *FAST]  # fmt: skip
     found = run(*arguments, "--max-drop", 0.5, "-o", tmp_path / "loose")
@@ -120,7 +120,7 @@ def test_accuracy_aware_says_what_it_did(data, tmp_path):
     assert (tmp_path / "tight/int8/model.xml").exists()
 
 
-def test_the_calibration_set_can_steer(data, tmp_path, toy):
+def test_the_calibration_set_can_steer(data, tmp_path, toy) -> None:
     """With the labels that came with it; there are no others, and the evaluation images are left for the proof."""
     np.savez(tmp_path / "set.npz", images=255 - toy.images[:30], labels=toy.labels[:30])
     arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--mode", "accuracy-aware", "--max-drop", 0.5, *FAST]
@@ -155,7 +155,7 @@ def test_the_calibration_set_can_steer(data, tmp_path, toy):
         assert result["quantization"]["restoration"]["metric"] == "expected-top1"
 
 
-def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_path, toy, monkeypatch):
+def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_path, toy, monkeypatch) -> None:
     monkeypatch.setattr("ovcalib.export.to_onnx.to_onnx", lambda *a, **k: pytest.fail("too late"))
     np.savez(tmp_path / "bare.npz", images=toy.images[:30])
     arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--mode", "accuracy-aware",
@@ -172,7 +172,7 @@ def test_images_that_cannot_steer_are_refused_before_anything_is_made(data, tmp_
 
 @pytest.mark.parametrize("option", [["--validate", "calibration"], ["--metric", "top1"], ["--max-time", 9],
                                     ["--max-iterations", 1]])  # fmt: skip
-def test_options_of_the_other_algorithm_are_refused(tmp_path, option):
+def test_options_of_the_other_algorithm_are_refused(tmp_path, option) -> None:
     found = run("quantize", "resnet20-cifar10", *option, "-o", tmp_path / "out")
     assert found.exit_code == 2
     assert f"{option[0]} {option[1]}" in found.stderr
@@ -180,7 +180,7 @@ def test_options_of_the_other_algorithm_are_refused(tmp_path, option):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
+def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path) -> None:
     found = run("quantize", *MODEL, "--weights", data / "toy.pt", "--calib", "noise", "--num-samples", 8, "--mode",
                 "accuracy-aware", "--metric", "agreement", "--max-drop", 0, "--max-time", 0.001, "--eval", data / "eval",
                 "-o", tmp_path / "out", *FAST)  # fmt: skip
@@ -189,7 +189,7 @@ def test_a_budget_of_nothing_still_writes_the_best_so_far(data, tmp_path):
     assert (tmp_path / "out/int8/model.xml").exists()
 
 
-def test_collapsed_agreement_is_warned_about(data, tmp_path, toy):
+def test_collapsed_agreement_is_warned_about(data, tmp_path, toy) -> None:
     # Constant colour shifts: the ranges are far from those of the evaluation images.
     images = np.full((10, 16, 16, 3), 127, np.uint8)
     images[:, ::2] += 1
@@ -201,7 +201,7 @@ def test_collapsed_agreement_is_warned_about(data, tmp_path, toy):
     assert "unlike photographs" in found.stderr
 
 
-def test_ignore_and_dry_run(tmp_path):
+def test_ignore_and_dry_run(tmp_path) -> None:
     found = run("quantize", *MODEL, "--ignore", "stem.*", "--ignore", "type:MatMul", "--dry-run")
     assert found.exit_code == 0, found.stderr
     assert "ignore stem.*: stem.0 (Convolution)" in found.stdout
@@ -214,7 +214,7 @@ def test_ignore_and_dry_run(tmp_path):
     assert json.loads((tmp_path / "o/result.json").read_text())["quantization"]["float_operations"] == 1
 
 
-def test_evaluate_reads_what_the_ir_says_about_itself(done, data):
+def test_evaluate_reads_what_the_ir_says_about_itself(done, data) -> None:
     found = run("evaluate", done / "int8/model.xml", "--data", data / "eval", "--json")
     assert found.exit_code == 0, found.stderr
     result = json.loads((done / "result.json").read_text())
@@ -225,7 +225,7 @@ def test_evaluate_reads_what_the_ir_says_about_itself(done, data):
     assert "40 of 200 images" in limited.stdout
 
 
-def test_onnx_and_ir_files_are_models_too(done, data, tmp_path):
+def test_onnx_and_ir_files_are_models_too(done, data, tmp_path) -> None:
     for model in ("fp32/model.onnx", "fp32/model.xml"):
         out = tmp_path / Path(model).suffix[1:]
         extra = MODEL[1:] if model.endswith("onnx") else []
@@ -237,7 +237,7 @@ def test_onnx_and_ir_files_are_models_too(done, data, tmp_path):
         assert (out / "int8/model.bin").read_bytes() == (done / "int8/model.bin").read_bytes()
 
 
-def test_an_onnx_file_without_normalisation_is_assumed_and_warned_about(done, tmp_path):
+def test_an_onnx_file_without_normalisation_is_assumed_and_warned_about(done, tmp_path) -> None:
     found = run(
         "quantize", done / "fp32/model.onnx", "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "o", *FAST
     )
@@ -245,7 +245,7 @@ def test_an_onnx_file_without_normalisation_is_assumed_and_warned_about(done, tm
     assert "Nothing says how the model's input is normalised" in found.stderr
 
 
-def test_convert_writes_what_is_asked_for(tmp_path):
+def test_convert_writes_what_is_asked_for(tmp_path) -> None:
     assert run("convert", *MODEL, "-o", tmp_path / "both").exit_code == 0
     assert {p.name for p in (tmp_path / "both").iterdir()} == {"model.onnx", "model.xml", "model.bin", "request.json"}
     assert run("convert", *MODEL, "--to", "ir", "--dynamic-batch", "-o", tmp_path / "ir").exit_code == 0
@@ -254,7 +254,7 @@ def test_convert_writes_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["npz", "imagefolder", "datumaro"])
-def test_generated_sets_can_be_used_again(data, tmp_path, form):
+def test_generated_sets_can_be_used_again(data, tmp_path, form) -> None:
     out = tmp_path / "set"
     found = run(
         "generate", f"real:{data / 'calib'}", "--model", MODEL[0], *MODEL[1:], "--count", 8, "--format", form, "-o", out
@@ -266,13 +266,13 @@ def test_generated_sets_can_be_used_again(data, tmp_path, form):
     assert used.exit_code == 0, used.stderr
 
 
-def test_output_folders_are_numbered(tmp_path, monkeypatch):
+def test_output_folders_are_numbered(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "0007-x").mkdir(parents=True)
     assert next_folder(Path("runs"), "tests.toy:ToyNet-noise") == Path("runs/0008-tests.toy-ToyNet-noise")
 
 
-def test_tables_of_models_and_sources():
+def test_tables_of_models_and_sources() -> None:
     found = run("models", "resnet*-cifar10")
     assert found.exit_code == 0
     assert found.stdout.count("cifar10") >= 4
@@ -287,7 +287,7 @@ def test_tables_of_models_and_sources():
 # Bad input: the exit code, a line that helps, no traceback, nothing left behind -------------------------------------
 
 
-def refuse(tmp_path, arguments, code, message):
+def refuse(tmp_path, arguments, code, message) -> None:
     before = sorted(tmp_path.rglob("*"))
     found = run(*arguments)
     assert found.exit_code == code, found.stderr
@@ -329,7 +329,7 @@ def bad_models(tmp_path, data):
     "wrong-shape", "no-shape", "unknown-model", "no-weights-shipped", "unknown-torchvision", "untrusted-hub",
     "unknown-module", "unknown-attribute", "no-module",
 ])  # fmt: skip
-def test_bad_models(tmp_path, data, case):
+def test_bad_models(tmp_path, data, case) -> None:
     arguments, code, message = bad_models(tmp_path, data)[case]
     refuse(tmp_path, ["quantize", *arguments, "--calib", "noise", "-o", tmp_path / "out"], code, message)
 
@@ -379,18 +379,18 @@ def bad_data(tmp_path, data):
     "malformed-option", "unknown-device", "unknown-mode", "unknown-preset", "bad-mean", "bad-std", "unknown-ignore",
     "top1-without-labels", "missing-recipe",
 ])  # fmt: skip
-def test_bad_data_and_options(tmp_path, data, case):
+def test_bad_data_and_options(tmp_path, data, case) -> None:
     arguments, code, message = bad_data(tmp_path, data)[case]
     refuse(tmp_path, ["quantize", *MODEL, *arguments, "-o", tmp_path / "out"], code, message)
 
 
-def test_a_wrong_option_is_refused_before_the_model_is_exported(tmp_path, data, monkeypatch):
+def test_a_wrong_option_is_refused_before_the_model_is_exported(tmp_path, data, monkeypatch) -> None:
     monkeypatch.setattr("ovcalib.export.to_onnx.to_onnx", None)
     refuse(tmp_path, ["quantize", *MODEL, "--weights", data / "toy.pt", "-O", "steps=0", "-o", tmp_path / "out"], 2,
            "steps is 0")  # fmt: skip
 
 
-def test_an_already_quantized_ir_is_refused(done, tmp_path):
+def test_an_already_quantized_ir_is_refused(done, tmp_path) -> None:
     refuse(
         tmp_path,
         ["quantize", done / "int8/model.xml", "--calib", "noise", "-o", tmp_path / "out"],
@@ -399,7 +399,7 @@ def test_an_already_quantized_ir_is_refused(done, tmp_path):
     )
 
 
-def test_truncated_weights_are_refused(done, tmp_path):
+def test_truncated_weights_are_refused(done, tmp_path) -> None:
     (tmp_path / "m.xml").write_bytes((done / "fp32/model.xml").read_bytes())
     (tmp_path / "m.bin").write_bytes((done / "fp32/model.bin").read_bytes()[:99])
     refuse(
@@ -410,7 +410,7 @@ def test_truncated_weights_are_refused(done, tmp_path):
     )
 
 
-def test_output_folders_that_cannot_be_used(tmp_path):
+def test_output_folders_that_cannot_be_used(tmp_path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     quantize = ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4]
@@ -427,8 +427,8 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, step):
-    def interrupted(*args, **kwargs):
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, step) -> None:
+    def interrupted(*args, **kwargs) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(STEPS[step], interrupted)
@@ -440,8 +440,8 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, step):
     )
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def full(*args, **kwargs) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ovcalib.export.convert.write_ir", full)
@@ -453,6 +453,6 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     )
 
 
-def test_a_fault_of_ours_is_said_to_be_ours(tmp_path, monkeypatch):
+def test_a_fault_of_ours_is_said_to_be_ours(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(STEPS["preflight"], lambda calibration: 1 / 0)
     refuse(tmp_path, ["quantize", *MODEL, "--calib", "noise", "--num-samples", 4, "-o", tmp_path / "out"], 1, "--debug")

@@ -35,7 +35,7 @@ def ir(toy, toy_graph, tmp_path_factory):
     return root
 
 
-def test_an_edge_device_evaluates(ir):
+def test_an_edge_device_evaluates(ir) -> None:
     found = ovcalib("evaluate", ir / "model.xml", "--data", ir / "images", "--json", edge=True)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["accuracy"]["top1"] > 0.95
@@ -44,7 +44,7 @@ def test_an_edge_device_evaluates(ir):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["quantize", "--help"], ["models"], ["sources"], ["doctor"], ["--version"]]
 )
-def test_an_edge_device_has_the_commands_that_need_nothing(arguments):
+def test_an_edge_device_has_the_commands_that_need_nothing(arguments) -> None:
     found = ovcalib(*arguments, edge=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout
@@ -54,7 +54,7 @@ def test_an_edge_device_has_the_commands_that_need_nothing(arguments):
     ("arguments", "package"),
     [(["quantize", "resnet20-cifar10"], "torch"), (["convert", "torchvision:resnet18"], "torchvision")],
 )
-def test_an_edge_device_says_what_to_install(tmp_path, arguments, package):
+def test_an_edge_device_says_what_to_install(tmp_path, arguments, package) -> None:
     found = ovcalib(*arguments, "-o", tmp_path / "out", edge=True)
     assert found.returncode == 2
     assert f"needs the package '{package}'" in found.stderr
@@ -62,7 +62,7 @@ def test_an_edge_device_says_what_to_install(tmp_path, arguments, package):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from ovcalib.cli import app as cli; import contextlib\n"
         "with contextlib.suppress(SystemExit): cli.app(['--help'])\n"
@@ -74,7 +74,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number):
+def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "ovcalib", "quantize", "tests.toy:ToyNet", "--input-shape", "3,96,96", "--calib",
          "fractal", "--num-samples", "100000", "-O", "systems=2", "-o", str(tmp_path / "out")],
@@ -93,7 +93,7 @@ def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_closed_pipe_is_no_fault(tmp_path):
+def test_a_closed_pipe_is_no_fault(tmp_path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "ovcalib", "models"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

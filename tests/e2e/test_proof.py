@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import shutil
+from functools import partial
 
 import jsonschema
 import pytest
@@ -22,7 +23,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
-def test_the_report_of_a_run_holds_what_people_ask_for(result):
+def test_the_report_of_a_run_holds_what_people_ask_for(result) -> None:
     page = (result / "report.html").read_text()
     for words in ("top-1 accuracy", "latency p50", "size", "memory", "Calibration statement", "licence of the images",
                   "By class", "Do it again", "ovcalib quantize ToyNet", "data:image/png;base64"):  # fmt: skip
@@ -37,7 +38,7 @@ def test_the_report_of_a_run_holds_what_people_ask_for(result):
     assert float(rows[0]["top-1 INT8 %"]) == 100 * record["accuracy"]["int8"]["top1"]
 
 
-def test_an_edge_device_benchmarks(benchmarked):
+def test_an_edge_device_benchmarks(benchmarked) -> None:
     out, stdout = benchmarked
     found = json.loads((out / "benchmark.json").read_text())
     jsonschema.validate(found, schema("benchmark"))
@@ -69,7 +70,7 @@ def test_an_edge_device_benchmarks(benchmarked):
     }
 
 
-def test_devices_agree_with_cpu_in_f32(benchmarked):
+def test_devices_agree_with_cpu_in_f32(benchmarked) -> None:
     parity = json.loads((benchmarked[0] / "benchmark.json").read_text())["parity"]
     assert [(p["model"], p["device"], p["count"], p["agrees"]) for p in parity] == [
         ("fp32/model", "CPU", 60, True),
@@ -77,7 +78,7 @@ def test_devices_agree_with_cpu_in_f32(benchmarked):
     ]
 
 
-def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch):
+def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("ovcalib.measurement.device_parity.likeness", lambda a, b: (0.2, 7, 3.5))
     found = run("benchmark", result / "int8/model.xml", *QUICK, "--hint", "latency", "--data", result.parent / "images",
                 "--limit", 4, "-o", tmp_path / "out")  # fmt: skip
@@ -98,14 +99,14 @@ def test_devices_that_disagree_end_with_6(result, tmp_path, monkeypatch):
         (["-t", "0"], 2, "--time 0"),
     ],
 )
-def test_what_cannot_be_benchmarked(result, tmp_path, arguments, code, message):
+def test_what_cannot_be_benchmarked(result, tmp_path, arguments, code, message) -> None:
     found = run("benchmark", result, *arguments, "-o", tmp_path / "out")
     assert found.exit_code == code, found.stderr
     assert message in found.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_cannot_be_benchmarked(result, tmp_path):
+def test_models_that_cannot_be_benchmarked(result, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (
         ("no.xml", "no model file"),
@@ -117,7 +118,7 @@ def test_models_that_cannot_be_benchmarked(result, tmp_path):
         assert message in found.stderr
 
 
-def test_diagnose_writes_a_report(result, tmp_path):
+def test_diagnose_writes_a_report(result, tmp_path) -> None:
     found = run("diagnose", result / "fp32/model.xml", result / "int8/model.xml", "--data", result.parent / "images",
                 "--calib", f"npz:{result / 'calibration.npz'}", "--num-samples", 8, "--benchmark-time", 0, "-o",
                 tmp_path / "out")  # fmt: skip
@@ -137,7 +138,7 @@ def test_diagnose_writes_a_report(result, tmp_path):
     assert "is about another INT8 model" in refused.stderr
 
 
-def test_the_command_of_the_report_is_the_recipe(result):
+def test_the_command_of_the_report_is_the_recipe(result) -> None:
     import shlex
 
     from ovcalib.records.recipe import Recipe
@@ -155,7 +156,7 @@ def test_the_command_of_the_report_is_the_recipe(result):
     assert again == expected
 
 
-def test_several_results_make_a_comparison(result, benchmarked, tmp_path):
+def test_several_results_make_a_comparison(result, benchmarked, tmp_path) -> None:
     other = tmp_path / "other"
     shutil.copytree(result, other)
     record = json.loads((other / "result.json").read_text())
@@ -177,7 +178,7 @@ def test_several_results_make_a_comparison(result, benchmarked, tmp_path):
     assert [p.name for p in (tmp_path / "alone").iterdir()] == ["report.md"]
 
 
-def test_writing_the_report_again_keeps_the_list_of_files_true(result, tmp_path):
+def test_writing_the_report_again_keeps_the_list_of_files_true(result, tmp_path) -> None:
     from ovcalib.rundir import file_sha256
 
     shutil.copytree(result, tmp_path / "copy")
@@ -186,7 +187,7 @@ def test_writing_the_report_again_keeps_the_list_of_files_true(result, tmp_path)
     assert all(file_sha256(tmp_path / "copy" / name) == digest for name, digest in files.items())
 
 
-def test_the_doctor_says_what_is_missing_and_how_to_get_it():
+def test_the_doctor_says_what_is_missing_and_how_to_get_it() -> None:
     found = process("doctor", "--json", edge=True)
     assert found.returncode == 0, found.stderr
     about = json.loads(found.stdout)
@@ -202,7 +203,7 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it():
     assert "cache ovcalib" in text
 
 
-def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
+def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path) -> None:
     """A channel thousands of times wider than the others, which the next layer takes back."""
     net = copy.deepcopy(toy.net)
     with torch.no_grad():
@@ -210,8 +211,11 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
             scaled[0] *= 3000
         net.block.conv.weight[:, 0] /= 3000
         net.down[0].weight[:, 0] /= 3000
-    fields = {"input_shape": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "benchmark_time": 0}
-    guarded = ovcalib.quantize(net, tmp_path / "guarded", calib="noise", num_samples=10, equalize="off", **fields)
+    quantize = partial(
+        ovcalib.quantize, net, calib="noise", num_samples=10, input_shape=(3, 16, 16), mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25), benchmark_time=0,
+    )  # fmt: skip
+    guarded = quantize(output=tmp_path / "guarded", equalize="off")
     record = guarded.record.quantization
     assert {"block.conv", "down.0"} <= set(record.guarded)
     assert all(sqnr < 10 for sqnr in record.guarded.values())
@@ -221,16 +225,16 @@ def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path):
     assert "`guard=False`" in warning
     assert json.loads((tmp_path / "guarded" / "result.json").read_text())["quantization"]["guarded"] == record.guarded
     # Equalized, nothing has to stay in float.
-    equalized = ovcalib.quantize(net, calib="noise", num_samples=10, **fields).record.quantization
+    equalized = quantize().record.quantization
     assert equalized.guarded == {}
     assert equalized.equalized
     assert equalized.equalization_nmse[1] <= equalized.equalization_nmse[0]
-    plain = ovcalib.quantize(net, calib="noise", num_samples=10, guard=False, **fields).record.quantization
+    plain = quantize(guard=False).record.quantization
     assert plain.guarded == {}
     assert plain.float_operations == 0
 
 
-def test_bias_correction_is_chosen_and_said(result):
+def test_bias_correction_is_chosen_and_said(result) -> None:
     chosen = json.loads((result / "result.json").read_text())["quantization"]
     nearest, compensated = chosen["rounding_nmse"]
     assert chosen["rounding"] == ("compensated" if compensated < nearest else "nearest")

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -32,8 +33,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 class Inline:
     """Runs every task in this process, which has imported all that is heavy, and counts them."""
 
-    def __init__(self):
-        self.tasks = []
+    def __init__(self) -> None:
+        self.tasks: list[dict[str, Any]] = []
 
     def __enter__(self):
         return self
@@ -41,15 +42,15 @@ class Inline:
     def __exit__(self, *error):
         pass
 
-    def check(self):
+    def check(self) -> None:
         pass
 
-    def slots(self):
+    def slots(self) -> int:
         return 1
 
     def submit(self, task):
         self.tasks.append(task)
-        future = Future()
+        future: Future[dict[str, Any]] = Future()
         future.set_result(run_task(task))
         return future
 
@@ -97,11 +98,11 @@ def results(folder):
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("cells/*/result.json")}
 
 
-def nothing_half_written(folder):
+def nothing_half_written(folder) -> bool:
     return not list(folder.glob("*/.*.partial"))
 
 
-def test_a_result_says_where_its_images_came_from(reference):
+def test_a_result_says_where_its_images_came_from(reference) -> None:
     found = read_results(reference, read_sweep(reference))
     assert {r.calibration.source for r in found.values()} == {"noise", "fractal"}
     assert {r.calibration.seed for r in found.values()} == {0, 1}
@@ -115,25 +116,25 @@ def test_a_result_says_where_its_images_came_from(reference):
         assert (folder / "calibration.npz").read_bytes() == made
 
 
-def test_what_is_written_keeps_its_schema(reference):
+def test_what_is_written_keeps_its_schema(reference) -> None:
     jsonschema.validate(json.loads((reference / "sweep.json").read_text()), schema("sweep"))
     jsonschema.validate(json.loads((reference / "request.json").read_text()), schema("sweep-recipe"))
 
 
-def test_the_comparison_page_has_every_cell(reference):
+def test_the_comparison_page_has_every_cell(reference) -> None:
     page = (reference / "report.html").read_text()
     assert "4 results side by side" in page
     assert "fractal" in page
 
 
-def test_a_finished_sweep_has_nothing_to_do(reference, data, inline):
+def test_a_finished_sweep_has_nothing_to_do(reference, data, inline) -> None:
     before = results(reference)
     sweeps.run_sweep(make_sweep_recipe(content(data)), reference)
     assert inline.tasks == []
     assert results(reference) == before
 
 
-def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, data, inline, tmp_path):
+def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, data, inline, tmp_path) -> None:
     import shutil
 
     shutil.copytree(reference, tmp_path / "out")
@@ -151,7 +152,7 @@ def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, dat
     assert "Operations reverted to float" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp_path, monkeypatch):
+def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     toy = content(data)["models"][0]
     late = {**toy, "name": "late", "weights": str(tmp_path / "late.pt"), "command": "python train.py late"}
@@ -178,14 +179,14 @@ def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp
     assert len(inline.tasks) == 5  # a set that failed; a set and its cell, twice
 
 
-def test_folders_of_others_are_left_alone(data, tmp_path):
+def test_folders_of_others_are_left_alone(data, tmp_path) -> None:
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UsageError, match="not empty and holds no sweep"):
         sweeps.run_sweep(make_sweep_recipe(content(data)), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_two_sweeps_do_not_share_a_folder(reference, data):
+def test_two_sweeps_do_not_share_a_folder(reference, data) -> None:
     import fcntl
 
     with (reference / sweeps.LOCK).open("w") as lock:
@@ -194,7 +195,7 @@ def test_two_sweeps_do_not_share_a_folder(reference, data):
             sweeps.run_sweep(make_sweep_recipe(content(data)), reference)
 
 
-def test_latency_is_measured_alone_and_afterwards(reference, data, inline, tmp_path):
+def test_latency_is_measured_alone_and_afterwards(reference, data, inline, tmp_path) -> None:
     import shutil
 
     shutil.copytree(reference, tmp_path / "out")
@@ -210,7 +211,7 @@ def start(recipe, out, *options):
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def until(process, text):
+def until(process, text) -> None:
     for line in process.stderr:
         if text in line:
             return
@@ -232,7 +233,7 @@ def alive(pid):
         return False
 
 
-def test_a_sweep_killed_midway_goes_on_to_the_same_table(reference, data, tmp_path):
+def test_a_sweep_killed_midway_goes_on_to_the_same_table(reference, data, tmp_path) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(content(data)))
     process = start(recipe, out, "--jobs", "2")
@@ -259,8 +260,7 @@ def test_a_sweep_killed_midway_goes_on_to_the_same_table(reference, data, tmp_pa
     assert nothing_half_written(out)
 
 
-@pytest.mark.slow
-def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path):
+def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(content(data, sources=[{"calib": "fractal", "num_samples": 100000}], seeds=[0])))
     process = start(recipe, out)
@@ -276,8 +276,7 @@ def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path):
     assert nothing_half_written(out)
 
 
-@pytest.mark.slow  # the sweep killed midway loses a worker too
-def test_a_task_whose_process_is_killed_runs_again(tmp_path):
+def test_a_task_whose_process_is_killed_runs_again(tmp_path) -> None:
     engine = LocalEngine(1)
     try:
         recipe = {"model": "resnet20-cifar10", "weights": "none.pt", "calib": "noise", "num_samples": 1}
@@ -335,16 +334,17 @@ def cluster(tmp_path):
 class AtFirstCell(Progress):
     """Does something when the first cell is finished."""
 
-    def __init__(self, action):
-        self.action, self.lines = action, []
+    def __init__(self, action) -> None:
+        self.action = action
+        self.lines: list[str] = []
 
-    def say(self, line):
+    def say(self, line) -> None:
         self.lines.append(line)
         if line.startswith("1/"):
             self.action()
 
 
-def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path):
+def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path) -> None:
     address, (_, _, worker) = cluster
     progress = AtFirstCell(worker.kill)
     found = sweeps.run_sweep(
@@ -359,7 +359,7 @@ def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data,
 @pytest.mark.slow
 def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
     reference, data, cluster, inline, tmp_path, monkeypatch
-):
+) -> None:
     from ovcalib.sweeps.engines import open_engine
 
     address, (scheduler, *_) = cluster
@@ -375,7 +375,7 @@ def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
     assert tables(tmp_path / "out") == tables(reference)
 
 
-def test_there_is_no_scheduler(data, tmp_path, monkeypatch):
+def test_there_is_no_scheduler(data, tmp_path, monkeypatch) -> None:
     pytest.importorskip("distributed")
     monkeypatch.setattr("ovcalib.sweeps.engines.CONNECT_S", 0.5)
     with pytest.raises(DeviceError, match="no dask scheduler at 'tcp://127.0.0.1:9'"):

@@ -7,7 +7,7 @@ REFUSED = {"torch", "torchvision", "nncf", "onnx", "onnxscript", "onnxruntime", 
 
 
 class Refuse:
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name, path=None, target=None) -> None:
         if name.partition(".")[0] in REFUSED:
             raise ModuleNotFoundError(f"No module named {name!r} on this device", name=name)
 

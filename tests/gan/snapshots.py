@@ -10,11 +10,11 @@ from ovcalib.gan import stylegan2
 NAMES = {"ToRGB": "ToRGBLayer", "FullyConnected": "FullyConnectedLayer", "Convolution": "Conv2dLayer"}
 
 
-def _reconstruct_persistent_obj(meta):
+def _reconstruct_persistent_obj(meta) -> None:
     raise AssertionError("only its name is pickled")
 
 
-class EasyDict(dict):
+class EasyDict(dict[str, object]):
     pass
 
 
@@ -25,7 +25,7 @@ EasyDict.__module__ = "dnnlib.util"
 class Persistent:
     """An object that pickles as the official code's networks do."""
 
-    def __init__(self, meta):
+    def __init__(self, meta) -> None:
         self.meta = meta
 
     def __reduce__(self):
@@ -35,7 +35,7 @@ class Persistent:
 class Call:
     """Pickles as the application of a function."""
 
-    def __init__(self, function, *arguments):
+    def __init__(self, function, *arguments) -> None:
         self.function, self.arguments = function, arguments
 
     def __reduce__(self):
@@ -68,7 +68,8 @@ def generator_kwargs(config, **changed):
 
 def dumps(content, protocol=4):
     persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
+    vars(persistence)["_reconstruct_persistent_obj"] = _reconstruct_persistent_obj
+    vars(util)["EasyDict"] = EasyDict
     fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence,
              "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}  # fmt: skip
     sys.modules.update(fakes)

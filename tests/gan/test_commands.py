@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_inception(monkeypatch):
+def no_inception(monkeypatch) -> None:
     monkeypatch.setattr("ovcalib.gan.studies.find_inception", lambda given: given)
 
 
@@ -42,7 +42,7 @@ def run(*arguments):
     return found.exit_code, found.stdout, found.stderr
 
 
-def test_scores_stand_between_floor_and_ceiling(place):
+def test_scores_stand_between_floor_and_ceiling(place) -> None:
     code, out, err = run(
         "score", f"teacher=stylegan2-ada:{place / 'teacher.safetensors'}", f"same=imagefolder:{place / 'real'}",
         "--reference", f"imagefolder:{place / 'real'}", "--count", 20, "--weights", place / "weights.safetensors", "--json",
@@ -55,7 +55,7 @@ def test_scores_stand_between_floor_and_ceiling(place):
     assert not any(name in {"fid", "kid", "inception-score"} for row in found.values() for name in row)
 
 
-def test_pictures_are_drawn(place, tmp_path):
+def test_pictures_are_drawn(place, tmp_path) -> None:
     code, _, err = run(
         "show", f"teacher=stylegan2-ada:{place / 'teacher.safetensors'}", "--reference", f"imagefolder:{place / 'real'}",
         "-o", tmp_path / "out", "--each", 2, "--tsne", 12, "--weights", place / "weights.safetensors",
@@ -64,7 +64,7 @@ def test_pictures_are_drawn(place, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"grid.png", "tsne.png", "request.json"}
 
 
-def test_samples_are_written_by_class(place, tmp_path):
+def test_samples_are_written_by_class(place, tmp_path) -> None:
     code, out, _ = run(
         "sample", f"stylegan2-ada:{place / 'teacher.safetensors'}", "-o", tmp_path / "out", "--count", 12
     )
@@ -92,7 +92,7 @@ def test_samples_are_written_by_class(place, tmp_path):
         (["train-teacher", "REAL", "-o", "out", "-d", "cuda:77"], "CUDA devices"),
     ],
 )
-def test_mistakes_are_explained_and_leave_nothing(place, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_are_explained_and_leave_nothing(place, tmp_path, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run(*[str(a).replace("REAL", f"imagefolder:{place / 'real'}") for a in arguments])
     assert code in (2, 3, 4, 6)
@@ -100,6 +100,6 @@ def test_mistakes_are_explained_and_leave_nothing(place, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inception_needs_its_file(tmp_path):
+def test_inception_needs_its_file(tmp_path) -> None:
     with pytest.raises(Exception, match="There is no file"):
         scores.find_inception(tmp_path / "nowhere.pth")

@@ -25,7 +25,7 @@ def size(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_sizes_are_the_published_ones():
+def test_sizes_are_the_published_ones() -> None:
     with torch.device("meta"):
         generator = Generator()
         assert size(generator) == 20_215_315
@@ -37,7 +37,7 @@ def test_sizes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", ["tiny_protocol3.pkl", "tiny_protocol4.pkl"])
-def test_outputs_are_those_of_the_official_networks(shared_data, name):
+def test_outputs_are_those_of_the_official_networks(shared_data, name) -> None:
     path = shared_data / "stylegan2_ada" / name
     content = read_snapshot(path)
     generator, discriminator = generator_of(path, content), discriminator_of(path, content)
@@ -63,19 +63,19 @@ def generator():
     return made
 
 
-def test_full_truncation_is_one_image_for_all(generator):
+def test_full_truncation_is_one_image_for_all(generator) -> None:
     images = generator(torch.randn(6, 8), torch.eye(3).repeat(2, 1), truncation=0.0)
     assert (images - images[:1]).abs().max() < 1e-5
 
 
-def test_truncation_can_stop_at_a_layer(generator):
+def test_truncation_can_stop_at_a_layer(generator) -> None:
     z, c = torch.randn(2, 8), torch.eye(3)[:2]
     whole, part = generator.styles(z, c, 0.5), generator.styles(z, c, 0.5, cutoff=2)
     assert torch.equal(part[:, :2], whole[:, :2])
     assert torch.equal(part[:, 2:], generator.styles(z, c)[:, 2:])
 
 
-def test_the_length_of_z_does_not_matter_and_the_class_does(generator):
+def test_the_length_of_z_does_not_matter_and_the_class_does(generator) -> None:
     z, c = torch.randn(3, 8), torch.eye(3)
     image = generator(z, c)
     assert (generator(7 * z, c) - image).abs().max() < 1e-5
@@ -83,7 +83,7 @@ def test_the_length_of_z_does_not_matter_and_the_class_does(generator):
     assert normalise_second_moment(z).square().mean(1) == pytest.approx([1, 1, 1], abs=1e-5)
 
 
-def test_noise_has_three_modes_and_can_be_given(generator):
+def test_noise_has_three_modes_and_can_be_given(generator) -> None:
     z, c = torch.randn(2, 8), torch.eye(3)[:2]
     layers = [layer for r in (4, 8, 16) for layer in getattr(generator.synthesis, f"b{r}").layers]
     given = [layer.noise_const.expand(2, 1, -1, -1) for layer in layers]
@@ -94,14 +94,14 @@ def test_noise_has_three_modes_and_can_be_given(generator):
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_near(generator, half):
+def test_half_precision_stays_near(generator, half) -> None:
     z, c = torch.randn(4, 8), torch.eye(3)[[0, 1, 2, 0]]
     image = generator(z, c)
     near = {torch.float16: 0.02, torch.bfloat16: 0.1}[half]
     assert (generator(z, c, half=half) - image).abs().mean() < near * image.abs().mean()
 
 
-def test_unconditional_networks_take_no_label():
+def test_unconditional_networks_take_no_label() -> None:
     made = Generator(tiny_config(c_dim=0))
     assert "mapping.embed.weight" not in made.state_dict()
     image = made(torch.randn(2, 8))
@@ -109,7 +109,7 @@ def test_unconditional_networks_take_no_label():
     assert judge(image).shape == (2, 1)
 
 
-def test_resampling_keeps_constants_and_doubles_the_size():
+def test_resampling_keeps_constants_and_doubles_the_size() -> None:
     kernel = resample_filter()
     assert kernel.sum() == pytest.approx(1)
     assert (kernel * 64).tolist() == [[1, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]
@@ -118,7 +118,7 @@ def test_resampling_keeps_constants_and_doubles_the_size():
     assert (up[..., 2:-2, 2:-2] - 0.7).abs().max() < 1e-6
 
 
-def test_minibatch_std_by_hand():
+def test_minibatch_std_by_hand() -> None:
     x = torch.tensor([0.0, 10, 2, 10]).reshape(4, 1, 1, 1)  # groups of two: images 0 and 2, and 1 and 3
     assert minibatch_std(x, 2)[:, 1, 0, 0].tolist() == pytest.approx([1, 1e-4, 1, 1e-4], abs=1e-6)
 
@@ -142,7 +142,7 @@ def published_state():
     return state
 
 
-def test_the_published_checkpoint_loads_and_survives_our_container(tmp_path):
+def test_the_published_checkpoint_loads_and_survives_our_container(tmp_path) -> None:
     state = published_state()
     torch.save(state, tmp_path / "generator.pt")
     student = load_student(tmp_path / "generator.pt")
@@ -169,7 +169,7 @@ def test_the_published_checkpoint_loads_and_survives_our_container(tmp_path):
         (lambda s: s["img.0.weight"].fill_(np.nan), "not finite"),
     ],
 )
-def test_other_weights_are_refused(tmp_path, change, message):
+def test_other_weights_are_refused(tmp_path, change, message) -> None:
     state = published_state()
     change(state)
     torch.save(state, tmp_path / "generator.pt")
@@ -177,13 +177,13 @@ def test_other_weights_are_refused(tmp_path, change, message):
         load_student(tmp_path / "generator.pt")
 
 
-def test_an_open_gate_passes_the_first_half():
+def test_an_open_gate_passes_the_first_half() -> None:
     block = distylegan._upsample(2, 2).eval()
     x = torch.cat([torch.randn(1, 2, 4, 4), torch.full((1, 2, 4, 4), 50.0)], dim=1)
     assert torch.allclose(block[3](x), x[:, :2])
 
 
-def test_the_discriminator_gives_a_logit_and_four_maps():
+def test_the_discriminator_gives_a_logit_and_four_maps() -> None:
     logit, features = StudentDiscriminator(ndf=8)(torch.zeros(2, 3, 32, 32), torch.eye(10)[:2])
     assert logit.shape == (2, 1)
     assert [tuple(f.shape[1:]) for f in features] == [(8, 16, 16), (8, 8, 8), (16, 4, 4), (32, 2, 2)]
@@ -192,7 +192,7 @@ def test_the_discriminator_gives_a_logit_and_four_maps():
 # Pixels -------------------------------------------------------------------------------------------
 
 
-def test_pixels():
+def test_pixels() -> None:
     grey = torch.tensor([-1.5, -1.0, 0.0, 1.0, 2.0]).reshape(5, 1, 1, 1)
     assert to_pixels(grey)[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
     images = torch.rand(3, 3, 4, 4) * 0.2 - 0.1

@@ -8,7 +8,7 @@ from ovcalib.gan import scores
 from ovcalib.gan.scores import Extractor, Reference
 
 
-def test_frechet_distance_of_known_gaussians():
+def test_frechet_distance_of_known_gaussians() -> None:
     # Commuting covariances: |m|^2 + sum (sqrt a - sqrt b)^2.
     a, b, shift = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 0.0]), np.array([3.0, 0.0, 4.0])
     found = scores.frechet_distance(np.zeros(3), np.diag(a), shift, np.diag(b))
@@ -18,7 +18,7 @@ def test_frechet_distance_of_known_gaussians():
     assert turned == pytest.approx(found)
 
 
-def test_frechet_distance_equals_the_general_matrix_root(rng):
+def test_frechet_distance_equals_the_general_matrix_root(rng) -> None:
     import scipy.linalg
 
     a, b = rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((200, 5)) + 1
@@ -29,7 +29,7 @@ def test_frechet_distance_equals_the_general_matrix_root(rng):
     assert scores.frechet_of_features(a, a) == pytest.approx(0, abs=1e-8)
 
 
-def test_kernel_distance_by_brute_force_and_without_bias(rng):
+def test_kernel_distance_by_brute_force_and_without_bias(rng) -> None:
     a, b = rng.standard_normal((7, 3)), rng.standard_normal((5, 3)) + 0.5
 
     def k(x, y):
@@ -43,7 +43,7 @@ def test_kernel_distance_by_brute_force_and_without_bias(rng):
     assert abs(np.mean(same)) < 4 * np.std(same) / 20
 
 
-def test_precision_and_recall_by_brute_force(rng):
+def test_precision_and_recall_by_brute_force(rng) -> None:
     real, made = rng.standard_normal((40, 2)), rng.standard_normal((50, 2)) * 0.5 + 1
 
     def covered(points, by):
@@ -57,14 +57,14 @@ def test_precision_and_recall_by_brute_force(rng):
     assert scores.precision_recall(real, made + 100) == (0, 0)
 
 
-def test_class_confidence_has_known_ends():
+def test_class_confidence_has_known_ends() -> None:
     assert scores.class_confidence(np.eye(10).repeat(10, 0)[np.arange(100).reshape(10, 10).T.ravel()]) == pytest.approx(
         10
     )
     assert scores.class_confidence(np.full((50, 10), 0.1)) == pytest.approx(1)
 
 
-def test_names_say_whose_features_they_are(rng):
+def test_names_say_whose_features_they_are(rng) -> None:
     extractor = Extractor("toy", lambda x: (x.reshape(len(x), -1)[:, :4] / 255.0, np.full((len(x), 2), 0.5)))
     images = rng.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
     found = Reference(images, extractor).score(images)
@@ -74,7 +74,7 @@ def test_names_say_whose_features_they_are(rng):
     assert all(name.endswith("-toy") for name in found)
 
 
-def test_features_are_the_input_of_the_last_layer(toy):
+def test_features_are_the_input_of_the_last_layer(toy) -> None:
     extractor = scores.classifier_extractor("toy", toy.net, toy.spec)
     features, probabilities = extractor.features(toy.images[:300])
     linear = [m for m in toy.net.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -83,7 +83,7 @@ def test_features_are_the_input_of_the_last_layer(toy):
     assert probabilities.sum(1) == pytest.approx(np.ones(300), abs=1e-5)
 
 
-def test_noise_is_farther_than_real_images(toy):
+def test_noise_is_farther_than_real_images(toy) -> None:
     extractor = scores.classifier_extractor("toy", toy.net, toy.spec)
     reference = Reference(toy.images[:200], extractor)
     floor = reference.score(toy.images[200:])

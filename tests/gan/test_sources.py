@@ -41,12 +41,12 @@ def make(files, reference, count=7, seed=0, spec=SPEC, **options):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OVCALIB_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_sources_keep_their_contract(files, reference):
+def test_sources_keep_their_contract(files, reference) -> None:
     made = make(files, reference, count=70)
     assert made.images.shape == (70, 32, 32, 3)
     assert made.images.dtype == np.uint8
@@ -62,7 +62,7 @@ def test_sources_keep_their_contract(files, reference):
     assert len({image.tobytes() for image in made.images}) == 70
 
 
-def test_the_snapshot_and_its_conversion_make_the_same(files):
+def test_the_snapshot_and_its_conversion_make_the_same(files) -> None:
     assert np.array_equal(make(files, REFERENCES[0]).images, make(files, REFERENCES[1]).images)
 
 
@@ -74,11 +74,11 @@ def test_the_snapshot_and_its_conversion_make_the_same(files):
         (REFERENCES[2], {"pixels": "minmax-per-image"}),
     ],
 )  # fmt: skip
-def test_every_option_changes_the_images(files, reference, options):
+def test_every_option_changes_the_images(files, reference, options) -> None:
     assert not np.array_equal(make(files, reference, **options).images, make(files, reference).images)
 
 
-def test_random_noise_belongs_to_the_image(files, tmp_path):
+def test_random_noise_belongs_to_the_image(files, tmp_path) -> None:
     teacher = Generator(tiny_config(c_dim=10, img_resolution=32))
     for name, parameter in teacher.named_parameters():
         if name.endswith("noise_strength"):
@@ -91,18 +91,18 @@ def test_random_noise_belongs_to_the_image(files, tmp_path):
     assert len({images.tobytes() for images in (const, none, random.images)}) == 3
 
 
-def test_minmax_uses_the_whole_range(files):
+def test_minmax_uses_the_whole_range(files) -> None:
     images = make(files, REFERENCES[2], pixels="minmax-per-image").images
     assert images.min(axis=(1, 2, 3)).tolist() == [0] * 7
     assert images.max(axis=(1, 2, 3)).tolist() == [255] * 7
 
 
-def test_labels_follow_the_names_of_the_classes(files):
+def test_labels_follow_the_names_of_the_classes(files) -> None:
     assert make(files, "stylegan2-ada:shuffled.safetensors").labels.tolist() == [9, 8, 7, 6, 5, 4, 3]
     assert make(files, "stylegan2-ada:free.safetensors").labels is None
 
 
-def test_models_out_of_reach_are_told_so(files):
+def test_models_out_of_reach_are_told_so(files) -> None:
     imagenet = SPEC.model_copy(update={
         "name": "efficientnet", "input_shape": (3, 224, 224), "num_classes": 1000, "classes": None,
         "preprocessing": SPEC.preprocessing.model_copy(update={"height": 224, "width": 224}),
@@ -117,7 +117,7 @@ def test_models_out_of_reach_are_told_so(files):
         make(files, REFERENCES[2], spec=animals)
 
 
-def test_smaller_inputs_are_scaled_down(files):
+def test_smaller_inputs_are_scaled_down(files) -> None:
     small = SPEC.model_copy(update={
         "input_shape": (3, 24, 24), "preprocessing": SPEC.preprocessing.model_copy(update={"height": 24, "width": 24}),
     })  # fmt: skip
@@ -133,12 +133,12 @@ def test_smaller_inputs_are_scaled_down(files):
         (REFERENCES[2], {"pixels": "stretch"}, "affine"),
     ],
 )
-def test_bad_options_say_what_was_expected(files, reference, options, message):
+def test_bad_options_say_what_was_expected(files, reference, options, message) -> None:
     with pytest.raises(UsageError, match=message):
         make(files, reference, **options)
 
 
-def test_a_missing_file_or_a_missing_argument_is_named():
+def test_a_missing_file_or_a_missing_argument_is_named() -> None:
     request = Request(count=1, seed=0, spec=SPEC)
     with pytest.raises(UsageError, match="stylegan2-ada:FILE"):
         generate("stylegan2-ada", request)

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.multiprocessing.spawn import spawn
 
 from ovcalib.cli import app as cli
 from ovcalib.errors import DataError, UsageError
@@ -36,7 +37,7 @@ def picture():
     return torch.stack([torch.sin(x / 6), torch.cos(y / 7), torch.sin((x + y) / 9)])[None]
 
 
-def test_the_controller_moves_one_fixed_step():
+def test_the_controller_moves_one_fixed_step() -> None:
     assert augment.adjust_probability(0.1, 0.7, 256) == pytest.approx(0.1 + 256 / 500_000)
     assert augment.adjust_probability(0.1, 0.5, 256) == pytest.approx(0.1 - 256 / 500_000)
     assert augment.adjust_probability(0.0, 0.5, 256) == 0
@@ -44,7 +45,7 @@ def test_the_controller_moves_one_fixed_step():
     assert augment.adjust_probability(0.3, 0.6, 256) == 0.3
 
 
-def test_geometry_moves_pixels_where_it_says(picture):
+def test_geometry_moves_pixels_where_it_says(picture) -> None:
     def move(**entries):
         matrix = torch.eye(3)[None].clone()
         for key, value in entries.items():
@@ -58,7 +59,7 @@ def test_geometry_moves_pixels_where_it_says(picture):
     assert (turned - picture.rot90(1, (2, 3))).abs()[..., 4:-4, 4:-4].max() < 0.02
 
 
-def test_colour_keeps_what_each_step_keeps(picture):
+def test_colour_keeps_what_each_step_keeps(picture) -> None:
     colour = augment.draw_colour(200, 1.0, torch.Generator().manual_seed(0))
     grey = torch.full((200, 3, 1, 1), 0.3)
     changed = augment.apply_colour(grey, colour)
@@ -66,7 +67,7 @@ def test_colour_keeps_what_each_step_keeps(picture):
     assert augment.draw_colour(1, 0.0, torch.Generator()).tolist() == [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]]
 
 
-def test_as_many_images_change_as_p_says(picture):
+def test_as_many_images_change_as_p_says(picture) -> None:
     batch = picture.repeat(400, 1, 1, 1)
     assert augment.augment(batch, 0.0, torch.Generator()) is batch
     changed = augment.augment(batch, 0.05, torch.Generator().manual_seed(0))
@@ -74,7 +75,7 @@ def test_as_many_images_change_as_p_says(picture):
     assert 0.25 < share < 0.55  # twelve gates, of which a few may draw what changes nothing: 1 - 0.95^12 = 0.46
 
 
-def test_augmentation_can_be_differentiated_twice(picture):
+def test_augmentation_can_be_differentiated_twice(picture) -> None:
     small = picture[:, :, :8, :8].double().repeat(2, 1, 1, 1)
 
     def run(x):
@@ -108,7 +109,7 @@ def tiny_teacher(team=ALONE, **changed):
     return TeacherTraining(teacher.fitted(tiny_recipe(**changed), 16, 4), toy_data(), team)
 
 
-def test_losses_have_known_values():
+def test_losses_have_known_values() -> None:
     zero = torch.zeros(4, 1)
     assert teacher.generator_loss(zero).item() == pytest.approx(np.log(2))
     assert teacher.discriminator_loss(zero, zero).item() == pytest.approx(2 * np.log(2))
@@ -116,18 +117,18 @@ def test_losses_have_known_values():
     assert teacher.r1_penalty(images, 2 * images.sum(dim=(1, 2, 3))).item() == pytest.approx(4 * 48 / 2)
 
 
-def test_averaging_follows_the_half_life():
+def test_averaging_follows_the_half_life() -> None:
     assert ema_beta(64, 10**9, 500, 0.05) == pytest.approx(0.5 ** (64 / 500_000))
     assert ema_beta(64, 10_000, 500, 0.05) == pytest.approx(0.5 ** (64 / 500))
 
 
-def test_every_image_is_seen_once_a_pass():
+def test_every_image_is_seen_once_a_pass() -> None:
     seen = np.concatenate([batch_indices(10, 4, step, 0) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(batch_indices(10, 4, 3, 0)) == list(seen[12:16])
 
 
-def test_a_resumed_teacher_equals_an_uninterrupted_one():
+def test_a_resumed_teacher_equals_an_uninterrupted_one() -> None:
     straight, first = tiny_teacher(), tiny_teacher()
     reports = [straight.step() for _ in range(6)]
     for _ in range(3):
@@ -148,7 +149,7 @@ class Threads(Workers):
     """What two processes are to come to: their sums, made by threads that wait for each other."""
 
     barrier: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(2))
-    parts: dict = dataclasses.field(default_factory=dict)
+    parts: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def average(self, values):
         self.parts[self.rank] = values.clone()
@@ -162,7 +163,7 @@ def steps_of(training, count):
     return [training.step() for _ in range(count)]
 
 
-def steps_in_a_process(rank, folder, port):
+def steps_in_a_process(rank, folder, port) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}.items():
             patch.setenv(name, str(value))
@@ -174,14 +175,14 @@ def steps_in_a_process(rank, folder, port):
             torch.save(training.average.state_dict(), folder / f"{rank}.pt")
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_network(tmp_path):
+def test_two_processes_train_one_network(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(steps_in_a_process, (tmp_path, port), nprocs=2)
+    spawn(steps_in_a_process, (tmp_path, port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    barrier, parts = threading.Barrier(2), {}
+    barrier = threading.Barrier(2)
+    parts: dict[int, torch.Tensor] = {}
     trainings = [tiny_teacher(Threads(rank, 2, CPU, barrier, parts)) for rank in (0, 1)]
     threads = [threading.Thread(target=partial(steps_of, training, 4)) for training in trainings]
     for thread in threads:
@@ -197,7 +198,7 @@ def test_two_processes_train_one_network(tmp_path):
     assert any(not torch.equal(first[name], value) for name, value in alone.average.state_dict().items())
 
 
-def test_the_published_settings():
+def test_the_published_settings() -> None:
     paper = teacher.preset("paper")
     assert (paper.batch, paper.learning_rate, paper.r1_gamma, paper.path_length_weight) == (64, 0.0025, 0.01, 0)
     optimizer = teacher.lazy_adam(torch.nn.Linear(1, 1), 0.0025, 16)
@@ -205,7 +206,7 @@ def test_the_published_settings():
     assert optimizer.param_groups[0]["betas"] == pytest.approx((0.0, 0.99 ** (16 / 17)))
 
 
-def test_accumulation_sees_the_same_number_of_images():
+def test_accumulation_sees_the_same_number_of_images() -> None:
     parts = tiny_teacher(accumulate=2)
     assert parts.piece == 4
     assert set(parts.step()) == {"loss_g", "loss_d", "path_length", "r1", "sign_real", "p"}
@@ -223,7 +224,7 @@ def write_folder(root, count=24):
 
 
 @pytest.fixture
-def tiny_presets(monkeypatch):
+def tiny_presets(monkeypatch) -> None:
     monkeypatch.setitem(teacher.PRESETS, "cpu", tiny_recipe(kimg=0.032))
     small = dataclasses.replace(distillation.PRESETS["cpu"], epochs=1, batch=8, ndf=4, precision="float32")
     monkeypatch.setitem(distillation.PRESETS, "cpu", small)
@@ -234,7 +235,7 @@ def run(*arguments):
     return found.exit_code, found.output + (found.stderr or "")
 
 
-def test_the_commands_from_data_to_a_trained_teacher(tmp_path, tiny_presets):
+def test_the_commands_from_data_to_a_trained_teacher(tmp_path, tiny_presets) -> None:
     data, out = write_folder(tmp_path / "data"), tmp_path / "teacher"
     command = ("train-teacher", f"imagefolder:{data}", "--preset", "cpu", "-o", out, "-d", "cpu")
     assert run(*command)[0] == 0
@@ -255,7 +256,7 @@ def test_the_commands_from_data_to_a_trained_teacher(tmp_path, tiny_presets):
     assert run("distill", tmp_path / "pairs", "-o", tmp_path / "s", "--preset", "cpu")[0] == 4  # 16x16
 
 
-def test_bad_images_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path) -> None:
     root = write_folder(tmp_path / "data", 4)
     PIL.Image.new("RGB", (20, 16)).save(root / "a" / "odd.png")
     with pytest.raises(DataError, match="different sizes"):
@@ -281,28 +282,28 @@ def tiny_student(**changed):
     return StudentTraining(StudentRecipe(**{"epochs": 4, "batch": 8, "ndf": 4, **changed}), toy_pairs(), None, CPU)
 
 
-def test_the_published_weights_of_the_objectives():
+def test_the_published_weights_of_the_objectives() -> None:
     recipe = StudentRecipe()
     assert sum(distillation.FEATURE_WEIGHTS) == 1.4375
     assert recipe.own_share * recipe.adversarial_weight == pytest.approx(0.002)
     assert (recipe.pixel_weight, recipe.adversarial_weight, recipe.real_weight) == (0.2, 0.01, 0.2)
 
 
-def test_the_pixel_weight_ends_at_zero_exactly():
+def test_the_pixel_weight_ends_at_zero_exactly() -> None:
     recipe = StudentRecipe()
     assert [pixel_weight(recipe, e, 400 * e) for e in (0, 1, 19, 20, 21)] == [0.2, 0.19, 0.01, 0, 0]
     slip = dataclasses.replace(recipe, pixel_decay="per-step")
     assert pixel_weight(slip, 0, 20) == 0
 
 
-def test_the_learning_rate_decays_only_when_asked():
+def test_the_learning_rate_decays_only_when_asked() -> None:
     assert distillation.learning_rate(StudentRecipe(), 10**6, 100) == 2e-4
     late = StudentRecipe(lr_decay_from=50)
     assert [distillation.learning_rate(late, s, 100) for s in (49, 50, 75, 100)] == pytest.approx([2e-4, 2e-4, 1e-4, 0])
     assert distillation.learning_rate(StudentRecipe(lr_decay_from=350_000), 10, 20) == 2e-4
 
 
-def test_equal_images_cost_nothing():
+def test_equal_images_cost_nothing() -> None:
     maps = [torch.randn(2, 3, 4, 4) for _ in range(4)]
     assert distillation.feature_loss(maps, maps) == 0
     assert distillation.feature_loss([m + 1 for m in maps], maps).item() == pytest.approx(1.4375)
@@ -310,7 +311,7 @@ def test_equal_images_cost_nothing():
 
 
 @pytest.mark.parametrize("changed", [{}, {"eval_after_epoch": True, "pixel_decay": "per-step", "adversarial_every": 2}])
-def test_a_resumed_student_equals_an_uninterrupted_one(changed):
+def test_a_resumed_student_equals_an_uninterrupted_one(changed) -> None:
     straight, first, second = (tiny_student(**changed) for _ in range(3))
     reports = [straight.step() for _ in range(5)]
     for _ in range(2):
@@ -323,14 +324,14 @@ def test_a_resumed_student_equals_an_uninterrupted_one(changed):
         assert torch.equal(one, other)
 
 
-def test_the_slip_of_the_published_code_changes_the_training():
+def test_the_slip_of_the_published_code_changes_the_training() -> None:
     plain, slipped = tiny_student(), tiny_student(eval_after_epoch=True)
     for _ in range(5):
         one, other = plain.step(), slipped.step()
     assert one != other
 
 
-def test_published_pair_folders_are_read(tmp_path):
+def test_published_pair_folders_are_read(tmp_path) -> None:
     for label in range(2):
         folder = tmp_path / f"class_{label}"
         folder.mkdir()
@@ -355,7 +356,7 @@ def test_published_pair_folders_are_read(tmp_path):
         ({"z": np.full((4, 4), np.nan, np.float32)}, "not finite"),
     ],
 )
-def test_pairs_that_do_not_fit_say_so(tmp_path, change, message):
+def test_pairs_that_do_not_fit_say_so(tmp_path, change, message) -> None:
     arrays = {"z": np.zeros((4, 4), np.float32), "labels": np.zeros(4, int), "images": np.zeros((4, 8, 8, 3), np.uint8)}
     np.savez(tmp_path / "pairs.npz", **{**arrays, **change})
     with pytest.raises(DataError, match=message):
@@ -363,7 +364,7 @@ def test_pairs_that_do_not_fit_say_so(tmp_path, change, message):
 
 
 @pytest.mark.slow
-def test_teacher_and_student_learn_colours_of_classes():
+def test_teacher_and_student_learn_colours_of_classes() -> None:
     """200 steps of the teacher, or 100 of the student, give each class its own colour."""
     from ovcalib.gan.distylegan import Student
     from ovcalib.gan.snapshot import Teacher

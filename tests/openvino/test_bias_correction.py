@@ -63,7 +63,7 @@ def images(rng):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_it_is_the_mean_of_the_rounding_error_times_the_input(rng, images, biased):
+def test_it_is_the_mean_of_the_rounding_error_times_the_input(rng, images, biased) -> None:
     """eps E[x], by hand: for a matrix product over pooled features, and for the first convolution at every position."""
     fp32 = network(rng, biased)
     int8 = coarse(fp32, rng)
@@ -79,7 +79,7 @@ def test_it_is_the_mean_of_the_rounding_error_times_the_input(rng, images, biase
     np.testing.assert_allclose(errors["stem"], np.einsum("oikl,ikl->o", eps["stem"], windows), atol=1e-5)
 
 
-def test_the_mean_error_of_every_channel_is_gone_behind_exact_inputs(rng, images):
+def test_the_mean_error_of_every_channel_is_gone_behind_exact_inputs(rng, images) -> None:
     """Where only one layer is rounded, the outputs are right on average."""
     fp32 = network(rng)
     whole = coarse(fp32, rng)
@@ -98,7 +98,7 @@ def test_the_mean_error_of_every_channel_is_gone_behind_exact_inputs(rng, images
     assert error() < 1e-5
 
 
-def test_a_layer_is_corrected_alone(rng, images):
+def test_a_layer_is_corrected_alone(rng, images) -> None:
     """So what is given back to float takes its correction with it, and leaves the others right."""
     fp32 = network(rng)
     whole = coarse(fp32, rng)
@@ -108,7 +108,7 @@ def test_a_layer_is_corrected_alone(rng, images):
     )
 
 
-def test_equal_networks_are_left_as_they_are(rng, images):
+def test_equal_networks_are_left_as_they_are(rng, images) -> None:
     fp32 = network(rng)
     same = coarse(fp32, rng)
     for op in same.get_ops():
@@ -120,7 +120,7 @@ def test_equal_networks_are_left_as_they_are(rng, images):
     np.testing.assert_allclose(outputs_of(same, [images[0]]), expected, atol=1e-5)
 
 
-def test_a_layer_that_had_no_bias_loses_it_again_in_float(rng, images):
+def test_a_layer_that_had_no_bias_loses_it_again_in_float(rng, images) -> None:
     fp32 = network(rng, biased=False)
     int8 = coarse(fp32, rng)
     correct_biases(fp32, int8, images)
@@ -130,7 +130,7 @@ def test_a_layer_that_had_no_bias_loses_it_again_in_float(rng, images):
     np.testing.assert_allclose(outputs_of(restored, [images[0]]), outputs_of(fp32, [images[0]]), atol=1e-5)
 
 
-def test_a_quantized_network(toy, toy_graph):
+def test_a_quantized_network(toy, toy_graph) -> None:
     plain = quantize_default(toy_graph, toy.calibration(), Settings(bias_correction="none"))
     calibration = toy.calibration(16)
     correct_biases(toy_graph, plain, [calibration[i] for i in range(16)])

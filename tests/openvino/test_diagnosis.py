@@ -49,7 +49,7 @@ def write_pair(folder, fp32, int8):
 
 
 @pytest.mark.parametrize("planted", ["down.0", "fc"])
-def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, planted):
+def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, planted) -> None:
     fp32, bad = write_pair(tmp_path, toy_graph, plant_narrow_range(int8, planted, 0.02))
     toy.write_folder(tmp_path / "images", 80)
     toy.calibration(20).save(tmp_path / "set")
@@ -77,7 +77,7 @@ def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, plan
     assert planted in (tmp_path / "out/report.html").read_text()
 
 
-def test_instrumented_references_are_those_of_the_float_graph(toy, toy_graph, int8):
+def test_instrumented_references_are_those_of_the_float_graph(toy, toy_graph, int8) -> None:
     names = [op.get_friendly_name() for op in quantized_operations(int8)]
     graph, probes = instrument(int8, toy_graph, names)
     core = ov.Core()
@@ -89,7 +89,7 @@ def test_instrumented_references_are_those_of_the_float_graph(toy, toy_graph, in
         assert values[probe.reference] == pytest.approx(expected[i], abs=1e-4), probe.name
 
 
-def test_weights_and_activations_are_apart(toy, toy_graph, int8):
+def test_weights_and_activations_are_apart(toy, toy_graph, int8) -> None:
     names = [op.get_friendly_name() for op in quantized_operations(int8)]
     images = [toy.calibration(8)[i] for i in range(8)]
     found = operation_signals(toy_graph, int8, names, {"a": images}, Progress())
@@ -105,7 +105,7 @@ def test_weights_and_activations_are_apart(toy, toy_graph, int8):
             assert one.clipped_share["a"] < 0.1
 
 
-def test_large_networks_are_looked_at_in_groups(toy, toy_graph, int8, monkeypatch):
+def test_large_networks_are_looked_at_in_groups(toy, toy_graph, int8, monkeypatch) -> None:
     names = [op.get_friendly_name() for op in quantized_operations(int8)]
     images = {"a": [toy.calibration(2)[i] for i in range(2)]}
     whole = operation_signals(toy_graph, int8, names, images, Progress())
@@ -115,7 +115,7 @@ def test_large_networks_are_looked_at_in_groups(toy, toy_graph, int8, monkeypatc
         assert single[name]["alone"].sqnr_db == pytest.approx(whole[name]["alone"].sqnr_db, abs=0.1)
 
 
-def test_harm_is_that_of_one_operation_alone(toy, toy_graph, int8):
+def test_harm_is_that_of_one_operation_alone(toy, toy_graph, int8) -> None:
     bad = plant_narrow_range(int8, "fc", 0.05)
     names = [op.get_friendly_name() for op in quantized_operations(bad)]
     harm = output_errors(toy_graph, bad, names, calibration_items(toy.calibration(8)), Progress())
@@ -124,7 +124,7 @@ def test_harm_is_that_of_one_operation_alone(toy, toy_graph, int8):
     assert sorted(harm.values())[-2] < harm[worst] / 10
 
 
-def test_what_cannot_be_compared_is_refused(toy, toy_graph, int8, tmp_path):
+def test_what_cannot_be_compared_is_refused(toy, toy_graph, int8, tmp_path) -> None:
     fp32, quantized = write_pair(tmp_path, toy_graph, int8)
     with pytest.raises(UsageError, match="no images were given"):
         ovcalib.diagnose(fp32, quantized)

@@ -1,5 +1,7 @@
 """Cross-layer equalization against its closed form, and the equalized network against the one that it was made from."""
 
+from typing import Any
+
 import numpy as np
 import openvino as ov
 import pytest
@@ -17,10 +19,10 @@ SIDE = 10
 class Network:
     """A graph that grows by layers with random weights, whose channels have very different ranges."""
 
-    def __init__(self, rng, shape=(1, 3, SIDE, SIDE)):
+    def __init__(self, rng, shape=(1, 3, SIDE, SIDE)) -> None:
         self.rng = rng
         self.x = ops.parameter(list(shape), np.float32, "x")
-        self.constants = {}
+        self.constants: dict[str, Any] = {}
 
     def weights(self, *shape, spread=(0,)):
         """Random numbers times 0.01 to 100, for each index of the axes `spread`."""
@@ -112,7 +114,7 @@ NETWORKS = {
     "relu": chain,
     "nothing": lambda net: chain(net, lambda value: value),
     "prelu": lambda net: chain(net, lambda value: ops.prelu(value, ops.constant(net.weights(8)))),
-    "leaky": lambda net: chain(net, lambda value: ops.prelu(value, ops.constant(np.float32([0.1])))),
+    "leaky": lambda net: chain(net, lambda value: ops.prelu(value, ops.constant(np.array([0.1], np.float32)))),
     "depthwise": depthwise_chain,
     "groups": grouped_chain,
     "read by two": read_by_two,
@@ -126,7 +128,7 @@ EQUALIZED = {"depthwise": 2, "groups": 2, "residual": 3, "pools": 3, "shared": 2
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_network_computes_what_it_did(kind, seed):
+def test_the_network_computes_what_it_did(kind, seed) -> None:
     rng = np.random.default_rng(seed)
     net = Network(rng)
     graph = net.graph(NETWORKS[kind](net))
@@ -144,7 +146,7 @@ def test_the_network_computes_what_it_did(kind, seed):
         assert two.ratio_after == pytest.approx(two.ratio_before, rel=1e-2)
 
 
-def test_scales_are_those_of_the_closed_form(rng):
+def test_scales_are_those_of_the_closed_form(rng) -> None:
     r1, r2 = np.exp(rng.normal(size=(2, 20)))
     s = equalization_scales([r1], [r2])
     np.testing.assert_allclose(s, np.sqrt(r1 * r2) / r2)
@@ -152,19 +154,19 @@ def test_scales_are_those_of_the_closed_form(rng):
     np.testing.assert_allclose((r1 / s) * (r2 * s), r1 * r2)
 
 
-def test_scales_of_several_layers_stand_between_them(rng):
+def test_scales_of_several_layers_stand_between_them(rng) -> None:
     a, b, c = np.exp(rng.normal(size=(3, 20)))
     s = equalization_scales([a, b], [c])
     np.testing.assert_allclose(np.sqrt(a / s * b / s), c * s)
 
 
-def test_a_channel_without_weights_gets_the_mean_scale():
+def test_a_channel_without_weights_gets_the_mean_scale() -> None:
     s = equalization_scales([np.array([16.0, 0.0, 1.0, 1.0])], [np.array([1.0, 1.0, 0.0, 1.0])])
     np.testing.assert_allclose(s, [4, 2, 2, 1])
     np.testing.assert_array_equal(equalization_scales([np.zeros(3)], [np.ones(3)]), np.ones(3))
 
 
-def test_two_layers_have_the_same_ranges_afterwards(rng):
+def test_two_layers_have_the_same_ranges_afterwards(rng) -> None:
     net = Network(rng)
     graph = net.graph(chain(net))
     product = ranges(graph, "first", True) * ranges(graph, "second", False)
@@ -176,7 +178,7 @@ def test_two_layers_have_the_same_ranges_afterwards(rng):
     assert found.ratio_before > found.ratio_after > 1
 
 
-def test_three_layers_come_to_the_cube_root_of_their_product(rng):
+def test_three_layers_come_to_the_cube_root_of_their_product(rng) -> None:
     """As in the paper: with a depthwise layer in the middle, all three have the range (r1 r2 r3)^(1/3)."""
     net = Network(rng)
     graph = net.graph(depthwise_chain(net))
@@ -187,7 +189,7 @@ def test_three_layers_come_to_the_cube_root_of_their_product(rng):
         np.testing.assert_allclose(ranges(equalized, *name), root, rtol=2e-3)
 
 
-def test_a_sum_joins_its_layers(rng):
+def test_a_sum_joins_its_layers(rng) -> None:
     net = Network(rng)
     _, found = equalize(net.graph(residual(net)))
     (joined,) = [e for e in found if len(e.producers) > 1]
@@ -236,7 +238,7 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize("kind", LEFT_ALONE)
-def test_what_no_factor_passes_through_is_left_alone(rng, kind):
+def test_what_no_factor_passes_through_is_left_alone(rng, kind) -> None:
     net = Network(rng)
     made = LEFT_ALONE[kind](net)
     graph = net.graph(*(made if isinstance(made, tuple) else (made,)))
@@ -247,7 +249,7 @@ def test_what_no_factor_passes_through_is_left_alone(rng, kind):
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_matrix_products_of_sequences(rng, transposed):
+def test_matrix_products_of_sequences(rng, transposed) -> None:
     net = Network(rng, (1, 7, 6))
     value = ops.relu(net.matmul(net.x, "first", 6, 8, transposed))
     graph = net.graph(net.matmul(value, "second", 8, 5, transposed))
@@ -258,7 +260,7 @@ def test_matrix_products_of_sequences(rng, transposed):
     np.testing.assert_allclose(ranges(equalized, "first", True), ranges(equalized, "second", False), rtol=1e-3)
 
 
-def test_the_mean_of_a_sequence(rng):
+def test_the_mean_of_a_sequence(rng) -> None:
     net = Network(rng, (1, 7, 6))
     value = ops.reduce_mean(ops.relu(net.matmul(net.x, "first", 6, 8)), [1], False)
     graph = net.graph(net.matmul(value, "second", 8, 5))
@@ -268,7 +270,7 @@ def test_the_mean_of_a_sequence(rng):
     assert nmse(outputs_of(graph, images), outputs_of(equalized, images)) < 1e-10
 
 
-def test_int8_can_hold_it_then(rng):
+def test_int8_can_hold_it_then(rng) -> None:
     """A channel that drowns the others is brought back to the SQNR of the network before it was made wide."""
     first, second = rng.normal(size=(8, 3, 3, 3)), rng.normal(size=(5, 8, 3, 3))
 
@@ -287,7 +289,7 @@ def test_int8_can_hold_it_then(rng):
     assert worst(first, second, True) > normal - 1
 
 
-def test_a_trained_network(toy, toy_graph):
+def test_a_trained_network(toy, toy_graph) -> None:
     equalized, found = equalize(toy_graph)
     assert found
     images = toy.calibration(8).inputs()

@@ -46,7 +46,7 @@ def weights(rng):
 
 
 @pytest.mark.parametrize("shift", [0.0, 4.0])
-def test_rounding_noise_is_that_of_rounding(rng, shift):
+def test_rounding_noise_is_that_of_rounding(rng, shift) -> None:
     x = (rng.normal(size=(1, 6, 40, 40)) + shift).astype(np.float32)
     x = np.maximum(x, 0) if shift else x
     measured = np.square(rounded(x, x.min(), x.max()) - x).mean((0, 2, 3))
@@ -55,7 +55,7 @@ def test_rounding_noise_is_that_of_rounding(rng, shift):
     np.testing.assert_allclose(rounding_noise(Channels.of(x, 1), True), alone, rtol=0.1)
 
 
-def test_zeros_are_not_rounded():
+def test_zeros_are_not_rounded() -> None:
     x = np.zeros((1, 2, 4, 4), np.float32)
     x[0, 0, 0, 0] = 1.0
     noise = rounding_noise(Channels.of(x, 1), False)
@@ -64,7 +64,7 @@ def test_zeros_are_not_rounded():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_output_noise_is_that_of_a_layer(rng, groups):
+def test_output_noise_is_that_of_a_layer(rng, groups) -> None:
     w = rng.normal(size=(groups, 7, 6, 1))
     x = rng.normal(size=(20_000, groups, 6)) * np.array([1, 5, 1, 1, 0.1, 1])
     step = 2 * np.abs(x).max() / 255
@@ -81,14 +81,14 @@ def test_output_noise_is_that_of_a_layer(rng, groups):
     assert from_weights == pytest.approx(np.mean(draws), rel=0.15)
 
 
-def test_signals_of_several_images_are_one_signal(rng):
+def test_signals_of_several_images_are_one_signal(rng) -> None:
     parts = rng.normal(size=(3, 1, 4, 5, 5)).astype(np.float32)
     together = Channels.of(parts[0], 1).with_(Channels.of(parts[1], 1)).with_(Channels.of(parts[2], 1))
     np.testing.assert_allclose(together.variance, parts.var((0, 1, 3, 4)), rtol=1e-4)
     np.testing.assert_allclose(together.power, np.square(parts).mean((0, 1, 3, 4)), rtol=1e-4)
 
 
-def test_a_wide_channel_is_seen_though_the_network_computes_the_same(images, weights):
+def test_a_wide_channel_is_seen_though_the_network_computes_the_same(images, weights) -> None:
     first, second = weights
     before = {e.name: e for e in expected_sqnr(chain(first, second), images)}
     assert below_sqnr_limit(list(before.values())) == []
@@ -102,7 +102,7 @@ def test_a_wide_channel_is_seen_though_the_network_computes_the_same(images, wei
     assert after[1].sqnr_db == pytest.approx(before["conv0"].sqnr_db, abs=6)
 
 
-def test_a_large_weight_that_meets_a_silent_channel_is_seen(images, weights):
+def test_a_large_weight_that_meets_a_silent_channel_is_seen(images, weights) -> None:
     first, second = weights
     first[2], second[:, 2] = 1e-3 * first[2], 1000 * second[:, 2]
     found = below_sqnr_limit(expected_sqnr(chain(first, second), images))
@@ -110,7 +110,7 @@ def test_a_large_weight_that_meets_a_silent_channel_is_seen(images, weights):
     assert found[0].weights_share > 0.5
 
 
-def test_a_depthwise_layer_bears_wide_channels(images, rng, weights):
+def test_a_depthwise_layer_bears_wide_channels(images, rng, weights) -> None:
     depthwise = rng.normal(size=(8, 1, 1, 3, 3))
     first = weights[0]
     before = {e.name: e.sqnr_db for e in expected_sqnr(chain(first, depthwise), images)}
@@ -121,7 +121,7 @@ def test_a_depthwise_layer_bears_wide_channels(images, rng, weights):
     assert after["conv1"] == pytest.approx(before["conv1"], abs=0.01)
 
 
-def test_wider_ranges_of_single_channels_bring_more_noise_there_and_nowhere_else(images, rng, weights):
+def test_wider_ranges_of_single_channels_bring_more_noise_there_and_nowhere_else(images, rng, weights) -> None:
     graph = chain(weights[0], rng.normal(size=(8, 1, 1, 3, 3)))
     before = {e.name: e for e in expected_sqnr(graph, images)}
     after = {e.name: e.sqnr_db for e in expected_sqnr(graph, images, channel_headroom=2.0)}
@@ -131,7 +131,7 @@ def test_wider_ranges_of_single_channels_bring_more_noise_there_and_nowhere_else
     assert after["conv0"] == pytest.approx(before["conv0"].sqnr_db)
 
 
-def test_sums_and_matrix_products_are_looked_at(toy, toy_graph):
+def test_sums_and_matrix_products_are_looked_at(toy, toy_graph) -> None:
     found = {op.name: op for op in quantizable_operations(toy_graph)}
     kinds = sorted(
         "sum" if op.weights is None else f"{op.weights.shape[0]}x{op.weights.shape[1]}" for op in found.values()
@@ -143,7 +143,7 @@ def test_sums_and_matrix_products_are_looked_at(toy, toy_graph):
     assert min(e.sqnr_db for e in expected) > MIN_SQNR_DB + 10
 
 
-def test_signals_that_do_not_fit_together_are_looked_at_in_groups(toy, toy_graph, monkeypatch):
+def test_signals_that_do_not_fit_together_are_looked_at_in_groups(toy, toy_graph, monkeypatch) -> None:
     images = [toy.calibration(2)[i] for i in range(2)]
     whole = expected_sqnr(toy_graph, images)
     monkeypatch.setattr("ovcalib.runtime.GROUP_BYTES", 1)

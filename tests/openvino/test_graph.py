@@ -23,7 +23,7 @@ def outputs(graph, toy):
     return np.stack(list(OpenVINORunner(graph).run(toy.spec.preprocessing.normalise(i)[None] for i in toy.images[:50])))
 
 
-def test_quantized_operations_are_the_layers_and_what_joins_them(int8, toy_graph):
+def test_quantized_operations_are_the_layers_and_what_joins_them(int8, toy_graph) -> None:
     names = [layer_name(op) for op in quantized_operations(int8)]
     assert [n for n in names if n in ("stem.0", "block.conv", "down.0", "top.conv", "fc")] == [
         "stem.0", "block.conv", "down.0", "top.conv", "fc",
@@ -33,24 +33,24 @@ def test_quantized_operations_are_the_layers_and_what_joins_them(int8, toy_graph
     assert len(float_operations(toy_graph)) == 5
 
 
-def test_counts_survive_writing_and_reading(int8, tmp_path):
+def test_counts_survive_writing_and_reading(int8, tmp_path) -> None:
     write_ir(int8, tmp_path / "m.xml")
     again = read_graph(tmp_path / "m.xml")
     assert len(quantized_operations(again)) == len(quantized_operations(int8))
 
 
-def test_restoring_everything_gives_the_float_model(toy, toy_graph, int8):
+def test_restoring_everything_gives_the_float_model(toy, toy_graph, int8) -> None:
     everything = [op.get_friendly_name() for op in quantized_operations(int8)]
     restored = restore(int8, toy_graph, everything)
     assert quantized_operations(restored) == []
     assert np.abs(outputs(restored, toy) - outputs(toy_graph, toy)).max() < 1e-4
 
 
-def test_restoring_nothing_changes_nothing(toy, toy_graph, int8):
+def test_restoring_nothing_changes_nothing(toy, toy_graph, int8) -> None:
     assert np.array_equal(outputs(restore(int8, toy_graph, []), toy), outputs(int8, toy))
 
 
-def test_restoring_one_leaves_the_others_quantized(toy_graph, int8):
+def test_restoring_one_leaves_the_others_quantized(toy_graph, int8) -> None:
     name = next(op.get_friendly_name() for op in quantized_operations(int8) if layer_name(op) == "down.0")
     restored = restore(int8, toy_graph, [name])
     assert [layer_name(op) for op in float_operations(restored)] == ["down.0"]
@@ -59,7 +59,7 @@ def test_restoring_one_leaves_the_others_quantized(toy_graph, int8):
     assert float_operations(int8) == []
 
 
-def test_a_float_layer_before_the_rest_of_the_network_is_exact(toy, toy_graph, int8):
+def test_a_float_layer_before_the_rest_of_the_network_is_exact(toy, toy_graph, int8) -> None:
     """The first layer alone in float computes what it computes in the float model."""
     name = next(op.get_friendly_name() for op in quantized_operations(int8) if layer_name(op) == "stem.0")
     restored = restore(int8, toy_graph, [name])
@@ -72,12 +72,12 @@ def test_a_float_layer_before_the_rest_of_the_network_is_exact(toy, toy_graph, i
     assert np.abs(outputs(first_relu(restored), toy) - outputs(first_relu(toy_graph), toy)).max() < 1e-5
 
 
-def test_unknown_operations_are_named(toy_graph, int8):
+def test_unknown_operations_are_named(toy_graph, int8) -> None:
     with pytest.raises(UnknownNameError, match="Unknown operation 'stem.9'"):
         restore(int8, toy_graph, ["stem.9"])
 
 
-def test_values_behind_moving_operations_are_unquantized_for_one_reader_only():
+def test_values_behind_moving_operations_are_unquantized_for_one_reader_only() -> None:
     """fq -> reshape -> two matrix products: restoring one must leave the other's input quantized."""
     rng = np.random.default_rng(0)
     x = ops.parameter([1, 4, 4], np.float32, name="x")
@@ -95,7 +95,7 @@ def test_values_behind_moving_operations_are_unquantized_for_one_reader_only():
     assert np.abs(both[1] - value.reshape(1, 16) @ weights[1]).max() < 1e-4
 
 
-def test_patterns_match_by_name_and_by_type(toy_graph):
+def test_patterns_match_by_name_and_by_type(toy_graph) -> None:
     found = match_operations(toy_graph, ["stem.*", "type:matmul"])
     assert {layer_name(op) for op in found["stem.*"]} >= {"stem.0"}
     assert [layer_name(op) for op in found["type:matmul"]] == ["fc"]
@@ -131,13 +131,13 @@ def quantizer_of(low, high):
         ((0.0, 0.5), (0.0, 2.7), (0.0, 2.7)),
     ],
 )
-def test_the_input_spans_the_range_that_is_given(before, span, expected):
+def test_the_input_spans_the_range_that_is_given(before, span, expected) -> None:
     graph = quantizer_of(*before)
     assert set_input_range(graph, *span)
     assert input_quantizer(graph) == pytest.approx(expected, rel=1e-6)
 
 
-def test_images_that_were_never_dark_do_not_cut_off_the_dark():
+def test_images_that_were_never_dark_do_not_cut_off_the_dark() -> None:
     graph = quantizer_of(0.0, 0.5)
     set_input_range(graph, -2.1, 2.7)
     low, high = input_quantizer(graph)
@@ -146,7 +146,7 @@ def test_images_that_were_never_dark_do_not_cut_off_the_dark():
 
 
 @pytest.mark.parametrize("span", [(-2.1, 2.7), (-1.0, 3.0), (-2.0, -1.0)])
-def test_zero_stays_exact_in_an_asymmetric_range(span):
+def test_zero_stays_exact_in_an_asymmetric_range(span) -> None:
     graph = quantizer_of(-1.0, 2.0)
     set_input_range(graph, *span)
     low, high = input_quantizer(graph)
@@ -156,7 +156,7 @@ def test_zero_stays_exact_in_an_asymmetric_range(span):
     assert high >= max(span[1], 0) - step
 
 
-def test_a_float_graph_has_no_range_to_set(toy_graph):
+def test_a_float_graph_has_no_range_to_set(toy_graph) -> None:
     assert not set_input_range(toy_graph.clone(), 0, 1)
 
 
@@ -189,7 +189,7 @@ def test_ranges_of_single_channels_are_widened_and_zero_stays_where_it_is(low, h
 
 
 @pytest.mark.parametrize("preset", ["performance", "mixed"])
-def test_made_images_need_not_reach_black_and_white_but_the_input_does(toy, toy_graph, preset):
+def test_made_images_need_not_reach_black_and_white_but_the_input_does(toy, toy_graph, preset) -> None:
     pale = toy.calibration()
     pale = dataclasses.replace(pale, images=(pale.images // 4 + 96).astype(np.uint8))
     own = dataclasses.replace(pale, provenance=pale.provenance.model_copy(update={"real": True}))

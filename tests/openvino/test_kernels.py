@@ -30,7 +30,7 @@ needs_avx2 = pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="this 
 STEP, SCALE = 0.02, 0.01
 
 
-def emulate_avx2(monkeypatch):
+def emulate_avx2(monkeypatch) -> None:
     """Let this CPU seem to have neither VNNI nor AVX2."""
     monkeypatch.setattr(kernels, "host_kernels", lambda: None)
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"asimd"}))
@@ -39,7 +39,7 @@ def emulate_avx2(monkeypatch):
 class Layer:
     """One quantized layer with random integers, and its sums computed one product after the other."""
 
-    def __init__(self, rng, kind, zero, channels=6, outputs=4, size=5, kernel=3, stride=1, dilation=1, pad=1):
+    def __init__(self, rng, kind, zero, channels=6, outputs=4, size=5, kernel=3, stride=1, dilation=1, pad=1) -> None:
         self.zero = zero
         ends = [(0 - zero) * STEP, (255 - zero) * STEP] * 2
         if kind == "matmul":
@@ -118,14 +118,14 @@ def output(layer, how):
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=names)
-def test_sums_of_32_bits(rng, case):
+def test_sums_of_32_bits(rng, case) -> None:
     layer = Layer(rng, **case)
     np.testing.assert_allclose(output(layer, "vnni"), layer.sums(saturate=False), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=names)
 @pytest.mark.parametrize("emulated", [pytest.param(False, marks=needs_avx2), True])
-def test_sums_of_16_bits(rng, case, emulated, monkeypatch):
+def test_sums_of_16_bits(rng, case, emulated, monkeypatch) -> None:
     layer = Layer(rng, **case)
     if emulated:
         emulate_avx2(monkeypatch)
@@ -135,7 +135,7 @@ def test_sums_of_16_bits(rng, case, emulated, monkeypatch):
     assert case["kind"] == "depthwise" or np.abs(exact - saturated).max() > 0.1
 
 
-def test_the_excess_is_that_of_neighbours(rng):
+def test_the_excess_is_that_of_neighbours(rng) -> None:
     values, weights = rng.integers(0, 256, (2, 5, 3)), rng.integers(-128, 128, (2, 4, 5))
     expected = np.zeros((4, 3), np.int64)
     for o in range(4):
@@ -148,14 +148,14 @@ def test_the_excess_is_that_of_neighbours(rng):
     assert expected.any()
 
 
-def test_this_process_knows_its_kernels():
+def test_this_process_knows_its_kernels() -> None:
     flags = machine.cpu_flags()
     if "ONEDNN_MAX_CPU_ISA" not in os.environ and flags:
         assert (host_kernels() == "vnni") == bool(flags & {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "asimd"})
 
 
 @needs_avx2
-def test_a_process_limited_to_avx2_knows_it():
+def test_a_process_limited_to_avx2_knows_it() -> None:
     found = subprocess.run(
         [sys.executable, "-c", "from ovcalib.kernels import host_kernels; print(host_kernels())"],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, check=True,
@@ -163,7 +163,7 @@ def test_a_process_limited_to_avx2_knows_it():
     assert found.stdout == "avx2\n"
 
 
-def test_a_network_is_the_same_on_all_kernels_where_nothing_saturates(toy, toy_graph):
+def test_a_network_is_the_same_on_all_kernels_where_nothing_saturates(toy, toy_graph) -> None:
     int8 = quantize_default(toy_graph, toy.calibration(), Settings(overflow_fix="enable"))
     inputs = toy.calibration(16).inputs()
     own = outputs_on(host_kernels(), int8, inputs)
@@ -171,7 +171,7 @@ def test_a_network_is_the_same_on_all_kernels_where_nothing_saturates(toy, toy_g
     assert nmse(own, outputs_on("avx2", int8, inputs)) < 1e-3
 
 
-def test_a_network_emulated_as_on_avx2_is_that_of_the_kernels(toy, toy_graph, monkeypatch):
+def test_a_network_emulated_as_on_avx2_is_that_of_the_kernels(toy, toy_graph, monkeypatch) -> None:
     int8 = quantize_default(toy_graph, toy.calibration(), Settings(overflow_fix="disable"))
     inputs = toy.calibration(16).inputs()
     if "avx2" not in machine.cpu_flags():
@@ -181,7 +181,7 @@ def test_a_network_emulated_as_on_avx2_is_that_of_the_kernels(toy, toy_graph, mo
     assert nmse(executed, outputs_on("avx2", int8, inputs)) < 1e-3
 
 
-def test_no_integer_kernel_is_left_where_nothing_may_saturate(toy, toy_graph):
+def test_no_integer_kernel_is_left_where_nothing_may_saturate(toy, toy_graph) -> None:
     int8 = quantize_default(toy_graph, toy.calibration(), Settings())
     compiled = ov.Core().compile_model(without_saturation(int8), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
@@ -192,7 +192,7 @@ def test_no_integer_kernel_is_left_where_nothing_may_saturate(toy, toy_graph):
 
 
 @needs_avx2
-def test_the_process_answers_in_order_and_for_any_number(toy, toy_graph):
+def test_the_process_answers_in_order_and_for_any_number(toy, toy_graph) -> None:
     inputs = toy.calibration(40).inputs()
     for count in (0, 1, 40):
         found = list(AVX2Process(toy_graph).run(iter(inputs[:count])))
@@ -202,7 +202,7 @@ def test_the_process_answers_in_order_and_for_any_number(toy, toy_graph):
 
 
 @needs_avx2
-def test_an_error_of_the_images_is_theirs(toy, toy_graph):
+def test_an_error_of_the_images_is_theirs(toy, toy_graph) -> None:
     def inputs():
         yield toy.calibration(1)[0]
         raise ZeroDivisionError
@@ -212,7 +212,7 @@ def test_an_error_of_the_images_is_theirs(toy, toy_graph):
 
 
 @needs_avx2
-def test_a_process_that_dies_is_an_error(toy, toy_graph, monkeypatch, tmp_path):
+def test_a_process_that_dies_is_an_error(toy, toy_graph, monkeypatch, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os; print('no memory', file=__import__('sys').stderr); os._exit(9)"
     )
@@ -226,7 +226,7 @@ def test_a_process_that_dies_is_an_error(toy, toy_graph, monkeypatch, tmp_path):
     [("any", ("vnni", "avx2")), ("avx2", ("avx2",)), ("avx512", ("avx2",)), ("vnni", ("vnni",)), ("gpu", ("vnni",))],
 )
 @pytest.mark.parametrize("host", ["vnni", "avx2"])
-def test_accuracy_is_measured_on_the_kernels_of_the_machine_that_was_named(monkeypatch, isa, wanted, host):
+def test_accuracy_is_measured_on_the_kernels_of_the_machine_that_was_named(monkeypatch, isa, wanted, host) -> None:
     monkeypatch.setattr(kernels, "host_kernels", lambda: host)
     assert kernels_of(isa) == wanted
     assert proof_kernels(isa) == (host if isa == "any" else wanted[0])

@@ -47,7 +47,7 @@ def accuracy(graph, toy):
     return (outputs(graph, toy).argmax(1) == toy.labels).mean()
 
 
-def test_int8_keeps_the_accuracy_and_shrinks_the_weights(toy, toy_graph, tmp_path):
+def test_int8_keeps_the_accuracy_and_shrinks_the_weights(toy, toy_graph, tmp_path) -> None:
     int8 = quantize_default(toy_graph, toy.calibration(), Settings())
     assert accuracy(toy_graph, toy) > 0.95
     assert accuracy(int8, toy) > accuracy(toy_graph, toy) - 0.02
@@ -56,15 +56,15 @@ def test_int8_keeps_the_accuracy_and_shrinks_the_weights(toy, toy_graph, tmp_pat
     assert (tmp_path / "q.bin").stat().st_size < 0.5 * (tmp_path / "f.bin").stat().st_size
 
 
-def test_the_float_graph_stays_as_it_is(toy, toy_graph):
+def test_the_float_graph_stays_as_it_is(toy, toy_graph) -> None:
     before = graph_sha256(toy_graph)
     quantize_default(toy_graph, toy.calibration(), Settings())
     assert graph_sha256(toy_graph) == before
     assert not toy_graph.has_rt_info(["nncf"])
 
 
-def test_p9_p10_p13_the_dataset_is_sized_repeatable_and_of_batch_one(toy):
-    seen = []
+def test_p9_p10_p13_the_dataset_is_sized_repeatable_and_of_batch_one(toy) -> None:
+    seen: list[int] = []
     items = _Items(toy.calibration(10), seen.append)
     assert len(items) == 10
     first, second = list(items), list(items)
@@ -74,20 +74,20 @@ def test_p9_p10_p13_the_dataset_is_sized_repeatable_and_of_batch_one(toy):
     assert max(seen) == 10
 
 
-def test_p9_every_image_is_used(toy, toy_graph, tmp_path):
-    seen = []
+def test_p9_every_image_is_used(toy, toy_graph, tmp_path) -> None:
+    seen: list[int] = []
     quantize_default(toy_graph, toy.calibration(37), Settings(), seen.append)
     assert max(seen) == 37
 
 
-def test_p11_a_second_call_is_not_changed_by_the_first(toy, toy_graph):
+def test_p11_a_second_call_is_not_changed_by_the_first(toy, toy_graph) -> None:
     settings = Settings()
     first = quantize_default(toy_graph, toy.calibration(), settings)
     second = quantize_default(toy_graph, toy.calibration(), settings)
     assert graph_sha256(first) == graph_sha256(second)
 
 
-def test_the_garbage_collector_is_left_as_it_was(toy, toy_graph):
+def test_the_garbage_collector_is_left_as_it_was(toy, toy_graph) -> None:
     quantize_default(toy_graph, toy.calibration(), Settings())
     assert gc.get_freeze_count() == 0
     gc.freeze()  # as servers do before they fork
@@ -98,7 +98,7 @@ def test_the_garbage_collector_is_left_as_it_was(toy, toy_graph):
         gc.unfreeze()
 
 
-def test_p15_quantizing_twice_is_refused(toy, toy_graph, tmp_path):
+def test_p15_quantizing_twice_is_refused(toy, toy_graph, tmp_path) -> None:
     int8 = quantize_default(toy_graph, toy.calibration(), Settings())
     with pytest.raises(ModelError, match="already quantized"):
         quantize_default(int8, toy.calibration(), Settings())
@@ -113,38 +113,38 @@ def test_p15_quantizing_twice_is_refused(toy, toy_graph, tmp_path):
     ("isa", "fix"),
     [("any", "first-layer"), ("avx2", "enable"), ("avx512", "enable"), ("vnni", "disable"), ("amx", "disable")],
 )
-def test_p17_the_overflow_fix_follows_the_machine_that_was_named(isa, fix):
+def test_p17_the_overflow_fix_follows_the_machine_that_was_named(isa, fix) -> None:
     assert resolve_overflow_fix("auto", isa) == fix
     assert resolve_overflow_fix("enable", isa) == "enable"
 
 
 @pytest.mark.parametrize(("kernels", "fix"), [("vnni", "disable"), ("avx2", "enable")])
-def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, kernels, fix):
+def test_p17_the_build_machine_counts_only_when_asked(monkeypatch, kernels, fix) -> None:
     monkeypatch.setattr("ovcalib.quantization.settings.host_kernels", lambda: kernels)
     assert resolve_overflow_fix("auto", "host") == fix
     assert resolve_overflow_fix("auto", "any") == "first-layer"
 
 
-def test_p17_the_overflow_fix_reaches_nncf(toy, toy_graph):
+def test_p17_the_overflow_fix_reaches_nncf(toy, toy_graph) -> None:
     graphs = {fix: graph_sha256(quantize_default(toy_graph, toy.calibration(), Settings(overflow_fix=fix)))
               for fix in ("disable", "first-layer", "enable")}  # fmt: skip
     assert len(set(graphs.values())) == 3
 
 
-def test_presets_and_bias_correction_reach_nncf(toy, toy_graph):
+def test_presets_and_bias_correction_reach_nncf(toy, toy_graph) -> None:
     base = graph_sha256(quantize_default(toy_graph, toy.calibration(), Settings()))
     for other in (Settings(preset="mixed"), Settings(bias_correction="fast")):
         assert graph_sha256(quantize_default(toy_graph, toy.calibration(), other)) != base
 
 
-def test_ignored_operations_stay_in_float(toy, toy_graph):
+def test_ignored_operations_stay_in_float(toy, toy_graph) -> None:
     found = match_operations(toy_graph, ["top.conv"])["top.conv"]
     name = next(op.get_friendly_name() for op in found if op.get_type_name() in WEIGHTED)
     int8 = quantize_default(toy_graph, toy.calibration(), Settings(ignored=(name,)))
     assert [layer_name(op) for op in float_operations(int8)] == ["top.conv"]
 
 
-def test_p18_p37_the_device_is_always_named():
+def test_p18_p37_the_device_is_always_named() -> None:
     check_device("CPU")
     check_device("AUTO")
     check_device("AUTO:CPU")
@@ -152,29 +152,29 @@ def test_p18_p37_the_device_is_always_named():
         check_device("GPUU")
 
 
-def test_p28_identical_runs_give_identical_weights(toy, toy_graph, tmp_path):
+def test_p28_identical_runs_give_identical_weights(toy, toy_graph, tmp_path) -> None:
     for name in ("a", "b"):
         write_ir(quantize_default(toy_graph, toy.calibration(), Settings()), tmp_path / f"{name}.xml")
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
-def test_p31_nncf_does_not_write_to_stdout(toy, toy_graph, capsys):
+def test_p31_nncf_does_not_write_to_stdout(toy, toy_graph, capsys) -> None:
     quantize_default(toy_graph, toy.calibration(), Settings())
     assert capsys.readouterr().out == ""
 
 
-def test_p31_what_nncf_says_goes_to_the_log(toy, toy_graph, tmp_path):
+def test_p31_what_nncf_says_goes_to_the_log(toy, toy_graph, tmp_path) -> None:
     with (tmp_path / "log").open("w") as log:
         quantize_default(toy_graph, toy.calibration(), Settings(), log=log)
     assert "Statistics collection" in (tmp_path / "log").read_text()
 
 
-def test_p35_an_error_of_nncf_becomes_ours(toy, toy_graph):
+def test_p35_an_error_of_nncf_becomes_ours(toy, toy_graph) -> None:
     with pytest.raises(ModelError, match=r"NNCF cannot quantize the model: .*nothing-of-the-kind"):
         quantize_default(toy_graph, toy.calibration(), Settings(ignored=("nothing-of-the-kind",)))
 
 
-def test_p36_telemetry_is_off():
+def test_p36_telemetry_is_off() -> None:
     """In a process of its own, because NNCF recognises a test run and is silent in it anyway."""
     code = (
         "import ovcalib, openvino.tools.ovc.telemetry_utils as ovc, nncf.telemetry.wrapper as nncf;"
@@ -190,7 +190,7 @@ def attention_graph():
     from torch import nn
 
     class Block(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 16, 4, stride=4)
             self.qkv = nn.Linear(16, 48)
@@ -208,7 +208,7 @@ def attention_graph():
     return graph
 
 
-def test_p24_transformers_are_recognised_and_quantized(toy, toy_graph):
+def test_p24_transformers_are_recognised_and_quantized(toy, toy_graph) -> None:
     assert not has_attention(toy_graph)
     graph = attention_graph()
     assert has_attention(graph)
@@ -216,7 +216,7 @@ def test_p24_transformers_are_recognised_and_quantized(toy, toy_graph):
     assert quantized_operations(int8)
 
 
-def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch):
+def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch) -> None:
     import nncf
 
     real, calls = nncf.quantize, []
@@ -233,7 +233,7 @@ def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch):
     assert quantized_operations(int8)
 
 
-def test_a_dynamic_batch_is_quantized_at_batch_one(toy, toy_graph):
+def test_a_dynamic_batch_is_quantized_at_batch_one(toy, toy_graph) -> None:
     graph = toy_graph.clone()
     graph.reshape({graph.inputs[0]: ov.PartialShape([-1, 3, 16, 16])})
     fixed = batch_one(graph, toy.spec)
@@ -262,7 +262,7 @@ def search(toy, toy_graph, int8, **fields):
     return restore_to_goal(options, toy_graph, int8, images, True, lambda: False, Progress())
 
 
-def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, planted):
+def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, planted) -> None:
     assert accuracy(planted, toy) < 0.9
     found, record = search(toy, toy_graph, planted, metric="agreement", max_drop=0.02)
     assert found.outcome == "goal-met"
@@ -274,7 +274,7 @@ def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, pla
 
 
 @pytest.mark.parametrize("metric", ["agreement", "expected-top1"])
-def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted, metric):
+def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted, metric) -> None:
     """A model whose outputs are NaN names nothing, so every operation at fault is reverted or the goal missed."""
     broken = planted.clone()
     bias = next(op for op in broken.get_ordered_ops() if op.get_type_name() == "Add")
@@ -284,21 +284,21 @@ def test_p3_nan_never_meets_a_goal(toy, toy_graph, planted, metric):
     assert (found.outcome == "goal-met") == (record.value >= record.baseline - 0.02)
 
 
-def test_p6_zero_iterations_are_refused_before_anything_runs():
+def test_p6_zero_iterations_are_refused_before_anything_runs() -> None:
     from ovcalib.errors import UsageError
 
     with pytest.raises(UsageError, match=r"max_iterations=0"):
         make_recipe(model="toy", mode="accuracy-aware", max_iterations=0)
 
 
-def test_biases_without_correction_are_those_that_nncf_gives(toy, toy_graph):
+def test_biases_without_correction_are_those_that_nncf_gives(toy, toy_graph) -> None:
     plain = quantize_default(toy_graph, toy.calibration(), Settings(bias_correction="none"))
     corrected = quantize_default(toy_graph, toy.calibration(), Settings())
     assert graph_sha256(plain) != graph_sha256(corrected)
     assert outputs(restore_biases(corrected, toy_graph), toy) == pytest.approx(outputs(plain, toy), abs=1e-5)
 
 
-def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph):
+def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph) -> None:
     settings = Settings()
     int8 = quantize_default(toy_graph, toy.calibration(), settings)
     harmed = int8.clone()
@@ -347,7 +347,7 @@ def top_of_input(int8):
     return float(quantizer.input_value(2).get_node().get_data().max())
 
 
-def test_activation_ranges_are_those_of_all_images(rng):
+def test_activation_ranges_are_those_of_all_images(rng) -> None:
     graph = positive_convolution(rng)
     images = rng.uniform(0, 1, (10, 8, 8, 8)).astype(np.float32)
     images *= np.arange(1, 11, dtype=np.float32).reshape(-1, 1, 1, 1) / images.max(axis=(1, 2, 3), keepdims=True)
@@ -360,7 +360,7 @@ def test_activation_ranges_are_those_of_all_images(rng):
     assert 5.5 < top["histogram"] <= 10.1
 
 
-def test_a_channel_that_is_larger_in_other_images_is_not_clipped(rng):
+def test_a_channel_that_is_larger_in_other_images_is_not_clipped(rng) -> None:
     x = ops.parameter([1, 8, 8, 8], np.float32, "x")
     weights = rng.normal(size=(8, 1, 1, 3, 3)).astype(np.float32)
     depthwise = ops.group_convolution(ops.relu(x), ops.constant(weights), [1, 1], [0, 0], [0, 0], [1, 1])
@@ -376,7 +376,7 @@ def test_a_channel_that_is_larger_in_other_images_is_not_clipped(rng):
     assert error() < error(activation_ranges="min-max") / 20
 
 
-def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng):
+def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng) -> None:
     graph = positive_convolution(rng)
     images = rng.uniform(0, 1, (300, 8, 8, 8)).astype(np.float32)
     settings = Settings(bias_correction="none")
@@ -404,7 +404,7 @@ def saturating(rng):
     return graph, network_set(np.concatenate(inputs))
 
 
-def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
+def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating) -> None:
     graph, calibration = saturating
     inputs = calibration.inputs()
     expected = outputs_of(graph, inputs)
@@ -417,7 +417,7 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating):
     assert errors["disable"] > 0.05
 
 
-def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
+def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) -> None:
     make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
     chosen, saturation = select_weight_range(make(settings), make)
@@ -433,7 +433,7 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating):
     assert not saturation.avoided
 
 
-def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
+def test_settings_that_were_named_are_not_ours_to_choose(toy_graph) -> None:
     def ours(**given):
         options = QuantizationOptions(**given)
         return auto_fields(options, resolve_settings(options, toy_graph))
@@ -447,7 +447,7 @@ def test_settings_that_were_named_are_not_ours_to_choose(toy_graph):
     assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
 
 
-def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating):
+def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating) -> None:
     graph, calibration = saturating
     output = OutputError(graph, calibration)
     int8 = quantize_default(graph, calibration, Settings(overflow_fix="disable", bias_correction="none"))
@@ -458,7 +458,7 @@ def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating):
     assert found["avx2"] > 0.05
 
 
-def test_a_diagnosis_names_saturation(saturating):
+def test_a_diagnosis_names_saturation(saturating) -> None:
     graph, calibration = saturating
     found = {
         fix: saturation_fault(

@@ -49,13 +49,13 @@ def plainly(weights, scale, limit=127):
 # One layer ------------------------------------------------------------------------------------
 
 
-def test_inputs_that_do_not_correlate_leave_plain_rounding(rng):
+def test_inputs_that_do_not_correlate_leave_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(5, 300)), rng.uniform(0.01, 0.03, 5)
     hessian = np.diag(rng.uniform(0.1, 10, 300))
     np.testing.assert_array_equal(compensated_rounding(weights, scale, hessian, 127), plainly(weights, scale))
 
 
-def test_two_weights_in_closed_form(rng):
+def test_two_weights_in_closed_form(rng) -> None:
     """OBQ: the first is rounded; the second takes what H01 / H11 of the error is, and is rounded."""
     hessian = np.array([[4.0, 2.4], [2.4, 3.0]])
     weights, scale = rng.normal(size=(200, 2)), np.full(200, 0.2)
@@ -67,14 +67,14 @@ def test_two_weights_in_closed_form(rng):
     assert (second != np.rint(exact[:, 1])).any()
 
 
-def test_the_input_that_varies_most_is_rounded_first():
+def test_the_input_that_varies_most_is_rounded_first() -> None:
     """Its weight is rounded as if alone, wherever it is stored."""
     hessian = np.array([[1.0, 1.5], [1.5, 3.0]])
     found = compensated_rounding(np.array([[0.4, 0.4]]), np.ones(1), hessian, 127, ALMOST_NONE)
     np.testing.assert_array_equal(found, [[round(0.4 + 0.4 * 1.5), 0]])
 
 
-def test_it_is_gptq_by_the_inverse_of_the_hessian(rng):
+def test_it_is_gptq_by_the_inverse_of_the_hessian(rng) -> None:
     """Frantar et al. 2022, equations 2 and 3, one column at a time, over more columns than one block holds."""
     inputs = rounding.BLOCK + 40
     weights, scale, hessian = rng.normal(size=(3, inputs)), np.full(3, 0.1), covariance(rng, inputs)
@@ -89,7 +89,7 @@ def test_it_is_gptq_by_the_inverse_of_the_hessian(rng):
     np.testing.assert_array_equal(compensated_rounding(weights, scale, hessian, 127, 0.01), expected)
 
 
-def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng):
+def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng) -> None:
     """The best by exhaustive search over the neighbours of each weight; on average, most of the way."""
     lost = []
     for _ in range(30):
@@ -105,7 +105,7 @@ def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng):
 
 
 @pytest.mark.parametrize("samples", [None, 6])
-def test_it_errs_less_than_plain_rounding(rng, samples):
+def test_it_errs_less_than_plain_rounding(rng, samples) -> None:
     """Of a singular hessian as well: fewer samples than inputs."""
     weights, scale, hessian = rng.normal(size=(16, 200)), np.full(16, 0.1), covariance(rng, 200, samples)
     found = compensated_rounding(weights, scale, hessian, 127, 0.01)
@@ -114,7 +114,7 @@ def test_it_errs_less_than_plain_rounding(rng, samples):
     )
 
 
-def test_other_scales_are_taken_where_they_lose_less(rng):
+def test_other_scales_are_taken_where_they_lose_less(rng) -> None:
     weights, scale, hessian = rng.normal(size=(6, 5)), np.full(6, 0.1), covariance(rng, 5)
     damped = hessian + 0.1 * np.diag(hessian).mean() * np.eye(5)
     integers, chosen = rescaled_rounding(weights, scale, hessian, 20, 0.1)
@@ -128,37 +128,37 @@ def test_other_scales_are_taken_where_they_lose_less(rng):
     assert 1.0 in rounding.SCALES
 
 
-def test_damping_without_end_leaves_plain_rounding(rng):
+def test_damping_without_end_leaves_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(4, 20)), np.full(4, 0.1)
     np.testing.assert_array_equal(
         compensated_rounding(weights, scale, covariance(rng, 20), 127, 1e9), plainly(weights, scale)
     )
 
 
-def test_integers_stay_within_the_limit_and_later_ones_make_up_for_that(rng):
+def test_integers_stay_within_the_limit_and_later_ones_make_up_for_that(rng) -> None:
     weights, scale, hessian = rng.normal(size=(8, 40)), np.full(8, 0.02), covariance(rng, 40)
     found = compensated_rounding(weights, scale, hessian, 64)
     assert np.abs(found).max() == 64
     assert loss(weights, scale, hessian, found).sum() < loss(weights, scale, hessian, plainly(weights, scale, 64)).sum()
 
 
-def test_inputs_that_never_change_leave_plain_rounding(rng):
+def test_inputs_that_never_change_leave_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(4, 9)), np.full(4, 0.1)
     np.testing.assert_array_equal(compensated_rounding(weights, scale, np.zeros((9, 9)), 127), plainly(weights, scale))
 
 
-def test_leading_axes_are_problems_of_their_own(rng):
+def test_leading_axes_are_problems_of_their_own(rng) -> None:
     weights, scale, hessian = (
         rng.normal(size=(6, 2, 9)),
         rng.uniform(0.1, 0.2, (6, 2)),
         covariance(rng, 9, leading=(6,)),
     )
     together = compensated_rounding(weights, scale, hessian, 127)
-    for found, *problem in zip(together, weights, scale, hessian, strict=True):
-        np.testing.assert_array_equal(found, compensated_rounding(*problem, 127))
+    for i, found in enumerate(together):
+        np.testing.assert_array_equal(found, compensated_rounding(weights[i], scale[i], hessian[i], 127))
 
 
-def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(rng):
+def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(rng) -> None:
     x, errors = rng.normal([1, 2, 3, 4], size=(50, 4)), rng.normal(size=(3, 4))
     moments = Moments(x.mean(0)[None], np.cov(x.T, bias=True)[None])
     lost = x @ errors.T
@@ -167,7 +167,7 @@ def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(
     np.testing.assert_allclose(output_error(errors[None], moments, moments), residual.sum() / 50)
 
 
-def test_the_error_on_other_inputs_has_the_shift_that_was_fitted(rng):
+def test_the_error_on_other_inputs_has_the_shift_that_was_fitted(rng) -> None:
     x, other, errors = rng.normal(size=(50, 4)), rng.normal(size=(30, 4)) + 1, rng.normal(size=(3, 4))
     fitted, seen = (Moments(v.mean(0)[None], np.cov(v.T, bias=True)[None]) for v in (x, other))
     expected = ((other @ errors.T - (x @ errors.T).mean(0)) ** 2).sum(1).mean()
@@ -233,7 +233,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("kind", "attributes"), LAYERS)
-def test_weights_times_rows_are_what_the_graph_computes(rng, kind, attributes):
+def test_weights_times_rows_are_what_the_graph_computes(rng, kind, attributes) -> None:
     fp32, int8 = one_layer(rng, kind, **attributes)
     layer = understood(fp32, int8)
     (x,) = pictures(rng, 1)
@@ -247,7 +247,7 @@ def test_weights_times_rows_are_what_the_graph_computes(rng, kind, attributes):
         np.testing.assert_allclose(computed.reshape(expected.shape), expected, atol=1e-4)
 
 
-def test_positions_are_a_sample_of_them_all(rng, monkeypatch):
+def test_positions_are_a_sample_of_them_all(rng, monkeypatch) -> None:
     layer = understood(*one_layer(rng, "conv"))
     (x,) = pictures(rng, 1)
     every = layer.rows(x, rng)[0]
@@ -261,7 +261,7 @@ def test_positions_are_a_sample_of_them_all(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul"])
-def test_moments_are_those_of_all_rows(rng, kind):
+def test_moments_are_those_of_all_rows(rng, kind) -> None:
     fp32, int8 = one_layer(rng, kind)
     layer, images = understood(fp32, int8), pictures(rng)
     graph = quantized_inputs(int8, fp32, ["layer"])
@@ -274,7 +274,7 @@ def test_moments_are_those_of_all_rows(rng, kind):
 
 
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul", "matmul turned"])
-def test_what_is_written_is_read_again(rng, kind):
+def test_what_is_written_is_read_again(rng, kind) -> None:
     fp32, int8 = one_layer(rng, kind)
     layer = understood(fp32, int8)
     integers = rng.integers(-64, 65, layer.plain.shape).astype(np.int8)
@@ -285,7 +285,7 @@ def test_what_is_written_is_read_again(rng, kind):
     np.testing.assert_allclose(again.scale, scale, rtol=1e-6)
 
 
-def test_one_scale_for_all_channels_stays(rng):
+def test_one_scale_for_all_channels_stays(rng) -> None:
     """Where the graph has room for one only, none other is looked for."""
     fp32, int8 = one_layer(rng, "conv")
     (layer,) = quantized_layers(int8)
@@ -302,7 +302,7 @@ def test_one_scale_for_all_channels_stays(rng):
     np.testing.assert_array_equal(understood(fp32, int8).scale, found.scale)
 
 
-def test_a_matrix_product_that_turns_its_input_is_left_alone(rng):
+def test_a_matrix_product_that_turns_its_input_is_left_alone(rng) -> None:
     x = ops.parameter([7, 4], np.float32, "x")
     ends = [ops.constant(np.full((1, 1), end, np.float32)) for end in (-1, 1, -1, 1)]
     integers = ops.convert(ops.constant(rng.integers(-9, 9, (5, 7)).astype(np.int8)), np.float32)
@@ -315,7 +315,7 @@ def test_a_matrix_product_that_turns_its_input_is_left_alone(rng):
 # The choice -------------------------------------------------------------------------------------
 
 
-def test_compensation_is_kept_where_it_helps_unseen_inputs_alone(rng, monkeypatch):
+def test_compensation_is_kept_where_it_helps_unseen_inputs_alone(rng, monkeypatch) -> None:
     monkeypatch.setattr(rounding, "SCALES", (1.0,))
     layer = understood(*one_layer(rng, "conv", limit=7))
     inputs = layer.exact.shape[-1]
@@ -354,7 +354,7 @@ def weights_alone(int8):
     return graph
 
 
-def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networks):
+def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networks) -> None:
     fp32, plain, images, fresh = networks
     corrected, compensated = plain.clone(), plain.clone()
     correct_biases(fp32, corrected, images)
@@ -368,7 +368,7 @@ def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networ
     assert after < 0.7 * before
 
 
-def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks):
+def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks) -> None:
     fp32, plain, images, _ = networks
     rounded = plain.clone()
     round_weights(fp32, rounded, images[8:], np.random.default_rng(0), held_out=images[:8])
@@ -379,7 +379,7 @@ def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks):
         assert np.abs(new.astype(int)).max() <= np.abs(old.astype(int)).max() <= 127
 
 
-def test_the_seed_decides(networks, monkeypatch):
+def test_the_seed_decides(networks, monkeypatch) -> None:
     monkeypatch.setattr(rounding, "POSITIONS", 16)
     fp32, plain, images, fresh = networks
 
@@ -393,7 +393,7 @@ def test_the_seed_decides(networks, monkeypatch):
     np.testing.assert_array_equal(outputs_of(graph, fresh[:4]), outputs_of(same, fresh[:4]))
 
 
-def test_a_layer_that_is_not_understood_has_its_bias_corrected(networks, monkeypatch):
+def test_a_layer_that_is_not_understood_has_its_bias_corrected(networks, monkeypatch) -> None:
     """As bias correction alone would; where no layer is understood, the whole is bias correction."""
     fp32, plain, images, fresh = networks
     monkeypatch.setattr(Rounding, "of", staticmethod(lambda layer, exact: None))

@@ -34,7 +34,7 @@ def exported(toy, tmp_path_factory):
     return path
 
 
-def test_onnx_is_one_file_with_names(exported):
+def test_onnx_is_one_file_with_names(exported) -> None:
     assert [p.name for p in exported.parent.iterdir()] == ["toy.onnx"]
     model = onnx.load(str(exported))
     assert [i.name for i in model.graph.input] == ["input"]
@@ -44,7 +44,7 @@ def test_onnx_is_one_file_with_names(exported):
     assert {"stem.0", "block.conv", "down.0", "top.conv", "fc"} <= set(names)
 
 
-def test_ir_describes_itself(toy, exported, tmp_path):
+def test_ir_describes_itself(toy, exported, tmp_path) -> None:
     write_ir(to_ir(exported, toy.spec), tmp_path / "m.xml")
     graph = read_graph(tmp_path / "m.xml")
     assert stored_spec(graph) == toy.spec
@@ -62,7 +62,7 @@ def test_ir_describes_itself(toy, exported, tmp_path):
     assert graph.inputs[0].get_any_name() == "input"
 
 
-def test_biases_are_constants_so_that_nncf_corrects_them(toy, exported):
+def test_biases_are_constants_so_that_nncf_corrects_them(toy, exported) -> None:
     graph = to_ir(exported, toy.spec)
     kinds = {op.get_type_name() for op in graph.get_ops()}
     assert "ShapeOf" not in kinds
@@ -70,7 +70,7 @@ def test_biases_are_constants_so_that_nncf_corrects_them(toy, exported):
     assert sum(op.input_value(1).get_node().get_type_name() == "Constant" for op in adds) >= 4
 
 
-def test_an_fp32_baseline_is_fp32(toy, exported, tmp_path):
+def test_an_fp32_baseline_is_fp32(toy, exported, tmp_path) -> None:
     graph = to_ir(exported, toy.spec)
     write_ir(graph, tmp_path / "a" / "m.xml")
     write_ir(graph, tmp_path / "b" / "m.xml", fp16=True)
@@ -79,7 +79,7 @@ def test_an_fp32_baseline_is_fp32(toy, exported, tmp_path):
     assert (tmp_path / "b" / "m.bin").stat().st_size < 0.6 * (tmp_path / "a" / "m.bin").stat().st_size
 
 
-def test_dynamic_batch_is_open_in_onnx_and_ir(toy, tmp_path):
+def test_dynamic_batch_is_open_in_onnx_and_ir(toy, tmp_path) -> None:
     path = tmp_path / "m.onnx"
     to_onnx(toy.net, toy.spec.input_shape, path, dynamic_batch=True)
     graph = to_ir(path, toy.spec, dynamic_batch=True)
@@ -88,14 +88,14 @@ def test_dynamic_batch_is_open_in_onnx_and_ir(toy, tmp_path):
     assert compiled(np.zeros((5, 3, 16, 16), np.float32))[0].shape == (5, 4)
 
 
-def test_all_forms_compute_the_same(toy, exported):
+def test_all_forms_compute_the_same(toy, exported) -> None:
     parity = check_parity(toy.net, exported, to_ir(exported, toy.spec))
     assert parity.torch_vs_ir_max_abs < 1e-4
     assert parity.torch_vs_onnx_max_abs < 1e-4
     assert parity.onnx_runtime == "onnxruntime"
 
 
-def test_parity_names_the_layer_that_differs(toy, exported, tmp_path):
+def test_parity_names_the_layer_that_differs(toy, exported, tmp_path) -> None:
     model = onnx.load(str(exported))
     for tensor in model.graph.initializer:
         if tensor.name == "down.0.weight":
@@ -106,7 +106,7 @@ def test_parity_names_the_layer_that_differs(toy, exported, tmp_path):
         check_parity(toy.net, bad, to_ir(exported, toy.spec))
 
 
-def test_parity_does_not_accept_nan(toy, exported, tmp_path):
+def test_parity_does_not_accept_nan(toy, exported, tmp_path) -> None:
     model = onnx.load(str(exported))
     for tensor in model.graph.initializer:
         if tensor.name == "fc.bias":
@@ -116,12 +116,12 @@ def test_parity_does_not_accept_nan(toy, exported, tmp_path):
         check_parity(toy.net, tmp_path / "nan.onnx", to_ir(exported, toy.spec))
 
 
-def test_parity_without_onnxruntime_uses_openvino(toy, exported, monkeypatch):
+def test_parity_without_onnxruntime_uses_openvino(toy, exported, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert check_parity(toy.net, exported, to_ir(exported, toy.spec)).onnx_runtime == "openvino"
 
 
-def test_the_users_module_stays_as_it_was():
+def test_the_users_module_stays_as_it_was() -> None:
     net = ToyNet().train()
     net.fc.eval()
     seen = []
@@ -140,16 +140,16 @@ def test_the_users_module_stays_as_it_was():
     assert next(clone.parameters()).dtype == torch.float32
 
 
-def test_spectral_norm_survives_the_copy():
+def test_spectral_norm_survives_the_copy() -> None:
     net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))).eval()
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(private_copy(net)(x), net(x))
 
 
-def test_a_module_that_torch_export_refuses_is_traced(tmp_path):
+def test_a_module_that_torch_export_refuses_is_traced(tmp_path) -> None:
     class Refuses(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
 
@@ -161,7 +161,7 @@ def test_a_module_that_torch_export_refuses_is_traced(tmp_path):
     assert (tmp_path / "m.onnx").exists()
 
 
-def test_a_module_that_nothing_exports_is_a_model_error(tmp_path):
+def test_a_module_that_nothing_exports_is_a_model_error(tmp_path) -> None:
     class Hopeless(nn.Module):
         def forward(self, x):
             raise NotImplementedError("no")
@@ -171,7 +171,7 @@ def test_a_module_that_nothing_exports_is_a_model_error(tmp_path):
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_quantized_modules_are_refused():
+def test_quantized_modules_are_refused() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
     with pytest.raises(ModelError, match="already quantized"):
         refuse_quantized(quantized)
@@ -186,7 +186,7 @@ def test_quantized_modules_are_refused():
         (lambda p: p.write_bytes(b""), "cannot be read as ONNX"),
     ],
 )
-def test_files_that_are_no_models_are_refused(tmp_path, make, message, capfd):
+def test_files_that_are_no_models_are_refused(tmp_path, make, message, capfd) -> None:
     path = tmp_path / "m.onnx"
     make(path)
     with pytest.raises(ModelError, match=message):
@@ -194,7 +194,7 @@ def test_files_that_are_no_models_are_refused(tmp_path, make, message, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_truncated_and_missing_weights_are_refused(toy, exported, tmp_path):
+def test_truncated_and_missing_weights_are_refused(toy, exported, tmp_path) -> None:
     write_ir(to_ir(exported, toy.spec), tmp_path / "m.xml")
     weights = tmp_path / "m.bin"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -205,14 +205,14 @@ def test_truncated_and_missing_weights_are_refused(toy, exported, tmp_path):
         read_graph(tmp_path / "m.xml")
 
 
-def test_every_port_gets_a_name(toy):
+def test_every_port_gets_a_name(toy) -> None:
     graph = ov.convert_model(toy.net, example_input=torch.zeros(1, 3, 16, 16), input=[1, 3, 16, 16])
     assert not graph.outputs[0].get_names()
     ensure_names(graph)
     assert graph.outputs[0].get_names() == {"output"}
 
 
-def test_the_graph_hash_is_the_same_for_identical_runs_and_differs_for_others(toy, exported, tmp_path):
+def test_the_graph_hash_is_the_same_for_identical_runs_and_differs_for_others(toy, exported, tmp_path) -> None:
     first, second = to_ir(exported, toy.spec), to_ir(exported, toy.spec)
     assert graph_sha256(first) == graph_sha256(second)
     write_ir(first, tmp_path / "m.xml")
@@ -225,7 +225,7 @@ def test_the_graph_hash_is_the_same_for_identical_runs_and_differs_for_others(to
     assert graph_sha256(read_graph(tmp_path / "o.onnx")) != graph_sha256(first)
 
 
-def test_a_float_graph_that_nncf_has_touched_is_not_quantized(toy, exported):
+def test_a_float_graph_that_nncf_has_touched_is_not_quantized(toy, exported) -> None:
     graph = to_ir(exported, toy.spec)
     graph.set_rt_info("True", ["nncf", "friendly_names_were_updated"])
     assert is_quantized(graph) is None
@@ -233,7 +233,7 @@ def test_a_float_graph_that_nncf_has_touched_is_not_quantized(toy, exported):
     assert is_quantized(graph) == "nncf/quantization"
 
 
-def test_describe_overrides_an_open_shape(toy, tmp_path):
+def test_describe_overrides_an_open_shape(toy, tmp_path) -> None:
     path = tmp_path / "m.onnx"
     to_onnx(toy.net, toy.spec.input_shape, path, dynamic_batch=True)
     graph = read_graph(path)

@@ -52,7 +52,7 @@ def activations(net, images):
 # Taps --------------------------------------------------------------------------------------------------------
 
 
-def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(toy, rng):
+def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(toy, rng) -> None:
     images = torch.from_numpy(rng.standard_normal((3, 3, 16, 16), dtype=np.float32))
 
     def objective(moments, out):
@@ -75,7 +75,7 @@ def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(to
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_rounding(toy, rng):
+def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_rounding(toy, rng) -> None:
     images = torch.from_numpy(rng.standard_normal((3, 3, 16, 16), dtype=np.float32))
     found = {}
     for half in (False, True):
@@ -83,7 +83,7 @@ def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_roun
         with tapped(find_layers(toy.net, "toy")) as taps, torch.autocast("cpu", torch.bfloat16, enabled=half):
             toy.net(ours)
             assert {m.mean.dtype for m in taps.moments} == {torch.float32}
-            loss = sum(m.mean.square().sum() + m.square.sum() for m in taps.moments)
+            loss = torch.stack([m.mean.square().sum() + m.square.sum() for m in taps.moments]).sum()
             (gradient,) = torch.autograd.grad(loss, ours)
             found[half] = torch.cat([torch.cat((m.mean, m.square), 1) for m in taps.moments], 1), gradient
     for rounded, exact in zip(found[True], found[False], strict=True):
@@ -92,13 +92,13 @@ def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_roun
 
 
 @pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16"}, "bf16"), ({"avx512f"}, "fp32")])
-def test_bfloat16_is_chosen_where_the_cpu_has_it(toy, monkeypatch, flags, precision):
+def test_bfloat16_is_chosen_where_the_cpu_has_it(toy, monkeypatch, flags, precision) -> None:
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
     assert made("bn-inversion", toy, precision="auto").provenance.options["precision"] == precision
 
 
 @pytest.mark.parametrize("fields", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}, {"groups": 2, "bias": False}])
-def test_a_depthwise_convolution_in_bfloat16_is_that_of_float32_but_for_rounding(fields, rng):
+def test_a_depthwise_convolution_in_bfloat16_is_that_of_float32_but_for_rounding(fields, rng) -> None:
     conv = nn.Conv2d(8, 8, 3, **{"groups": 8, **fields}).requires_grad_(False)
     x = torch.from_numpy(rng.standard_normal((2, 8, 9, 9), dtype=np.float32)).requires_grad_()
     exact = conv(x)
@@ -114,7 +114,7 @@ def test_a_depthwise_convolution_in_bfloat16_is_that_of_float32_but_for_rounding
     assert conv(x).dtype == torch.float32
 
 
-def test_layers_are_as_they_were_even_after_a_failure(toy):
+def test_layers_are_as_they_were_even_after_a_failure(toy) -> None:
     layers = find_layers(toy.net, "toy")
     with pytest.raises(RuntimeError, match="stop"), tapped(layers):
         raise RuntimeError("stop")
@@ -142,7 +142,7 @@ def everything(network, images):
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_copies_of_a_network_give_the_outputs_moments_and_gradients_of_one(toy, rng, two_threads, count):
+def test_copies_of_a_network_give_the_outputs_moments_and_gradients_of_one(toy, rng, two_threads, count) -> None:
     images = torch.from_numpy(rng.standard_normal((count, 3, 16, 16), dtype=np.float32))
     with on_all_cores(toy.net, "toy", half=False, copies=1) as one:
         assert len(one.copies) == 1
@@ -157,9 +157,9 @@ def test_copies_of_a_network_give_the_outputs_moments_and_gradients_of_one(toy, 
     assert torch.get_num_threads() == 2
 
 
-def test_outputs_that_the_loss_ignores_do_no_harm_in_parallel(toy, rng, two_threads):
+def test_outputs_that_the_loss_ignores_do_no_harm_in_parallel(toy, rng, two_threads) -> None:
     images = torch.from_numpy(rng.standard_normal((4, 3, 16, 16), dtype=np.float32))
-    found = []
+    found: list[torch.Tensor] = []
     for copies in (1, 2):
         ours = images.clone().requires_grad_()
         with on_all_cores(toy.net, "toy", half=False, copies=copies) as network:
@@ -167,9 +167,9 @@ def test_outputs_that_the_loss_ignores_do_no_harm_in_parallel(toy, rng, two_thre
     torch.testing.assert_close(*found)
 
 
-def test_copies_share_weights_but_not_what_a_pass_leaves_in_attributes(rng, two_threads):
+def test_copies_share_weights_but_not_what_a_pass_leaves_in_attributes(rng, two_threads) -> None:
     class Remembering(nn.Module):
-        def __init__(self, net):
+        def __init__(self, net) -> None:
             super().__init__()
             self.net = net
 
@@ -193,7 +193,7 @@ def test_copies_share_weights_but_not_what_a_pass_leaves_in_attributes(rng, two_
 class Tokens(nn.Module):
     """Its BatchNorm sees every position as a row of its own, and one of its outputs is a constant."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.norm = trained(nn.BatchNorm1d(3))
 
@@ -202,10 +202,10 @@ class Tokens(nn.Module):
         return rows.view(len(x), -1), torch.ones(len(x), 2)
 
 
-def test_rows_of_positions_and_constant_outputs_go_through_copies(rng, two_threads):
+def test_rows_of_positions_and_constant_outputs_go_through_copies(rng, two_threads) -> None:
     images = torch.from_numpy(rng.standard_normal((3, 3, 4, 4), dtype=np.float32))
     net = Tokens().eval().requires_grad_(False)
-    found = []
+    found: list[tuple[torch.Tensor, ...]] = []
     for copies in (1, 2):
         with on_all_cores(net, "net", half=False, copies=copies) as network:
             found.append(everything(network, images))
@@ -213,9 +213,9 @@ def test_rows_of_positions_and_constant_outputs_go_through_copies(rng, two_threa
         torch.testing.assert_close(ours, wanted)
 
 
-def test_a_network_that_cannot_be_copied_goes_alone(rng, two_threads):
+def test_a_network_that_cannot_be_copied_goes_alone(rng, two_threads) -> None:
     net = Tokens().eval().requires_grad_(False)
-    net.lock = threading.Lock()
+    vars(net)["lock"] = threading.Lock()
     images = torch.from_numpy(rng.standard_normal((3, 3, 4, 4), dtype=np.float32))
     with on_all_cores(net, "net", half=False) as network:
         assert len(network.copies) == 1
@@ -224,7 +224,7 @@ def test_a_network_that_cannot_be_copied_goes_alone(rng, two_threads):
 
 
 @pytest.mark.parametrize("name", ["bn-inversion", "dgh", "intraq"])
-def test_the_number_of_threads_changes_nothing_but_rounding(toy, two_threads, name):
+def test_the_number_of_threads_changes_nothing_but_rounding(toy, two_threads, name) -> None:
     many = made(name, toy)
     torch.set_num_threads(1)
     np.testing.assert_allclose(made(name, toy).images, many.images, atol=2e-3)
@@ -234,7 +234,7 @@ def test_the_number_of_threads_changes_nothing_but_rounding(toy, two_threads, na
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_variance_is_that_of_torch(rng, unbiased):
+def test_variance_is_that_of_torch(rng, unbiased) -> None:
     x = torch.from_numpy(rng.standard_normal((5, 4, 6, 6), dtype=np.float32) + 3)
     mean, square = x.mean((0, 2, 3)), x.square().mean((0, 2, 3))
     torch.testing.assert_close(
@@ -242,7 +242,7 @@ def test_variance_is_that_of_torch(rng, unbiased):
     )
 
 
-def test_slack_is_the_square_at_zero_and_nothing_at_the_margin():
+def test_slack_is_the_square_at_zero_and_nothing_at_the_margin() -> None:
     value, target = torch.tensor([[1.0, -2.0]]), torch.tensor([0.5, 0.5])
     assert losses.sum_over_channels(losses.slack_gap(value, target, 0.0)).item() == pytest.approx(0.25 + 6.25)
     edge = torch.tensor([[1.0]], requires_grad=True)
@@ -257,12 +257,12 @@ def test_slack_is_the_square_at_zero_and_nothing_at_the_margin():
     assert outside.grad.item() > 0  # descending goes towards the target
 
 
-def test_both_reductions_differ_by_the_number_of_channels(rng):
+def test_both_reductions_differ_by_the_number_of_channels(rng) -> None:
     gap = torch.from_numpy(rng.standard_normal((3, 7)))
     torch.testing.assert_close(losses.sum_over_channels(gap), 7 * losses.mean_over_channels(gap))
 
 
-def test_enhancement_counts_one_layer_of_each_image_twice():
+def test_enhancement_counts_one_layer_of_each_image_twice() -> None:
     weights = losses.enhancement(4, torch.arange(6))
     torch.testing.assert_close(weights.sum(1), torch.full((6,), 5 / 4))
     terms = torch.rand(6, 4, requires_grad=True)
@@ -274,7 +274,7 @@ def test_enhancement_counts_one_layer_of_each_image_twice():
         assert terms.grad[image, image % 4].item() == 2 * others[0]
 
 
-def test_stretching_rewards_range_and_is_leashed_by_the_last_layer(rng):
+def test_stretching_rewards_range_and_is_leashed_by_the_last_layer(rng) -> None:
     outputs = torch.from_numpy(rng.standard_normal((4, 10)))
     mean0, std0 = torch.zeros(5), torch.ones(5)
     at_target = losses.stretch(outputs, mean0.expand(4, 5), std0.expand(4, 5), mean0, std0, 0.5)
@@ -284,13 +284,13 @@ def test_stretching_rewards_range_and_is_leashed_by_the_last_layer(rng):
     torch.testing.assert_close(away, at_target + 3.5)
 
 
-def test_soft_inception_is_zero_at_its_target():
+def test_soft_inception_is_zero_at_its_target() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]])
     probability = logits.softmax(1)[:, 1]
     assert losses.soft_inception(logits, torch.tensor([1]), probability).item() == pytest.approx(0)
 
 
-def test_marginal_distance_is_free_between_its_margins():
+def test_marginal_distance_is_free_between_its_margins() -> None:
     centre = torch.tensor([[1.0, 0.0]])
     near, between, far = torch.tensor([[1.0, 0.01]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, 0.0]])
     known = torch.tensor([True])
@@ -310,7 +310,7 @@ def moments_of(net, images):
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 1)])
-def test_the_statistics_of_the_set_are_those_of_all_images_at_once(toy, rng, sizes):
+def test_the_statistics_of_the_set_are_those_of_all_images_at_once(toy, rng, sizes) -> None:
     images = torch.from_numpy(rng.standard_normal((sum(sizes), 3, 16, 16), dtype=np.float32))
     statistics = engine.SetStatistics(sum(sizes))
     parts = images.split(sizes)
@@ -328,7 +328,7 @@ def test_the_statistics_of_the_set_are_those_of_all_images_at_once(toy, rng, siz
     assert torch.allclose(plain, exact, atol=1e-5) == (len(set(sizes)) == 1)
 
 
-def test_a_batch_has_its_share_of_the_gradient_of_the_whole_set(toy, rng):
+def test_a_batch_has_its_share_of_the_gradient_of_the_whole_set(toy, rng) -> None:
     images = torch.from_numpy(rng.standard_normal((6, 3, 16, 16), dtype=np.float32))
     statistics = engine.SetStatistics(6)
     for number, part in enumerate(images.split(2)):
@@ -336,7 +336,8 @@ def test_a_batch_has_its_share_of_the_gradient_of_the_whole_set(toy, rng):
     live = images[2:4].clone().requires_grad_()
     with tapped(find_layers(toy.net, "toy")) as taps:
         toy.net(live)
-        value = sum((mean.square() + square.sin()).sum() for mean, square in statistics.with_live(1, taps.moments))
+        live_moments = statistics.with_live(1, taps.moments)
+    value = torch.stack([(mean.square() + square.sin()).sum() for mean, square in live_moments]).sum()
     (found,) = torch.autograd.grad(value, live)
     whole = images.clone().requires_grad_()
     acts = activations(toy.net, whole)
@@ -348,7 +349,7 @@ def test_a_batch_has_its_share_of_the_gradient_of_the_whole_set(toy, rng):
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
-def test_smoothing_keeps_a_constant_image_and_its_kernel_is_symmetric():
+def test_smoothing_keeps_a_constant_image_and_its_kernel_is_symmetric() -> None:
     assert engine.SMOOTHING.sum().item() == pytest.approx(1)
     assert torch.equal(engine.SMOOTHING, engine.SMOOTHING.T)
     assert engine.SMOOTHING[0, 0].item() == pytest.approx(0.087681, abs=2e-5)
@@ -357,7 +358,7 @@ def test_smoothing_keeps_a_constant_image_and_its_kernel_is_symmetric():
     torch.testing.assert_close(smoothed[..., 1:-1, 1:-1], torch.full((1, 3, 4, 4), 2.0))
 
 
-def test_clipping_passes_the_gradient_straight_through():
+def test_clipping_passes_the_gradient_straight_through() -> None:
     x = torch.tensor([[[[-5.0, 0.2, 9.0]]]], requires_grad=True)
     out = engine.clip_straight_through(x, torch.tensor(-1.0), torch.tensor(1.0))
     torch.testing.assert_close(out.detach(), torch.tensor([[[[-1.0, 0.2, 1.0]]]]))
@@ -366,7 +367,7 @@ def test_clipping_passes_the_gradient_straight_through():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_the_enlarged_part_has_the_size_of_the_image_and_comes_from_it(rng):
+def test_the_enlarged_part_has_the_size_of_the_image_and_comes_from_it(rng) -> None:
     images = torch.from_numpy(rng.random((4, 3, 16, 16), dtype=np.float32))
     changed = 0
     for seed in range(8):
@@ -378,7 +379,7 @@ def test_the_enlarged_part_has_the_size_of_the_image_and_comes_from_it(rng):
     assert 0 < changed < 8
 
 
-def test_swinging_moves_the_inputs_of_strided_convolutions_by_at_most_a_pixel(rng):
+def test_swinging_moves_the_inputs_of_strided_convolutions_by_at_most_a_pixel(rng) -> None:
     conv = nn.Conv2d(1, 1, 1, stride=2, bias=False)
     nn.init.ones_(conv.weight)
     x = torch.arange(64.0).view(1, 1, 8, 8)
@@ -396,7 +397,7 @@ def test_swinging_moves_the_inputs_of_strided_convolutions_by_at_most_a_pixel(rn
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("radam", torch.optim.RAdam)])
-def test_the_optimisers_are_those_of_torch(name, kind, rng):
+def test_the_optimisers_are_those_of_torch(name, kind, rng) -> None:
     start = torch.from_numpy(rng.standard_normal((2, 1, 3, 3)))
     batch = engine.new_batch(start.clone(), [0, 1], 0.1, per_image=False)
     batch.rate = batch.rate.double()
@@ -411,7 +412,7 @@ def test_the_optimisers_are_those_of_torch(name, kind, rng):
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_the_rate_is_cut_on_a_plateau_image_by_image(reset):
+def test_the_rate_is_cut_on_a_plateau_image_by_image(reset) -> None:
     batch = engine.new_batch(torch.zeros(2, 1, 2, 2), [0, 1], 1.0, per_image=True)
     for value in (5.0, 4.0, 3.0, 2.0, 1.0):
         engine.cut_on_plateau(batch, torch.tensor([value, 5.0]), 2, 0.5, 1e-4, reset)
@@ -430,7 +431,7 @@ def test_the_rate_is_cut_on_a_plateau_image_by_image(reset):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_makes_network_inputs_with_the_answers_of_the_model_as_labels(toy, name):
+def test_a_method_makes_network_inputs_with_the_answers_of_the_model_as_labels(toy, name) -> None:
     """What every source promises is in test_source_contract.py."""
     found = made(name, toy)
     assert found.domain == "network"
@@ -444,7 +445,7 @@ def test_a_method_makes_network_inputs_with_the_answers_of_the_model_as_labels(t
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if SOURCES[name].Options().scope == "sample"])
-def test_images_of_their_own_do_not_depend_on_the_batch_or_the_count(toy, name):
+def test_images_of_their_own_do_not_depend_on_the_batch_or_the_count(toy, name) -> None:
     one_by_one = made(name, toy, batch=1)
     np.testing.assert_allclose(made(name, toy, batch=4).images, one_by_one.images, atol=2e-3)
     np.testing.assert_allclose(made(name, toy, count=9, batch=3).images[:6], one_by_one.images, atol=2e-3)
@@ -469,27 +470,27 @@ def bn_loss(toy, images):
         ("dgh", {"steps": 250, "patience": 10}),
     ],
 )
-def test_the_statistics_of_the_set_approach_those_stored(toy, name, options):
+def test_the_statistics_of_the_set_approach_those_stored(toy, name, options) -> None:
     start = engine.start(resolve(SOURCES[name].Options(), 16), request(toy, 12), range(12))
     before = bn_loss(toy, engine.centre_crop(start, 16, 16).numpy())
     found = made(name, toy, count=12, **options)
     assert bn_loss(toy, found.images) < 0.1 * before
 
 
-def test_clipped_methods_stay_between_black_and_white(toy):
+def test_clipped_methods_stay_between_black_and_white(toy) -> None:
     low, high = toy.spec.preprocessing.input_range()
     found = made("dgh", toy)
     assert (found.images >= low[:, None, None] - 1e-6).all()
     assert (found.images <= high[:, None, None] + 1e-6).all()
 
 
-def test_slack_of_zero_is_zeroq(toy):
+def test_slack_of_zero_is_zeroq(toy) -> None:
     plain = made("zeroq", toy, rate=0.5)
     np.testing.assert_array_equal(made("dsg", toy, rate=0.5, slack=0, enhance=False).images, plain.images)
     assert not np.allclose(made("dsg", toy, rate=0.5, enhance=False).images, plain.images)
 
 
-def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy):
+def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy) -> None:
     def margins(slack):
         options = resolve(SOURCES["dsg"].Options(slack=slack), 16)
         with on_all_cores(toy.net, "toy", half=False) as network:
@@ -503,7 +504,7 @@ def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy):
     assert (top >= high).all()
 
 
-def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy):
+def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy) -> None:
     whole = made("bn-inversion", toy, count=4, batch=4, init="gaussian")
     batch = made("bn-inversion", toy, count=4, batch=4, init="gaussian", scope="batch")
     np.testing.assert_allclose(whole.images, batch.images, atol=1e-4)
@@ -514,7 +515,7 @@ def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy):
     {"optimizer": "radam"}, {"schedule": "plateau", "patience": 1}, {"pipeline": "smooth-augment"}, {"output": "none"}, {"rate": 0.2},
     {"swing": True}, {"scope": "sample"}, {"pipeline": "local-object"}, {"precision": "bf16"},
 ])  # fmt: skip
-def test_every_option_does_something(toy, axis):
+def test_every_option_does_something(toy, axis) -> None:
     plain = made("bn-inversion", toy, steps=8)
     assert not np.array_equal(plain.images, made("bn-inversion", toy, steps=8, **axis).images)
 
@@ -523,12 +524,12 @@ def test_every_option_does_something(toy, axis):
     {"optimizer": "radam"}, {"schedule": "plateau"}, {"schedule": "plateau", "patience": 1, "factor": 0.5}, {"rate": 0.2},
     {"generator_rate": 0.02}, {"latent": 64}, {"swing": False},
 ])  # fmt: skip
-def test_every_option_of_genie_does_something(toy, axis):
+def test_every_option_of_genie_does_something(toy, axis) -> None:
     plain = made("genie", toy, steps=8)
     assert not np.array_equal(plain.images, made("genie", toy, steps=8, **axis).images)
 
 
-def test_small_images_go_through_the_network_in_larger_batches():
+def test_small_images_go_through_the_network_in_larger_batches() -> None:
     for name in METHODS:
         options = SOURCES[name].Options()
         assert resolve(options, 224).batch == 8
@@ -541,11 +542,11 @@ class Stop(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize(("name", "when"), [("bn-inversion", 7), ("dgh", 5), ("zeroq", 5), ("intraq", 7), ("genie", 6)])
-def test_an_interrupted_run_goes_on_to_the_same_images(toy, tmp_path, name, when):
+def test_an_interrupted_run_goes_on_to_the_same_images(toy, tmp_path, name, when) -> None:
     whole = made(name, toy, count=12)
     calls = itertools.count()
 
-    def stop(done, note):
+    def stop(done, note) -> None:
         if next(calls) == when:
             raise Stop
 
@@ -569,7 +570,7 @@ def after(steps):
     return lambda: next(asked) >= steps
 
 
-def test_joint_steps_end_when_time_is_up_with_all_images_and_a_warning(toy):
+def test_joint_steps_end_when_time_is_up_with_all_images_and_a_warning(toy) -> None:
     ticks = []
     asked = request(toy, 6, out_of_time=after(5), tick=lambda done, note: ticks.append(done))
     found = generate("bn-inversion", asked, {"steps": "4", "batch": "4"})
@@ -582,7 +583,7 @@ def test_joint_steps_end_when_time_is_up_with_all_images_and_a_warning(toy):
 
 
 @pytest.mark.parametrize(("name", "steps"), [("intraq", 5), ("zeroq", 5), ("genie", 5)])
-def test_batches_that_were_not_begun_are_left_out_when_time_is_up(toy, name, steps):
+def test_batches_that_were_not_begun_are_left_out_when_time_is_up(toy, name, steps) -> None:
     # Asked before every step, and once more before the second and the third batch.
     asked = request(toy, 12, out_of_time=after(steps + 1))
     found = generate(name, asked, {"steps": "4", "batch": "4"})
@@ -593,7 +594,7 @@ def test_batches_that_were_not_begun_are_left_out_when_time_is_up(toy, name, ste
     np.testing.assert_array_equal(found.images[:4], made(name, toy, count=12).images[:4])
 
 
-def test_something_is_made_even_without_any_time(toy):
+def test_something_is_made_even_without_any_time(toy) -> None:
     for name in ("bn-inversion", "zeroq"):
         found = generate(name, request(toy, 6, out_of_time=lambda: True), {"steps": "4", "batch": "4"})
         assert len(found.images) >= 4
@@ -601,9 +602,9 @@ def test_something_is_made_even_without_any_time(toy):
         assert "with 0 of 8 steps" in found.provenance.warnings[0]
 
 
-def test_progress_rises_with_every_step_and_ends_with_the_last(toy):
+def test_progress_rises_with_every_step_and_ends_with_the_last(toy) -> None:
     for name in ("bn-inversion", "zeroq", "genie"):
-        ticks = []
+        ticks: list[int] = []
         made(name, toy, count=8, tick=lambda done, note, ticks=ticks: ticks.append(done))
         assert ticks == list(range(1, 9)), name
 
@@ -623,17 +624,17 @@ def trained(norm):
 
 
 @pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 8), nn.BatchNorm2d(8, track_running_stats=False)])
-def test_networks_without_stored_statistics_are_refused_with_a_way_out(norm):
+def test_networks_without_stored_statistics_are_refused_with_a_way_out(norm) -> None:
     with pytest.raises(ModelError, match="calibrate with fractal or real:DATA"):
         find_layers(net_with(norm), "net")
 
 
-def test_a_network_that_was_never_trained_is_refused():
+def test_a_network_that_was_never_trained_is_refused() -> None:
     with pytest.raises(ModelError, match="never trained"):
         find_layers(ToyNet(), "net")
 
 
-def test_other_kinds_of_batch_norm_are_read():
+def test_other_kinds_of_batch_norm_are_read() -> None:
     from torchvision.ops import FrozenBatchNorm2d
 
     for norm in (nn.SyncBatchNorm(8), nn.BatchNorm2d(8, affine=False), FrozenBatchNorm2d(8)):
@@ -653,11 +654,12 @@ def test_other_kinds_of_batch_norm_are_read():
         assert taps.moments[0].positions == 7
 
 
-def test_repvgg_is_inverted_in_training_form_and_refused_in_deployed_form():
+def test_repvgg_is_inverted_in_training_form_and_refused_in_deployed_form() -> None:
     from ovcalib.models import builtin
-    from ovcalib.models.repvgg import reparameterise
+    from ovcalib.models.repvgg import CifarRepVGG, reparameterise
 
     net = builtin.build("repvgg_a0-cifar10").eval()
+    assert isinstance(net, CifarRepVGG)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             trained(module)
@@ -666,7 +668,7 @@ def test_repvgg_is_inverted_in_training_form_and_refused_in_deployed_form():
         find_layers(reparameterise(net), "repvgg")
 
 
-def test_impossible_options_are_refused(toy):
+def test_impossible_options_are_refused(toy) -> None:
     for options, message in (
         ({"slack": 1.5}, "slack is 1.5"), ({"rate": -1}, "rate is -1"), ({"extra_pixels": 3}, "pipeline=smooth-augment"),
         ({"enhance": True}, "scope=sample"), ({"refresh": True, "scope": "batch"}, "scope=set"), ({"steps": 0}, "at least 1"),
@@ -675,14 +677,14 @@ def test_impossible_options_are_refused(toy):
             made("bn-inversion", toy, **options)
     with pytest.raises(UsageError, match="expected batch"):
         made("genie", toy, scope="set")
-    for options in ({"init": "fractal"}, {"schedule": "plateau-reset"}):
+    for name, value in (("init", "fractal"), ("schedule", "plateau-reset")):
         with pytest.raises(UsageError, match="genie starts from gaussian latent vectors"):
-            made("genie", toy, **options)
+            made("genie", toy, **{name: value})
     with pytest.raises(ModelError, match="Lower the rate"):
         made("bn-inversion", toy, steps=20, rate=1e30)
 
 
-def test_a_budget_fills_in_what_was_not_said():
+def test_a_budget_fills_in_what_was_not_said() -> None:
     options = resolve(dataclasses.replace(SOURCES["dgh"].Options(), steps=7, budget="standard"), 224)
     assert (options.steps, options.batch, options.extra_pixels) == (7, 16, 32)
     assert all(set(SOURCES[name].Options.BUDGETS) == {"quick", "standard", "paper"} for name in METHODS)
@@ -692,7 +694,7 @@ def test_a_budget_fills_in_what_was_not_said():
 # Score -------------------------------------------------------------------------------------------------------
 
 
-def test_distance_and_coverage_have_their_closed_forms():
+def test_distance_and_coverage_have_their_closed_forms() -> None:
     zero, one = torch.zeros(3), torch.ones(3)
     assert statistics_distance(zero, one, zero, one) == 0
     assert statistics_distance(zero + 1, one, zero, one) == pytest.approx(1)
@@ -703,7 +705,7 @@ def test_distance_and_coverage_have_their_closed_forms():
     assert range_coverage(zero + 4, zero + 5, zero, one) == 0
 
 
-def test_the_score_tells_training_images_from_noise_and_copies(toy):
+def test_the_score_tells_training_images_from_noise_and_copies(toy) -> None:
     real = score_set(toy.net, toy.calibration(), "toy")
     values = np.random.default_rng(0).standard_normal((32, 3, 16, 16)).astype(np.float32)
     noise = score_set(toy.net, toy.calibration(images=values), "toy")
@@ -722,11 +724,11 @@ def test_the_score_tells_training_images_from_noise_and_copies(toy):
     "name",
     [
         "ssdlite320_mobilenet_v3_large",
-        pytest.param("fcos_resnet50_fpn", marks=pytest.mark.slow),
-        pytest.param("retinanet_resnet50_fpn_v2", marks=pytest.mark.slow),
+        "fcos_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
     ],
 )
-def test_detectors_give_all_their_output_maps_to_the_loss(name, toy):
+def test_detectors_give_all_their_output_maps_to_the_loss(name, toy) -> None:
     from torchvision.models import get_model
 
     from ovcalib.calibration.network_outputs import flat_outputs, network_outputs

@@ -37,7 +37,7 @@ def filled(module):
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_keys_shapes_and_logits_are_those_of_the_public_networks(shared_data, name):
+def test_keys_shapes_and_logits_are_those_of_the_public_networks(shared_data, name) -> None:
     described = json.loads((shared_data / "cifar10_zoo" / "cifar10_zoo_state_dicts.json").read_text())[name]
     module = builtin.build(f"{name}-cifar10")
     assert {k: list(v.shape) for k, v in module.state_dict().items()} == described["state_dict"]
@@ -49,7 +49,7 @@ def test_keys_shapes_and_logits_are_those_of_the_public_networks(shared_data, na
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_has_the_parameters_that_are_published(shared_data, name):
+def test_every_network_has_the_parameters_that_are_published(shared_data, name) -> None:
     published = json.loads((shared_data / "cifar10_zoo" / "published_weights.json").read_text())
     for dataset in ("cifar10", "cifar100"):
         module = builtin.build(f"{name}-{dataset}")
@@ -63,12 +63,12 @@ def test_every_network_has_the_parameters_that_are_published(shared_data, name):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg11_bn", "mobilenetv2_x0_5", "shufflenetv2_x0_5", "repvgg_a0"])
-def test_forward_gives_one_logit_a_class(name):
+def test_forward_gives_one_logit_a_class(name) -> None:
     with torch.no_grad():
         assert builtin.build(f"{name}-cifar100").eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
-def test_reparameterised_repvgg_computes_the_same():
+def test_reparameterised_repvgg_computes_the_same() -> None:
     module = filled(builtin.build("repvgg_a0-cifar10"))
     before = {k: v.clone() for k, v in module.state_dict().items()}
     deployed = reparameterise(module)

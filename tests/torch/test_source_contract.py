@@ -15,7 +15,7 @@ import torch
 
 from ovcalib.calibration import SOURCES
 from ovcalib.calibration.sets import preflight
-from ovcalib.calibration.sources import Request, generate
+from ovcalib.calibration.sources import Generated, Request, generate
 from ovcalib.models import builtin
 from ovcalib.records.calibration import Domain, LabelOrigin
 from tests.toy import ToyNet
@@ -26,7 +26,7 @@ SPEC = builtin.spec("resnet20-cifar10")
 TINY = {"steps": "2", "batch": str(BATCH), "precision": "fp32", "points": "2000", "systems": "2"}
 
 
-def image_folder(folder):
+def image_folder(folder) -> str:
     rng = np.random.default_rng(0)
     for name in SPEC.classes:
         (folder / name).mkdir()
@@ -117,11 +117,11 @@ def make(module, references):
 @pytest.fixture(scope="module")
 def first(make):
     """The set of every source with the first seed, made once."""
-    made = {}
+    made: dict[str, Generated] = {}
     return lambda name: made[name] if name in made else made.setdefault(name, make(name))
 
 
-def test_every_source_that_takes_an_argument_has_one_here():
+def test_every_source_that_takes_an_argument_has_one_here() -> None:
     takes = {name for name in SOURCES if SOURCES[name].NEEDS & {"argument", "optional argument"}}
     missing, gone = takes - ARGUMENTS.keys(), ARGUMENTS.keys() - takes
     assert not missing, (
@@ -132,7 +132,7 @@ def test_every_source_that_takes_an_argument_has_one_here():
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_shape_type_domain_and_count(first, name):
+def test_shape_type_domain_and_count(first, name) -> None:
     made = first(name)
     assert len(made) == COUNT
     if made.domain == "pixels":
@@ -146,7 +146,7 @@ def test_shape_type_domain_and_count(first, name):
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_provenance_is_complete(first, references, name):
+def test_provenance_is_complete(first, references, name) -> None:
     made = first(name)
     about = made.provenance
     assert (about.source, about.seed, about.num_samples, about.requested) == (references[name], 0, COUNT, COUNT)
@@ -165,14 +165,14 @@ def test_provenance_is_complete(first, references, name):
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_a_seed_decides_the_images(first, make, name):
+def test_a_seed_decides_the_images(first, make, name) -> None:
     assert np.array_equal(first(name).images, make(name).images)
     other = make(name, seed=1).images
     assert np.array_equal(first(name).images, other) == (name in IN_ORDER)
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_images_do_not_depend_on_how_many_are_made_or_go_together(first, make, name):
+def test_images_do_not_depend_on_how_many_are_made_or_go_together(first, make, name) -> None:
     scope = scope_of(name)
     if scope == "set":
         pytest.skip("images of one set depend on each other, which is the method")
@@ -186,14 +186,14 @@ def test_images_do_not_depend_on_how_many_are_made_or_go_together(first, make, n
         alike(make(name, batch="1").images, made)
 
 
-def nearly_equal(one, other):
+def nearly_equal(one, other) -> None:
     """Adam divides by the size of a gradient, so where that is near zero its float noise moves a pixel far."""
     assert one.shape == other.shape
     assert np.mean(np.abs(one - other) > 2e-3) < 1e-3
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_progress_counts_up_to_the_images(make, name):
+def test_progress_counts_up_to_the_images(make, name) -> None:
     told = []
     make(name, tick=lambda done, note: told.append(done))
     assert told == sorted(told)
@@ -201,7 +201,7 @@ def test_progress_counts_up_to_the_images(make, name):
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_the_model_stays_as_it_is(make, module, name):
+def test_the_model_stays_as_it_is(make, module, name) -> None:
     before = {key: value.clone() for key, value in module.state_dict().items()}
     make(name)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
@@ -216,12 +216,12 @@ class Stop(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_an_interrupted_run_goes_on_to_the_same_images(first, make, tmp_path, name):
+def test_an_interrupted_run_goes_on_to_the_same_images(first, make, tmp_path, name) -> None:
     whole = []
     make(name, tick=lambda done, note: whole.append(done))
     calls = itertools.count(1)
 
-    def stop(done, note):
+    def stop(done, note) -> None:
         if next(calls) == max(1, len(whole) - 1):
             raise Stop
 

@@ -20,7 +20,7 @@ def recipe():
     return module
 
 
-def test_cutout_hides_one_square_of_each_image_and_is_centred_anywhere(recipe):
+def test_cutout_hides_one_square_of_each_image_and_is_centred_anywhere(recipe) -> None:
     images = torch.ones(2000, 3, 32, 32)
     hidden = recipe.cutout(images, 12, torch.Generator().manual_seed(0)) == 0
     assert (hidden == hidden[:, :1]).all()
@@ -31,7 +31,7 @@ def test_cutout_hides_one_square_of_each_image_and_is_centred_anywhere(recipe):
     assert hidden[:, 0, 12:20, 12:20].float().mean().item() == pytest.approx(144 / 1024, rel=0.1)
 
 
-def test_augmentation_moves_and_flips_but_invents_nothing(recipe):
+def test_augmentation_moves_and_flips_but_invents_nothing(recipe) -> None:
     images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32)
     moved = recipe.augment(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
@@ -39,7 +39,7 @@ def test_augmentation_moves_and_flips_but_invents_nothing(recipe):
         assert torch.isin(after, before).all()
 
 
-def test_the_rate_warms_up_and_ends_at_nothing(recipe):
+def test_the_rate_warms_up_and_ends_at_nothing(recipe) -> None:
     rates = [recipe.learning_rate(step, 10, 4, 0.1) for step in range(40)]
     assert rates[9] == pytest.approx(0.1)
     assert rates[:9] == sorted(rates[:9])
@@ -49,7 +49,7 @@ def test_the_rate_warms_up_and_ends_at_nothing(recipe):
 
 def test_a_stopped_training_goes_on_to_the_same_weights_and_a_restart_begins_from_others(
     recipe, rng, tmp_path, monkeypatch
-):
+) -> None:
     data = tmp_path / "data.npz"
     np.savez(data, images=rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8), labels=np.arange(64) % 10)
 

@@ -21,7 +21,7 @@ from ovcalib.measurement.worker import Session, is_steady
 from ovcalib.records.benchmark import Noise
 
 
-def test_percentiles_of_every_inference():
+def test_percentiles_of_every_inference() -> None:
     found = distribution(np.arange(1, 1002, dtype=np.float32))
     assert (found.p50, found.p90, found.p99, found.p999) == (501, 901, 991, pytest.approx(1000))
     assert (found.min, found.max, found.n) == (1, 1001, 1001)
@@ -30,12 +30,12 @@ def test_percentiles_of_every_inference():
     assert distribution(np.ones(999)).p999 is None
 
 
-def test_students_interval_over_the_rounds():
+def test_students_interval_over_the_rounds() -> None:
     # Mean 3, variance 2.5: half the interval is t * sqrt(2.5 / 5).
     assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 2.776 * math.sqrt(0.5), 3 + 2.776 * math.sqrt(0.5)))
 
 
-def test_pairing_by_round_cancels_drift():
+def test_pairing_by_round_cancels_drift() -> None:
     drift = [1.0, 1.5, 2.0, 3.0, 5.0]
     value, low, high = ratio_interval([2 * d for d in drift], drift)
     assert (value, low, high) == pytest.approx((2, 2, 2))
@@ -50,24 +50,24 @@ def test_pairing_by_round_cancels_drift():
         ((1.1, 0.9, 1.3), "no difference shown"),
     ],
 )
-def test_only_an_interval_on_one_side_of_one_says_anything(interval, words):
+def test_only_an_interval_on_one_side_of_one_says_anything(interval, words) -> None:
     assert words in verdict("int8", "CPU", *interval)
 
 
-def test_a_latency_is_steady_when_two_windows_agree():
+def test_a_latency_is_steady_when_two_windows_agree() -> None:
     assert not is_steady([1.0] * 39)
     assert is_steady([9.0] * 5 + [1.0] * 40)
     assert not is_steady([1.0] * 20 + [2.0] * 20)
 
 
-def test_a_noisy_machine_is_named():
+def test_a_noisy_machine_is_named() -> None:
     assert machine_doubts(Noise(busy_before=0.1, steal_share=0.0, throttled=0)) == ()
     doubts = machine_doubts(Noise(busy_before=0.9, steal_share=0.2, throttled=3))
     assert [word in doubt for word, doubt in zip(("90%", "20.0%", "3 times"), doubts, strict=True)] == [True] * 3
     assert machine_doubts(Noise(busy_before=None, steal_share=None, throttled=None)) == ()
 
 
-def test_stolen_time_is_a_share_of_all_time():
+def test_stolen_time_is_a_share_of_all_time() -> None:
     before, after = machine.Ticks(100, 60, 10), machine.Ticks(200, 90, 35)
     assert machine.steal_share(before, after) == 0.25
     assert machine.busy_share(before, after) == 0.7
@@ -76,7 +76,7 @@ def test_stolen_time_is_a_share_of_all_time():
         assert share(after, after) is None
 
 
-def test_energy_is_read_from_whole_packages(tmp_path, monkeypatch):
+def test_energy_is_read_from_whole_packages(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(machine, "RAPL", tmp_path)
     assert machine.package_energy_joules() is None
     for zone, energy in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 9_000_000)):
@@ -85,7 +85,7 @@ def test_energy_is_read_from_whole_packages(tmp_path, monkeypatch):
     assert machine.package_energy_joules() == 3.5
 
 
-def test_power_is_energy_over_time():
+def test_power_is_energy_over_time() -> None:
     rounds = [{"joules": 6.0, "seconds": 2.0, "inferences": 3}] * 2
     power = benchmark.power_of(rounds)
     assert (power.package_watts, power.joules_per_inference) == (3, 2)
@@ -93,7 +93,7 @@ def test_power_is_energy_over_time():
     assert benchmark.power_of([{"joules": None, "seconds": 1, "inferences": 1}]) is None
 
 
-def test_settings_become_openvino_properties():
+def test_settings_become_openvino_properties() -> None:
     assert Setting().config() == {"PERFORMANCE_HINT": "LATENCY"}
     assert Setting(hint="throughput", precision="f32", streams=2, threads=3).config() == {
         "PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "2", "INFERENCE_NUM_THREADS": 3,
@@ -104,10 +104,10 @@ def test_settings_become_openvino_properties():
 class FakeRequest:
     """An inference that takes `durations` of a scripted clock, one after the other."""
 
-    def __init__(self, clock, durations):
+    def __init__(self, clock, durations) -> None:
         self.clock, self.durations, self.latency = clock, iter(durations), 0.0
 
-    def infer(self):
+    def infer(self) -> None:
         self.latency = next(self.durations)
         self.clock.now += (self.latency + 1) / 1000  # a millisecond of dispatch
 
@@ -127,7 +127,7 @@ def session(durations):
     return made
 
 
-def test_the_loop_measures_the_inference_and_the_call(tmp_path):
+def test_the_loop_measures_the_inference_and_the_call(tmp_path) -> None:
     found = session([1, 2, 3, 4, 99]).measure(0.013, str(tmp_path / "m.npz"))
     assert found["inferences"] == 4  # 2 + 3 + 4 + 5 ms of calls
     with np.load(tmp_path / "m.npz") as arrays:
@@ -135,13 +135,13 @@ def test_the_loop_measures_the_inference_and_the_call(tmp_path):
         assert arrays["call_ms"] == pytest.approx([2, 3, 4, 5], abs=1e-3)
 
 
-def test_the_warm_up_ends_when_the_latency_has_settled():
+def test_the_warm_up_ends_when_the_latency_has_settled() -> None:
     assert session([50.0] * 20 + [1.0] * 100).warm_up(5.0) == {"inferences": 51, "steady": True}  # 11 of 20
     restless = session([float(2**k) for k in range(13)]).warm_up(5.0)
     assert restless == {"inferences": 13, "steady": False}
 
 
-def test_likeness_finds_the_worst_image():
+def test_likeness_finds_the_worst_image() -> None:
     reference = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
     assert likeness(reference, reference) == (pytest.approx(1), 0, 0)
     other = reference.copy()
@@ -154,7 +154,7 @@ def test_likeness_finds_the_worst_image():
     assert likeness(reference, np.ones_like(reference))[0] is None
 
 
-def test_the_conditions_are_read_from_the_system(tmp_path):
+def test_the_conditions_are_read_from_the_system(tmp_path) -> None:
     for i, (name, low, high) in enumerate([("powersave", 800, 3500), ("performance", 400, 4700)]):
         policy = tmp_path / "cpufreq" / f"policy{i}"
         policy.mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_the_conditions_are_read_from_the_system(tmp_path):
         ({"AC": ("Mains", "0"), "BAT0": ("Battery", None)}, "battery"),
     ],
 )
-def test_only_a_machine_with_a_battery_has_a_power_source(tmp_path, supplies, expected):
+def test_only_a_machine_with_a_battery_has_a_power_source(tmp_path, supplies, expected) -> None:
     for name, (kind, online) in supplies.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "type").write_text(kind)
@@ -188,7 +188,7 @@ def test_only_a_machine_with_a_battery_has_a_power_source(tmp_path, supplies, ex
     assert machine.power_source(tmp_path) == expected
 
 
-def test_what_the_system_does_not_tell_is_none(tmp_path):
+def test_what_the_system_does_not_tell_is_none(tmp_path) -> None:
     nowhere = tmp_path / "nowhere"
     assert machine.governor(nowhere) is None
     assert machine.clock_limits_mhz(nowhere) is None

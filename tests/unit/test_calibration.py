@@ -29,7 +29,7 @@ def pixels(rng, count=4):
     return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def test_pixels_are_normalised_and_network_values_are_left_alone(rng):
+def test_pixels_are_normalised_and_network_values_are_left_alone(rng) -> None:
     images = pixels(rng)
     assert np.array_equal(calibration_set(images)[1], SPEC.preprocessing.normalise(images[1])[None])
     values = rng.standard_normal((4, 3, 32, 32), dtype=np.float32)
@@ -38,7 +38,7 @@ def test_pixels_are_normalised_and_network_values_are_left_alone(rng):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_set_survives_saving_exactly(tmp_path, rng, dtype):
+def test_a_set_survives_saving_exactly(tmp_path, rng, dtype) -> None:
     images = pixels(rng) if dtype == "uint8" else rng.standard_normal((4, 3, 32, 32), dtype=np.float32) * 3
     labels = np.array([3, 1, 2, 0])
     made = calibration_set(images, labels)
@@ -67,13 +67,13 @@ def test_a_set_survives_saving_exactly(tmp_path, rng, dtype):
         (lambda x: x * 1e6, "run from"),
     ],
 )
-def test_impossible_values_are_refused(rng, change, message):
+def test_impossible_values_are_refused(rng, change, message) -> None:
     values = rng.standard_normal((8, 3, 32, 32)).astype(np.float32)
     with pytest.raises(DataError, match=message):
         preflight(calibration_set(change(values).astype(np.float32)))
 
 
-def test_unlikely_values_are_warned_about(rng):
+def test_unlikely_values_are_warned_about(rng) -> None:
     values = rng.random((8, 3, 32, 32), dtype=np.float32)
     assert any("lie in 0..1" in warning for warning in preflight(calibration_set(values)))
     dark = np.clip(pixels(rng, 8) // 64, 0, 255).astype(np.uint8)
@@ -83,7 +83,7 @@ def test_unlikely_values_are_warned_about(rng):
     assert preflight(calibration_set(mixed)) == ["image 3 of 'test' is constant"]
 
 
-def test_noise_with_the_moments_of_photographs_passes(rng):
+def test_noise_with_the_moments_of_photographs_passes(rng) -> None:
     assert preflight(calibration_set(rng.standard_normal((8, 3, 32, 32), dtype=np.float32))) == []
 
 
@@ -97,13 +97,13 @@ def test_noise_with_the_moments_of_photographs_passes(rng):
         ({"images": np.zeros((2, 32, 32, 3), np.uint8), "labels": np.zeros(3, int)}, r"expected integers \[2\]"),
     ],
 )
-def test_npz_files_that_do_not_fit_say_what_would(tmp_path, arrays, message):
+def test_npz_files_that_do_not_fit_say_what_would(tmp_path, arrays, message) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=message):
         load_calibration(tmp_path / "x.npz", SPEC)
 
 
-def test_truncated_npz_files_are_refused(tmp_path, rng):
+def test_truncated_npz_files_are_refused(tmp_path, rng) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, images=pixels(rng))
     path.write_bytes(path.read_bytes()[:-300])
@@ -123,7 +123,7 @@ class Options:
     limit: int | None = None
 
 
-def test_options_are_converted_by_the_types_of_their_fields():
+def test_options_are_converted_by_the_types_of_their_fields() -> None:
     given = {"steps": "20", "rate": "1e-3", "clip": "no", "scope": "sample", "limit": "none"}
     assert parse_options(Options, given, "toy") == Options(20, 1e-3, False, "sample", None)
     assert parse_options(Options, {"limit": "3"}, "toy").limit == 3
@@ -139,7 +139,7 @@ def test_options_are_converted_by_the_types_of_their_fields():
         ({"scope": "set"}, "one of sample, batch"),
     ],
 )
-def test_bad_options_say_what_was_expected(given, message):
+def test_bad_options_say_what_was_expected(given, message) -> None:
     with pytest.raises(UsageError, match=message):
         parse_options(Options, given, "toy")
 
@@ -151,19 +151,19 @@ SMALL = {"fractal": {"points": "20000", "systems": "4"}}
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_images_made_from_nothing_pass_the_preflight(name):
+def test_images_made_from_nothing_pass_the_preflight(name) -> None:
     assert preflight(generate(name, Request(count=5, seed=0, spec=SPEC), SMALL.get(name))) == []
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_other_input_shapes_are_made(name):
+def test_other_input_shapes_are_made(name) -> None:
     shape = {"input_shape": (1, 40, 24), "preprocessing": SPEC.preprocessing.model_copy(
         update={"height": 40, "width": 24, "mean": (0.5,), "std": (0.5,)})}  # fmt: skip
     made = generate(name, Request(count=2, seed=0, spec=SPEC.model_copy(update=shape)), SMALL.get(name))
     assert made[0].shape == (1, 1, 40, 24)
 
 
-def test_references_are_checked():
+def test_references_are_checked() -> None:
     request = Request(count=1, seed=0, spec=SPEC)
     with pytest.raises(UnknownNameError, match="Did you mean 'fractal'"):
         generate("fractals", request)
@@ -175,7 +175,7 @@ def test_references_are_checked():
         generate("noise", dataclasses.replace(request, count=0))
 
 
-def test_real_images_are_balanced_and_know_their_labels(tmp_path, rng):
+def test_real_images_are_balanced_and_know_their_labels(tmp_path, rng) -> None:
     for k, name in enumerate(SPEC.classes or ()):
         (tmp_path / name).mkdir()
         for i in range(6):
@@ -191,7 +191,7 @@ def test_real_images_are_balanced_and_know_their_labels(tmp_path, rng):
     assert any("labels are not used" in warning for warning in one.provenance.warnings)
 
 
-def test_an_npz_set_is_taken_in_its_order(tmp_path, rng):
+def test_an_npz_set_is_taken_in_its_order(tmp_path, rng) -> None:
     images = pixels(rng, 6)
     np.savez(tmp_path / "x.npz", images=images)
     made = generate(f"npz:{tmp_path / 'x.npz'}", Request(count=4, seed=5, spec=SPEC))

@@ -25,7 +25,7 @@ def item(value, label):
     return Item(np.full((1, 3, 8, 8), value, np.float32), label, bytes([value, label or 0]))
 
 
-def test_wilson_interval_has_its_closed_form():
+def test_wilson_interval_has_its_closed_form() -> None:
     # 8 of 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416, half 1.96 / 1.38416 * sqrt(0.016 + 0.009604).
     low, high = metrics.wilson_interval(8, 10, z=1.96)
     assert low == pytest.approx(0.716738 - 0.226578, abs=1e-4)
@@ -33,13 +33,13 @@ def test_wilson_interval_has_its_closed_form():
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 1000), (1000, 1000), (500, 1000)])
-def test_wilson_interval_stays_inside_and_holds_the_rate(correct, total):
+def test_wilson_interval_stays_inside_and_holds_the_rate(correct, total) -> None:
     low, high = metrics.wilson_interval(correct, total)
     assert 0 <= low <= correct / total <= high <= 1
     assert low < high
 
 
-def test_wilson_interval_covers_the_truth():
+def test_wilson_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(2000):
@@ -48,7 +48,7 @@ def test_wilson_interval_covers_the_truth():
     assert 0.93 <= covered / 2000 <= 0.98
 
 
-def test_paired_drop_counts_only_items_on_which_the_models_differ():
+def test_paired_drop_counts_only_items_on_which_the_models_differ() -> None:
     before = np.array([True] * 90 + [False] * 10)
     after = before.copy()
     after[:5] = False  # five lost
@@ -60,14 +60,14 @@ def test_paired_drop_counts_only_items_on_which_the_models_differ():
     assert (low, high) == pytest.approx((2 / m - half, 2 / m + half))
 
 
-def test_equal_models_still_have_an_uncertain_drop():
+def test_equal_models_still_have_an_uncertain_drop() -> None:
     right = np.ones(1000, bool)
     drop, low, high = metrics.paired_drop(right, right)
     assert drop == 0
     assert low < 0 < high
 
 
-def test_the_paired_interval_covers_the_true_drop():
+def test_the_paired_interval_covers_the_true_drop() -> None:
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(1000):
@@ -79,7 +79,7 @@ def test_the_paired_interval_covers_the_true_drop():
     assert 0.92 <= covered / 1000 <= 0.99
 
 
-def test_hits_by_rank():
+def test_hits_by_rank() -> None:
     values = np.array([[3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
     labels = np.array([1, 1])
     assert metrics.hits(values, labels, 1).tolist() == [False, False]
@@ -87,14 +87,14 @@ def test_hits_by_rank():
     assert metrics.hits(values, labels, 3).tolist() == [True, True]
 
 
-def test_a_constant_or_broken_output_is_never_right():
+def test_a_constant_or_broken_output_is_never_right() -> None:
     labels = np.array([0, 1])
     assert not metrics.hits(np.zeros((2, 3), np.float32), labels).any()
     assert not metrics.hits(np.full((2, 3), np.nan, np.float32), labels).any()
     assert not metrics.same_class(np.eye(2, 3, dtype=np.float32), np.full((2, 3), np.nan, np.float32)).any()
 
 
-def test_expected_hits_have_their_closed_form():
+def test_expected_hits_have_their_closed_form() -> None:
     odds = np.array([[1, 2, 5], [6, 3, 1]])
     reference = np.log(odds).astype(np.float32) + np.array([[7], [-900]], np.float32)
     values = np.array([[0, 1, 0], [5, 0, 0]], np.float32)
@@ -106,7 +106,7 @@ def test_expected_hits_have_their_closed_form():
     assert metrics.expected_hits(reference, np.full((2, 3), np.nan, np.float32)).tolist() == [0, 0]
 
 
-def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng):
+def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng) -> None:
     """And its drop lies between 0 and the share of items on which the models disagree."""
     reference = rng.normal(0, 2, (20_000, 5)).astype(np.float32)
     probabilities = np.exp(reference) / np.exp(reference).sum(1, keepdims=True)
@@ -119,14 +119,14 @@ def test_expected_top1_is_that_of_labels_drawn_from_the_probabilities(rng):
     assert 0 < drop < 1 - metrics.same_class(reference, other).mean()
 
 
-def test_nmse_has_its_closed_form():
+def test_nmse_has_its_closed_form() -> None:
     reference = np.array([[3.0, 4.0], [0.0, 5.0]], np.float32)
     assert metrics.nmse(reference, reference) == 0
     assert metrics.nmse(reference, np.zeros_like(reference)) == pytest.approx(1)
     assert metrics.nmse(reference, reference + 1) == pytest.approx(4 / 50)
 
 
-def test_compare_gives_accuracy_of_both_and_the_drop_in_points():
+def test_compare_gives_accuracy_of_both_and_the_drop_in_points() -> None:
     labels = np.array([0, 1, 2, 0])
     good = Outputs(np.eye(3, dtype=np.float32)[labels], labels, "d")
     bad = Outputs(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], labels, "d")
@@ -137,7 +137,7 @@ def test_compare_gives_accuracy_of_both_and_the_drop_in_points():
     assert compare(Outputs(good.values, None, "d"), bad, "p") is None
 
 
-def test_agreement_is_not_accuracy():
+def test_agreement_is_not_accuracy() -> None:
     values = np.eye(3, dtype=np.float32)
     found = classification.agreement(Outputs(values, None, ""), Outputs(values, None, ""), "where")
     assert (found.top1, found.nmse, found.on, found.count) == (1.0, 0.0, "where", 3)
@@ -145,14 +145,14 @@ def test_agreement_is_not_accuracy():
     assert (broken.top1, broken.nmse) == (0.0, None)
 
 
-def test_collect_keeps_labels_and_order():
+def test_collect_keeps_labels_and_order() -> None:
     outputs = collect(FakeRunner(), [item(2, 2), item(0, 1), item(1, 0)])
     assert outputs.values.argmax(1).tolist() == [2, 0, 1]
     assert outputs.labels is not None
     assert outputs.labels.tolist() == [2, 1, 0]
 
 
-def test_the_data_digest_depends_on_content_labels_and_order():
+def test_the_data_digest_depends_on_content_labels_and_order() -> None:
     items = [item(2, 2), item(0, 1)]
     same = collect(FakeRunner(), items).digest
     assert collect(FakeRunner(), items).digest == same
@@ -160,16 +160,16 @@ def test_the_data_digest_depends_on_content_labels_and_order():
     assert collect(FakeRunner(), [item(2, 1), item(0, 1)]).digest != same
 
 
-def test_one_missing_label_means_no_labels():
+def test_one_missing_label_means_no_labels() -> None:
     assert collect(FakeRunner(), [item(1, 1), item(0, None)]).labels is None
 
 
-def test_no_items_are_an_error():
+def test_no_items_are_an_error() -> None:
     with pytest.raises(DataError, match="no images"):
         collect(FakeRunner(), [])
 
 
-def test_items_can_be_gone_through_again_without_making_them_again(monkeypatch):
+def test_items_can_be_gone_through_again_without_making_them_again(monkeypatch) -> None:
     made = []
 
     def make():
@@ -185,13 +185,13 @@ def test_items_can_be_gone_through_again_without_making_them_again(monkeypatch):
     assert len(made) == 3
 
 
-def test_an_interrupted_pass_keeps_nothing():
+def test_an_interrupted_pass_keeps_nothing() -> None:
     items = Items(lambda: iter([item(1, 1), item(2, 2)]))
     next(iter(items))
     assert len(list(items)) == 2
 
 
-def test_calibration_images_are_refused_in_the_evaluation_set(rng):
+def test_calibration_images_are_refused_in_the_evaluation_set(rng) -> None:
     images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     data = ArrayData("memory", images, None)
     forbidden = frozenset({outputs.pixel_hash(images[3])})

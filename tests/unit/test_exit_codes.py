@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("done", 0), ("goal-met", 0), ("goal-missed", 5), ("budget", 7)])
-def test_the_outcome_is_the_exit_code(tmp_path, monkeypatch, outcome, code):
+def test_the_outcome_is_the_exit_code(tmp_path, monkeypatch, outcome, code) -> None:
     shutil.copy(GOLDEN / "result-0.1.json", tmp_path / "result.json")
     record = read_record(tmp_path / "result.json").model_copy(update={"outcome": outcome})
     monkeypatch.setattr("ovcalib.api.run_recipe", lambda *args, **kwargs: SimpleNamespace(record=record))
@@ -29,8 +29,8 @@ def test_the_outcome_is_the_exit_code(tmp_path, monkeypatch, outcome, code):
     [(OvcalibError, 1), (UsageError, 2), (ModelError, 3), (DataError, 4), (DeviceError, 6), (KeyboardInterrupt, 130),
      (ZeroDivisionError, 1)],
 )  # fmt: skip
-def test_an_error_is_an_exit_code(tmp_path, monkeypatch, error, code):
-    def fail(*args, **kwargs):
+def test_an_error_is_an_exit_code(tmp_path, monkeypatch, error, code) -> None:
+    def fail(*args, **kwargs) -> None:
         raise error("`max_drop=0.5` is it")
 
     monkeypatch.setattr("ovcalib.api.run_recipe", fail)

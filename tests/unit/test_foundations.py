@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from ovcalib.registry import Registry
 from ovcalib.rundir import RunDir, write_atomically, write_json
 
 
-def test_exit_codes_are_those_that_scripts_rely_on():
+def test_exit_codes_are_those_that_scripts_rely_on() -> None:
     codes = {name: getattr(errors, name).exit_code for name in dir(errors) if name.endswith("Error")}
     assert codes == {
         "DataError": 4, "DeviceError": 6, "MissingDependencyError": 2, "ModelError": 3, "OvcalibError": 1,
@@ -23,19 +25,19 @@ def test_exit_codes_are_those_that_scripts_rely_on():
     }  # fmt: skip
 
 
-def test_unknown_names_come_with_the_nearest_known_one():
+def test_unknown_names_come_with_the_nearest_known_one() -> None:
     assert str(errors.UnknownNameError("source", "dgs", ["dsg", "real"])) == (
         "Unknown source 'dgs'. Did you mean 'dsg'? Available: dsg, real."
     )
     assert "Did you mean" not in str(errors.UnknownNameError("source", "xyzzy", ["dsg"]))
 
 
-def test_a_missing_package_names_the_extra():
+def test_a_missing_package_names_the_extra() -> None:
     with pytest.raises(errors.MissingDependencyError, match=r"pip install 'ovcalib\[gan\]'"):
         errors.require("no_such_package_anywhere", "gan", "This")
 
 
-def test_the_registry_imports_what_is_asked_for():
+def test_the_registry_imports_what_is_asked_for() -> None:
     table = Registry("thing", "ovcalib.test", {"join": "os.path:join", "json": "json"})
     assert table["join"] is os.path.join
     assert table["json"] is json
@@ -45,7 +47,7 @@ def test_the_registry_imports_what_is_asked_for():
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_every_source_has_the_three_things(name):
+def test_every_source_has_the_three_things(name) -> None:
     source = SOURCES[name]
     assert isinstance(source.NEEDS, frozenset)
     assert source.Options.__dataclass_params__.frozen
@@ -53,14 +55,14 @@ def test_every_source_has_the_three_things(name):
     assert source.__doc__
 
 
-def test_public_names_resolve():
+def test_public_names_resolve() -> None:
     for name in ovcalib.__all__:
         assert getattr(ovcalib, name) is not None
     with pytest.raises(AttributeError):
-        _ = ovcalib.nothing  # type: ignore[attr-defined]
+        _ = ovcalib.nothing
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_file_appears_whole_or_not_at_all(tmp_path) -> None:
     target = tmp_path / "a.json"
     write_json(target, {"a": 1})
     with pytest.raises(RuntimeError):
@@ -69,18 +71,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def fail(partial):
+def fail(partial) -> None:
     partial.write_text("half")
     raise RuntimeError
 
 
-def test_nan_is_not_written_as_json(tmp_path):
+def test_nan_is_not_written_as_json(tmp_path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_appears_when_it_is_finished(tmp_path):
+def test_a_run_appears_when_it_is_finished(tmp_path) -> None:
     target = tmp_path / "out"
     with RunDir(target) as run:
         (run.path / "request.json").write_text("1")
@@ -91,8 +93,8 @@ def test_a_run_appears_when_it_is_finished(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_run_leaves_nothing(tmp_path, error):
-    def work():
+def test_a_failed_run_leaves_nothing(tmp_path, error) -> None:
+    def work() -> None:
         with RunDir(tmp_path / "deep" / "out") as run:
             (run.path / "file").write_text("1")
             raise error
@@ -102,7 +104,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_path):
+def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_path) -> None:
     target = tmp_path / "out"
     for text in ("old", "new"):
         with RunDir(target, overwrite=True) as run:
@@ -117,25 +119,25 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_other_peoples_files_are_never_overwritten(tmp_path):
+def test_other_peoples_files_are_never_overwritten(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(errors.UsageError, match="ovcalib did not write"):
         RunDir(tmp_path, overwrite=True)
 
 
-def test_a_file_is_no_output_folder(tmp_path):
+def test_a_file_is_no_output_folder(tmp_path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(errors.UsageError, match="is a file"):
         RunDir(tmp_path / "f")
 
 
-def test_a_full_disk_is_said_plainly(tmp_path):
+def test_a_full_disk_is_said_plainly(tmp_path) -> None:
     with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_stream_on_a_full_disk_is_called_a_full_disk(tmp_path, monkeypatch):
+def test_a_failed_stream_on_a_full_disk_is_called_a_full_disk(tmp_path, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="iostream"), RunDir(tmp_path / "out"):
         raise RuntimeError("basic_ios::clear: iostream error")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -145,18 +147,18 @@ def test_a_failed_stream_on_a_full_disk_is_called_a_full_disk(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_percentiles_are_those_of_the_durations():
+def test_percentiles_are_those_of_the_durations() -> None:
     found = benchmark.summarise(np.array([1.0, 2.0, 3.0, 4.0]))
     assert (found.p50, found.mean, found.min, found.max, found.n) == (2.5, 2.5, 1, 4, 4)
     assert found.p90 == pytest.approx(3.7)
 
 
-def test_models_take_turns_by_a_scripted_clock():
+def test_models_take_turns_by_a_scripted_clock() -> None:
     now = [0.0]
     calls = []
 
     def run(name, seconds):
-        def infer():
+        def infer() -> None:
             calls.append(name)
             now[0] += seconds
 
@@ -170,9 +172,9 @@ def test_models_take_turns_by_a_scripted_clock():
     assert durations["b"] == pytest.approx([250] * 4)
 
 
-def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys):
+def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     with progress.Terminal().task("training", 1000) as tick:
         for done in (901, 911, 921):
             tick(done)
@@ -182,3 +184,27 @@ def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys):
         "training 911/1000, 4 min 27 s left",
         "training 921/1000, 3 min 57 s left",
     ]
+
+
+def test_a_notebook_shows_one_bar_that_is_replaced_and_cleared(monkeypatch, capsys) -> None:
+    class ZMQInteractiveShell:  # by whose name rich knows a notebook
+        pass
+
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda content, raw: shown.append(content["text/plain"]))
+    display = SimpleNamespace(display=lambda content, raw, display_id: handle)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress.Terminal().task("training", 4) as tick:
+        for done in (1, 2, 3):
+            tick(done)
+            now[0] += 3.0
+    assert shown == [
+        f"{'━' * 12}{'┄' * 12} training 2/4, 6 s left",
+        f"{'━' * 18}{'┄' * 6} training 3/4, 3 s left",
+        "",
+    ]
+    assert capsys.readouterr() == ("", "")

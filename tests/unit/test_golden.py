@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ovcalib.records.read import read_recipe, read_record
 from ovcalib.records.recipe import make_recipe
+from ovcalib.records.result import Result
 from ovcalib.reports.result import quantize_command, result_page
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-def test_a_flat_recipe_is_the_nested_one():
+def test_a_flat_recipe_is_the_nested_one() -> None:
     recipe = make_recipe(**read_recipe(GOLDEN / "recipe-0.1.yaml"))
     assert recipe.model.reference == "resnet20-cifar10"
     assert recipe.calibration.calib == "noise"
@@ -28,9 +29,10 @@ def test_a_flat_recipe_is_the_nested_one():
     )
 
 
-def test_a_result_with_a_flat_recipe_and_idle_fields_is_read(tmp_path):
+def test_a_result_with_a_flat_recipe_and_idle_fields_is_read(tmp_path) -> None:
     shutil.copy(GOLDEN / "result-0.1.json", tmp_path / "result.json")
     record = read_record(tmp_path / "result.json")
+    assert isinstance(record, Result)
     assert record.recipe.model.reference == "resnet20-cifar10"
     assert record.recipe.quantization.metric is None  # the default algorithm takes none
     assert record.calibration.source == "bn-inversion"

@@ -5,7 +5,7 @@ import numpy as np
 from ovcalib.evaluation.classification import new_confusions, per_class
 
 
-def test_accuracy_of_the_classes_that_have_images():
+def test_accuracy_of_the_classes_that_have_images() -> None:
     labels = np.array([0, 0, 2])
     found = per_class(np.array([True, True, False]), np.array([True, False, True]), labels, ["a", "b", "c"])
     assert [(c.label, c.name, c.count, c.fp32_top1, c.int8_top1) for c in found] == [
@@ -14,7 +14,7 @@ def test_accuracy_of_the_classes_that_have_images():
     ]
 
 
-def test_only_mistakes_that_become_more_frequent_are_named():
+def test_only_mistakes_that_become_more_frequent_are_named() -> None:
     labels = np.array([0, 0, 0, 1, 1])
     before = np.array([0, 0, 1, 0, 1])
     after = np.array([2, 2, 1, 1, 0])

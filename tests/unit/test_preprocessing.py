@@ -14,13 +14,13 @@ def gradient(height, width):
     return PIL.Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))
 
 
-def test_a_value_is_normalised_by_the_formula():
+def test_a_value_is_normalised_by_the_formula() -> None:
     pixels = np.full((32, 32, 3), 255, np.uint8)
     white = CIFAR.normalise(pixels)[:, 0, 0]
     assert white == pytest.approx([(1 - m) / s for m, s in zip(CIFAR.mean, CIFAR.std, strict=True)], abs=1e-6)
 
 
-def test_input_range_is_black_and_white():
+def test_input_range_is_black_and_white() -> None:
     low, high = CIFAR.input_range()
     # The published ranges of CIFAR inputs under these constants.
     assert low == pytest.approx([-2.4291, -2.4183, -2.2214], abs=1e-4)
@@ -28,13 +28,13 @@ def test_input_range_is_black_and_white():
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_denormalise_undoes_normalise_for_every_pixel_value(order):
+def test_denormalise_undoes_normalise_for_every_pixel_value(order) -> None:
     pre = CIFAR.model_copy(update={"channel_order": order})
     pixels = np.arange(256, dtype=np.uint8).repeat(3 * 4).reshape(32, 32, 3)
     assert np.array_equal(pre.denormalise(pre.normalise(pixels)), pixels)
 
 
-def test_bgr_swaps_the_first_and_last_channel():
+def test_bgr_swaps_the_first_and_last_channel() -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 255
     plain = Preprocessing(height=32, width=32)
@@ -44,12 +44,12 @@ def test_bgr_swaps_the_first_and_last_channel():
     assert swapped[0].max() == 0
 
 
-def test_batches_and_single_images_agree(rng):
+def test_batches_and_single_images_agree(rng) -> None:
     pixels = rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     assert np.array_equal(CIFAR.normalise(pixels)[2], CIFAR.normalise(pixels[2]))
 
 
-def test_fit_follows_torchvision(rng):
+def test_fit_follows_torchvision(rng) -> None:
     transforms = pytest.importorskip("torchvision").transforms
     pre = Preprocessing(height=224, width=224, short_side=256)
     reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
@@ -58,24 +58,24 @@ def test_fit_follows_torchvision(rng):
         assert np.array_equal(pre.fit(image), np.asarray(reference(image)))
 
 
-def test_fit_leaves_an_image_of_the_right_size_alone():
+def test_fit_leaves_an_image_of_the_right_size_alone() -> None:
     image = gradient(32, 32)
     assert np.array_equal(CIFAR.fit(image), np.asarray(image))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
-def test_fit_reads_every_colour_mode_as_rgb(mode):
+def test_fit_reads_every_colour_mode_as_rgb(mode) -> None:
     image = PIL.Image.new(mode, (40, 30))
     assert CIFAR.fit(image).shape == (32, 32, 3)
 
 
-def test_one_channel_networks_get_grey():
+def test_one_channel_networks_get_grey() -> None:
     pre = Preprocessing(height=8, width=8, mean=(0.5,), std=(0.5,))
     assert pre.fit(gradient(9, 9)).shape == (8, 8, 1)
     assert pre.normalise(np.zeros((8, 8, 1), np.uint8)).shape == (1, 8, 8)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_fit_always_gives_the_network_input(height, width):
+def test_fit_always_gives_the_network_input(height, width) -> None:
     pre = Preprocessing(height=16, width=24, short_side=32)
     assert pre.fit(gradient(height, width)).shape == (16, 24, 3)

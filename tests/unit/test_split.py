@@ -36,7 +36,7 @@ def members(part):
     ("count", "ranges", "corrections", "choices"),
     [(300, 268, 64, 32), (64, 48, 48, 16), (100, 75, 64, 25), (8, 6, 6, 2)],
 )
-def test_defaults_are_chosen_on_images_that_nothing_was_fitted_on(count, ranges, corrections, choices):
+def test_defaults_are_chosen_on_images_that_nothing_was_fitted_on(count, ranges, corrections, choices) -> None:
     parts = split(numbered(count))
     assert members(parts.ranges) == list(range(ranges))
     assert members(parts.corrections) == list(range(corrections))
@@ -47,13 +47,13 @@ def test_defaults_are_chosen_on_images_that_nothing_was_fitted_on(count, ranges,
     assert record.shared == ("ranges", "corrections")
 
 
-def test_a_set_too_small_to_split_says_what_is_shared():
+def test_a_set_too_small_to_split_says_what_is_shared() -> None:
     parts = split(numbered(7))
     assert members(parts.ranges) == members(parts.corrections) == members(parts.choices) == list(range(7))
     assert parts.record().shared == ("ranges", "corrections", "choices")
 
 
-def test_made_images_stay_made_in_a_file(tmp_path):
+def test_made_images_stay_made_in_a_file(tmp_path) -> None:
     """So that they are quantized as they would be by their source: the input's range is that of pixels."""
     made = generate("fractal", Request(count=4, seed=0, spec=SPEC))
     made.save(tmp_path / "made")
@@ -65,7 +65,7 @@ def test_made_images_stay_made_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "real"), [("real:x", True), ("npz:x", True), ("fractal", False)])
-def test_sets_of_earlier_versions_are_real_by_their_source(source, real):
+def test_sets_of_earlier_versions_are_real_by_their_source(source, real) -> None:
     old = {
         "source": source, "options": {}, "num_samples": 1, "requested": 1, "seed": 0, "seconds": 0.0,
         "domain": "pixels", "labels": None,

@@ -56,7 +56,7 @@ def tree(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_heavy_packages_are_imported_where_they_are_needed(file):
+def test_heavy_packages_are_imported_where_they_are_needed(file) -> None:
     if file in LAZY or file.startswith("gan/"):
         pytest.skip("reached only when torch is wanted")
     heavy = {name.partition(".")[0] for name in imports(tree(file), top_only=True)} & HEAVY
@@ -64,7 +64,7 @@ def test_heavy_packages_are_imported_where_they_are_needed(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_one_place_imports_nncf(file):
+def test_one_place_imports_nncf(file) -> None:
     found = any(name.partition(".")[0] == "nncf" for name in imports(tree(file), top_only=False))
     text = (ROOT / file).read_text()
     assert not found
@@ -115,17 +115,18 @@ def without_type_checking(module):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if MODULES[file] != "ovcalib"])
-def test_arrows_point_downwards(file):
+def test_arrows_point_downwards(file) -> None:
     own = layer(MODULES[file])
     assert own is not None, f"{file} belongs to no layer"
     assert not [name for name in ours(file) if layer(name) > own]
 
 
-def test_there_are_no_circles():
+def test_there_are_no_circles() -> None:
     arrows = {MODULES[file]: ours(file) for file in FILES if MODULES[file] != "ovcalib"}
-    done, path = set(), []
+    done: set[str] = set()
+    path: list[str] = []
 
-    def visit(name):
+    def visit(name) -> None:
         assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in done:
             path.append(name)
@@ -139,7 +140,7 @@ def test_there_are_no_circles():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_every_module_can_be_the_first():
+def test_every_module_can_be_the_first() -> None:
     script = (
         "import importlib, os, sys\n"
         "import openvino, torch, torchvision, scipy, pydantic, click, jinja2, PIL.Image\n"
@@ -158,7 +159,7 @@ def test_every_module_can_be_the_first():
     assert found.stdout == ""
 
 
-def test_the_package_list_is_complete():
+def test_the_package_list_is_complete() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {"ovcalib", "ovcalib.gan", "ovcalib.export"} | {
         f"ovcalib.{p.name}" for p in (ROOT / "ovcalib").iterdir() if (p / "__init__.py").is_file()
@@ -167,13 +168,13 @@ def test_the_package_list_is_complete():
 
 
 @pytest.mark.parametrize("name", ["gan", "export"])
-def test_top_level_folders_are_linked_into_the_package(name):
+def test_top_level_folders_are_linked_into_the_package(name) -> None:
     link = ROOT / "ovcalib" / name
     assert link.is_symlink()
     assert link.readlink() == Path("..") / name
 
 
-def test_shipped_weights_are_small_and_described():
+def test_shipped_weights_are_small_and_described() -> None:
     import json
 
     from ovcalib.models import builtin

@@ -15,11 +15,11 @@ from ovcalib.reports.tables import Table, shown
 HOSTILE = "<script>alert(1)</script>|`=1+1"
 
 
-def test_what_was_not_measured_is_a_dash():
+def test_what_was_not_measured_is_a_dash() -> None:
     assert [shown(v) for v in (None, "", 0, 0.0, 1.23456)] == ["-", "-", "0", "0", "1.235"]
 
 
-def test_markdown_and_csv_keep_a_hostile_name_as_text():
+def test_markdown_and_csv_keep_a_hostile_name_as_text() -> None:
     table = Table(["name", "value"], [[HOSTILE, 1.5], ["=cmd()", None]])
     assert "<script>" not in table.markdown()
     assert "\\|" in table.markdown()
@@ -36,7 +36,7 @@ def test_markdown_and_csv_keep_a_hostile_name_as_text():
         charts.ranges(HOSTILE, (0.0, 1.0, 2.0), {HOSTILE: (0, 0), "b": (5, 1)}, -1.0, 1.0),
     ],
 )
-def test_charts_escape_and_say_their_figures(chart):
+def test_charts_escape_and_say_their_figures(chart) -> None:
     assert isinstance(chart, Markup)
     assert "<script>" not in chart
     assert 'role="img"' in chart
@@ -44,13 +44,13 @@ def test_charts_escape_and_say_their_figures(chart):
     assert "nan" not in chart
 
 
-def test_ticks_are_round_numbers():
+def test_ticks_are_round_numbers() -> None:
     assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert charts.ticks(0.11, 0.34) == pytest.approx([0.15, 0.2, 0.25, 0.3], abs=0.05)
     assert charts.ticks(3, 3) == [3]
 
 
-def test_the_command_says_what_differs_from_the_defaults():
+def test_the_command_says_what_differs_from_the_defaults() -> None:
     recipe = make_recipe(
         model="a b", calib="noise", mean=(0.5, 0.25), options={"k": "v"}, ignore=("layer1.*",), allow_overlap=True,
         mode="accuracy-aware", validate_on="x", num_samples=7, guard=False,
@@ -66,13 +66,13 @@ def test_the_command_says_what_differs_from_the_defaults():
     [('{"schema_version": 1, "created', "is damaged"), ("[]", "holds no object"),
      ('{"schema_version": 9, "ovcalib": "3.0"}', "schema_version 9"), ('{"schema_version": 1}', "does not keep its schema")],
 )  # fmt: skip
-def test_damaged_results_are_refused(tmp_path, content, message):
+def test_damaged_results_are_refused(tmp_path, content, message) -> None:
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(UsageError, match=message):
         read_records([tmp_path])
 
 
-def test_what_is_no_result_is_refused(tmp_path):
+def test_what_is_no_result_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match="holds no result"):
         read_records([tmp_path])
     (tmp_path / "other.json").write_text(json.dumps({}))

@@ -22,18 +22,18 @@ def mypy(script):
     return lines
 
 
-def test_a_users_script_is_typed_to_the_leaf():
+def test_a_users_script_is_typed_to_the_leaf() -> None:
     assert mypy("user_script.py") == []
 
 
-def test_mistakes_are_found():
+def test_mistakes_are_found() -> None:
     found = dict(mypy("wrong_script.py"))
     assert set(found) == {"6", "8", "10"}
     assert 'Unexpected keyword argument "calibration"' in found["6"]
     assert 'Literal["default", "accuracy-aware"]' in found["8"].replace("'", '"')
 
 
-def test_pyright_finds_the_same(tmp_path):
+def test_pyright_finds_the_same(tmp_path) -> None:
     settings = {"include": [str(ROOT / "tests" / "typing")], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     found = subprocess.run(
@@ -45,7 +45,7 @@ def test_pyright_finds_the_same(tmp_path):
     assert places == {("wrong_script.py", 6), ("wrong_script.py", 8), ("wrong_script.py", 10)}
 
 
-def test_no_package_hides_a_public_function():
+def test_no_package_hides_a_public_function() -> None:
     """Importing ovcalib.x.y makes ovcalib.x a module, whatever was called so before."""
     packages = {path.parent.name for path in (ROOT / "ovcalib").glob("*/__init__.py")}
     modules = {path.stem for path in (ROOT / "ovcalib").glob("*.py")}
