@@ -30,7 +30,7 @@ def evaluate(given: dict[str, Any], common: Common) -> None:
     package.module:factory.
     """
     from ovcalib import api
-    from ovcalib.reports.markdown import points
+    from ovcalib.reports.verdict import points
 
     found = api.evaluate(given.pop("model"), given.pop("data"), progress=common.progress, **given)
     if common.as_json:
