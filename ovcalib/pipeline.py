@@ -136,7 +136,7 @@ def quantize(
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
         kernels = proof_kernels(recipe.quantization.deploy_isa)
         proof = prove(reference, int8, images, evaluation, model.spec, kernels, progress)
-        latency, latency_reason = measure_pair(recipe.measurement, exported.graph, int8, work.path, progress)
+        latency, latency_reason = measure_pair(recipe.measurement, work.path, progress)
 
         record = Result(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

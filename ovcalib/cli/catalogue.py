@@ -18,7 +18,7 @@ def models(given: dict[str, Any], common: Common) -> None:
     PATTERN is a wildcard, such as 'resnet*-cifar10'.
     """
     from ovcalib import api
-    from ovcalib.reports.markdown import points
+    from ovcalib.reports.verdict import points
 
     pattern = given.get("pattern", "*")
     found = api.models(pattern)

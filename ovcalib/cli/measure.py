@@ -26,7 +26,7 @@ FORMATS = ("html", "md", "csv")
 def evaluate(given: dict[str, Any], common: Common) -> None:
     """Measure the accuracy of a model on labelled images."""
     from ovcalib import api
-    from ovcalib.reports.markdown import points
+    from ovcalib.reports.verdict import points
 
     found = api.evaluate(given.pop("model"), given.pop("data"), progress=common.progress, **given)
     if common.as_json:

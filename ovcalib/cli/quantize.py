@@ -28,7 +28,8 @@ def quantize(given: dict[str, Any], common: Common) -> int:
     """Quantize a model to INT8 and prove the result."""
     from ovcalib import api
     from ovcalib.records.read import read_recipe
-    from ovcalib.reports.markdown import KERNELS, kernels_error, summary
+    from ovcalib.reports.markdown import kernels_error, summary
+    from ovcalib.reports.verdict import KERNELS, result_verdict
 
     recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
     fields = {**(read_recipe(recipe_file) if recipe_file else {}), **given}
@@ -46,7 +47,8 @@ def quantize(given: dict[str, Any], common: Common) -> int:
         print_table([summary(result.record)])
         for found in result.record.quantization.output_error:
             print(f"output error on {KERNELS[found.kernels]}: {kernels_error(found)}")
-        print(f"\noutcome: {result.record.outcome}; wrote {target / 'report.html'}")
+        print(f"\n{result_verdict(result.record)['text']}")
+        print(f"outcome: {result.record.outcome}; wrote {target / 'report.html'}")
     return OUTCOME_CODES[result.record.outcome]
 
 

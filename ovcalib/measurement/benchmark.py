@@ -1,7 +1,8 @@
 """Latency of models on a device, taken in turns so that the machine's drift cancels.
 
-`compare_latency` is the quick look that `quantize` takes, in this process. `benchmark` is the proof: a process for
-each model, hints, devices, memory, the executed graph, and a word on whether the machine was quiet enough.
+`benchmark` is the proof: a process for each model, hints, devices, memory, the executed graph, and a word on whether
+the machine was quiet enough. `measure_pair` is the same for the two models of `quantize` under one setting, and
+`interleaved_latency` a quick look at several graphs in this process.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ BUSY_WINDOW_S = 1.0
 STEAL_LIMIT = 0.01
 VARIATION_LIMIT = 0.05  # coefficient of variation of the rounds' medians
 
+# Below these a median of a round says little.
+ROUND_INFERENCES = 5
+
 # Layer types of executed graphs that do the work, on CPU and GPU.
 COMPUTE_KINDS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "Fullyconnected", "MatMul", "Gemm"})
 INT8_PRECISIONS = frozenset({"i8", "u8"})
 
 K = TypeVar("K", bound=str)
+Kind = Literal["fp32", "int8"]
 
 
 def summarise(durations_ms: NDArray[np.float64], precision: str | None = None) -> Latency:
@@ -102,46 +107,44 @@ def interleave(
     return {name: np.array(values) for name, values in durations.items()}
 
 
-def memory_of(files: Mapping[K, Path], device: str) -> tuple[dict[K, Memory] | None, str | None]:
-    """Resident memory of each model in a process of its own, or None and the reason."""
-    found: dict[K, Memory] = {}
-    with workers(list(files)) as started:
-        for name, worker in started.items():
-            config = {"PERFORMANCE_HINT": "LATENCY"}
-            worker.send("load", path=str(files[name]), device=device, config=config, batch=1, api="sync", requests=None)
-        for name, worker in started.items():
-            worker.receive()
-            answer = worker("memory")
-            if answer["memory_bytes"] is None:
-                return None, answer["memory_reason"]
-            found[name] = Memory(**answer["memory_bytes"])
-    return found, None
-
-
-def compare_latency(fp32: ov.Model, int8: ov.Model, device: str, seconds: float) -> LatencyComparison:
-    """Single-stream latency (LATENCY hint, one synchronous request) with batch 1, at the device's defaults.
-
-    seconds   of measurement for each model
-    """
-    graphs: dict[Literal["fp32", "int8"], ov.Model] = {"fp32": fp32, "int8": int8}
-    latency = interleaved_latency(graphs, device, seconds)
-    return LatencyComparison(device=device, latency_ms=latency, speedup=latency["fp32"].p50 / latency["int8"].p50)
-
-
 def measure_pair(
-    options: MeasurementOptions, fp32: ov.Model, int8: ov.Model, folder: Path, progress: Progress
+    options: MeasurementOptions, folder: Path, progress: Progress
 ) -> tuple[LatencyComparison | None, str | None]:
-    """Latency of both models in turns and memory of each, or None and the reason.
+    """Single-stream latency with batch 1 and memory of both models, or None and the reason.
 
-    fp32, int8   batch 1
-    folder       holds fp32/model.xml and int8/model.xml
+    folder   holds fp32/model.xml and int8/model.xml
     """
     if options.benchmark_time == 0:
         return None, "left out (`benchmark_time=0`)"
     progress.say(f"measuring latency on {options.device}")
-    latency = compare_latency(fp32, int8, options.device, options.benchmark_time)
-    memory, reason = memory_of({kind: folder / kind / "model.xml" for kind in latency.latency_ms}, options.device)
-    return latency.model_copy(update={"memory_bytes": memory, "memory_reason": reason}), None
+    files = {"fp32": folder / "fp32" / "model.xml", "int8": folder / "int8" / "model.xml"}
+    runs, _ = measured(
+        files, [Setting(options.device)], options.benchmark_time, lambda done: None, compile_cached=False
+    )
+    (speedup,) = speedups(runs)
+    fp32, int8 = runs
+    memory: dict[Kind, Memory] | None = None
+    if fp32.memory_bytes is not None and int8.memory_bytes is not None:
+        memory = {"fp32": fp32.memory_bytes, "int8": int8.memory_bytes}
+    found = LatencyComparison(
+        device=options.device,
+        latency_ms={"fp32": latency_of(fp32), "int8": latency_of(int8)},
+        speedup=speedup.speedup,
+        speedup_ci95=speedup.ci95,
+        unreliable=speedup.unreliable,
+        memory_bytes=memory,
+        memory_reason=fp32.memory_reason or int8.memory_reason,
+    )
+    return found, None
+
+
+def latency_of(run: BenchmarkRun) -> Latency:
+    """What a result keeps of a run."""
+    d = run.latency_ms
+    return Latency(
+        p50=d.p50, p90=d.p90, p99=d.p99, mean=d.mean, min=d.min, max=d.max, n=d.n,
+        precision=run.effective.get("INFERENCE_PRECISION_HINT"), edges=d.edges, counts=d.counts,
+    )  # fmt: skip
 
 
 def interleaved_latency(graphs: Mapping[K, ov.Model], device: str, seconds: float) -> dict[K, Latency]:
@@ -214,14 +217,35 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
     if missing:
         raise DeviceError(" ".join(missing))
     files = model_files(models)
+    with progress.task("benchmarking", len(settings) * ROUNDS) as tick:
+        runs, noise = measured(files, settings, seconds, tick)
+    return Benchmark(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,
+        seconds=seconds, rounds=ROUNDS, input="seeded standard normal values, as of normalised images",
+        environment=environment(), noise=noise, runs=tuple(runs), speedups=speedups(runs), parity=(),
+        warnings=proof_warnings(runs),
+    )  # fmt: skip
+
+
+def measured(
+    files: Mapping[str, Path],
+    settings: Sequence[Setting],
+    seconds: float,
+    tick: Callable[[int], None],
+    compile_cached: bool = True,
+) -> tuple[list[BenchmarkRun], Noise]:
+    """Every file under every setting, and what else the machine did meanwhile, which makes the runs doubtful.
+
+    tick             receives the number of finished rounds, over all settings
+    compile_cached   measure compiling from a cache too, which costs one more compilation of each model
+    """
     about = {label: describe_file(path) for label, path in files.items()}
     earlier = machine.processor_ticks()
     time.sleep(BUSY_WINDOW_S)
     ticks, throttled, temperature = machine.processor_ticks(), machine.throttle_count(), machine.temperature_celsius()
     runs: list[BenchmarkRun] = []
-    with progress.task("benchmarking", len(settings) * ROUNDS) as tick:
-        for i, setting in enumerate(settings):
-            runs += turns(files, about, setting, seconds, lambda done, i=i: tick(i * ROUNDS + done))  # type: ignore[misc]
+    for i, setting in enumerate(settings):
+        runs += turns(files, about, setting, seconds, lambda done, i=i: tick(i * ROUNDS + done), compile_cached)  # type: ignore[misc]
     noise = Noise(
         busy_before=machine.busy_share(earlier, ticks),
         steal_share=machine.steal_share(ticks, machine.processor_ticks()),
@@ -232,13 +256,7 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
         power_source=machine.power_source(),
     )
     shared = machine_doubts(noise)
-    runs = [run.model_copy(update={"unreliable": (*run.unreliable, *shared)}) for run in runs]
-    return Benchmark(
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,
-        seconds=seconds, rounds=ROUNDS, input="seeded standard normal values, as of normalised images",
-        environment=environment(), noise=noise, runs=tuple(runs), speedups=speedups(runs), parity=(),
-        warnings=proof_warnings(runs),
-    )  # fmt: skip
+    return [run.model_copy(update={"unreliable": (*run.unreliable, *shared)}) for run in runs], noise
 
 
 def model_files(models: Sequence[Path]) -> dict[str, Path]:
@@ -341,6 +359,7 @@ def turns(
     setting: Setting,
     seconds: float,
     tick: Callable[[int], None],
+    compile_cached: bool = True,
 ) -> list[BenchmarkRun]:
     """All models under one setting: A B A B ..., one model at work at a time."""
     with workers(list(files)) as started, tempfile.TemporaryDirectory() as folder:
@@ -364,7 +383,7 @@ def turns(
                 measured["joules"] = None if energy is None or after is None else after - energy
                 rounds[label].append(measured)
             tick(turn + 1)
-        finished = {label: worker("finish") for label, worker in started.items()}
+        finished = {label: worker("finish", compile_cached=compile_cached) for label, worker in started.items()}
     return [
         summarise_run(label, about[label], setting, loaded[label], warm[label], rounds[label], finished[label])
         for label in files
@@ -394,6 +413,8 @@ def summarise_run(
     doubts = []
     if not warm["steady"]:
         doubts.append(f"the latency had not settled after {WARMUP_LIMIT_S:g} s of warm-up")
+    if min(r["inferences"] for r in rounds) < ROUND_INFERENCES:
+        doubts.append(f"fewer than {ROUND_INFERENCES} inferences fit into a round; measure for longer")
     if variation > VARIATION_LIMIT:
         doubts.append(f"the median latency varies by {variation:.1%} between rounds (limit {VARIATION_LIMIT:.0%})")
     return BenchmarkRun(
@@ -499,7 +520,7 @@ def verdict(kind: str, device: str, speedup: float, low: float, high: float) -> 
         return f"{kind.upper()} is faster on {device}: {size}"
     if high < 1:
         return f"{kind.upper()} is slower on {device}: {size}. Do not ship {kind.upper()} here"
-    return f"no difference shown on {device}: {size}"
+    return f"no measurable difference on {device}: {size}"
 
 
 def proof_warnings(runs: Sequence[BenchmarkRun]) -> tuple[str, ...]:

@@ -136,15 +136,18 @@ class Memory(Frozen):
 
 
 class LatencyComparison(Frozen):
-    """Single-stream latency of both models, measured in turns at the device's defaults.
+    """Single-stream latency of both models, measured in turns at the device's defaults, each in a process of its own.
 
-    speedup        median latency of FP32 over median latency of INT8
-    memory_bytes   each model in a process of its own
+    speedup        latency of FP32 over latency of INT8, from the medians of the rounds
+    speedup_ci95   over the rounds; None in records of earlier versions
+    unreliable     reasons to distrust the measurement: where there are some, reports show no latency
     """
 
     device: str
     latency_ms: dict[Literal["fp32", "int8"], Latency]
     speedup: float
+    speedup_ci95: tuple[float, float] | None = None
+    unreliable: tuple[str, ...] = ()
     memory_bytes: dict[Literal["fp32", "int8"], Memory] | None = None
     memory_reason: str | None = None
 

@@ -9,6 +9,7 @@ from ovcalib.records.result import Result
 from ovcalib.reports import charts
 from ovcalib.reports.render import FORMATS, render, write
 from ovcalib.reports.tables import Table
+from ovcalib.reports.verdict import reliable_latency
 
 RESULT_COLUMNS = (
     "model", "source", "images", "mode", "outcome", "seed", "top-1 FP32 %", "top-1 INT8 %", "drop, points", "drop from",
@@ -20,7 +21,7 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
     """One line a result."""
     cells = []
     for r in results:
-        a, b = r.accuracy, r.benchmark if latency else None
+        a, b = r.accuracy, reliable_latency(r)[0] if latency else None
         cells.append(
             [
                 r.model.name, r.calibration.source, r.calibration.num_samples, r.quantization.mode, r.outcome,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from ovcalib.records.result import Accuracy, Agreement, KernelsError, Quantization, Result
-
-KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
-
-
-def points(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+from ovcalib.records.result import KernelsError, Quantization, Result
+from ovcalib.reports.verdict import KERNELS, execution, points, reliable_latency, result_verdict, speedup
 
 
 def megabytes(size: int) -> str:
@@ -17,7 +12,7 @@ def megabytes(size: int) -> str:
 
 def summary(result: Result) -> dict[str, str]:
     """The line that the terminal shows, column by column; agreement is never called accuracy."""
-    latency = result.benchmark.latency_ms if result.benchmark else None
+    latency, _ = reliable_latency(result)
     row = {
         "model": result.model.name,
         "source": f"{result.calibration.source} x {result.calibration.num_samples}",
@@ -31,7 +26,8 @@ def summary(result: Result) -> dict[str, str]:
         row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
     row["agreement"] = points(result.agreement.top1) + (" (emulated)" if result.agreement.emulated else "")
     row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
-    row["p50 ms"] = f"{latency['fp32'].p50:.3g} -> {latency['int8'].p50:.3g}" if latency else "-"
+    fp32, int8 = (latency.latency_ms[kind].p50 for kind in ("fp32", "int8")) if latency else (None, None)
+    row["p50 ms"] = "-" if latency is None else f"{fp32:.3g} -> {int8:.3g}"
     return row
 
 
@@ -77,15 +73,6 @@ def kernels_error(found: KernelsError) -> str:
     """NMSE on the last calibration images, and whether this CPU executed it."""
     nmse = "not finite" if found.nmse is None else f"NMSE {found.nmse:.2g}"
     return f"{nmse} ({'emulated' if found.emulated else 'executed'})"
-
-
-def execution(found: Agreement | Accuracy) -> str:
-    """What INT8 ran on, for a sentence that ends there; nothing for records that do not say."""
-    if found.kernels is None:
-        return ""
-    if found.emulated:
-        return f"; INT8 emulated as on {KERNELS[found.kernels]}, which this CPU lacks"
-    return f"; INT8 executed on {KERNELS[found.kernels]}"
 
 
 def overflow_fix(quantization: Quantization) -> str:
@@ -135,7 +122,7 @@ def markdown_report(result: Result) -> str:
         "|" + "---|" * len(row),
         "| " + " | ".join(escape_markdown(value) for value in row.values()) + " |",
         "",
-        f"Outcome: **{result.outcome}**.",
+        f"Outcome: **{result.outcome}**. {escape_markdown(result_verdict(result)['text'])}",
         "",
     ]
     if result.accuracy:
@@ -166,17 +153,20 @@ def markdown_report(result: Result) -> str:
         "",
         *(f"- {name}: {escape_markdown(value)}" for name, value in quantization_facts(quantization)),
     ]
-    if result.benchmark:
-        fp32, int8 = (result.benchmark.latency_ms[name] for name in ("fp32", "int8"))
+    latency, no_latency = reliable_latency(result)
+    if latency is None:
+        lines += ["", "## Latency", "", f"Latency is {escape_markdown(no_latency)}."]
+    else:
+        fp32, int8 = (latency.latency_ms[name] for name in ("fp32", "int8"))
         lines += [
             "",
-            f"## Latency on {result.benchmark.device}",
+            f"## Latency on {latency.device}",
             "",
             f"| | p50 ms | p90 ms | p99 ms | n | float parts in |\n|---|---|---|---|---|---|\n"
             f"| FP32 | {fp32.p50:.4g} | {fp32.p90:.4g} | {fp32.p99:.4g} | {fp32.n} | {fp32.precision or '-'} |\n"
             f"| INT8 | {int8.p50:.4g} | {int8.p90:.4g} | {int8.p99:.4g} | {int8.n} | {int8.precision or '-'} |",
             "",
-            f"One image at a time, models in turns, device defaults. Speed-up {result.benchmark.speedup:.2f}.",
+            f"One image at a time, models in turns, device defaults. Speed-up {speedup(latency)}.",
         ]
     lines += [
         "",

@@ -17,15 +17,10 @@ from ovcalib.reports import charts
 from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
 from ovcalib.reports.comparison import results_table
 from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
-from ovcalib.reports.markdown import (
-    execution,
-    markdown_report,
-    megabytes,
-    points,
-    quantization_facts,
-)
+from ovcalib.reports.markdown import markdown_report, megabytes, quantization_facts
 from ovcalib.reports.render import FORMATS, data_uri, machine_facts, render, tile, write
 from ovcalib.reports.tables import Table, shown
+from ovcalib.reports.verdict import execution, points, reliable_latency, result_verdict, speedup
 
 CLASSES = 30
 
@@ -59,7 +54,8 @@ def result_page(
     diagnoses: Sequence[Diagnosis] = (),
     preview: Path | None = None,
 ) -> str:
-    calibration, accuracy, latency = result.calibration, result.accuracy, result.benchmark
+    calibration, accuracy = result.calibration, result.accuracy
+    latency, no_latency = reliable_latency(result)
     return render(
         "result.html.j2",
         title=f"{result.model.name} in INT8",
@@ -103,7 +99,7 @@ def result_page(
         latency_note=f"One image at a time on {latency.device}, both models in turns, at the device's defaults; up to "
         "the 99th percentile, each curve to its own peak."
         if latency
-        else f"Latency was not measured: {result.benchmark_reason}.",
+        else f"Latency is {no_latency}.",
         latency=Table(
             ["", "p50 ms", "p90 ms", "p99 ms", "mean ms", "min ms", "max ms", "inferences", "float parts in"],
             [
@@ -122,38 +118,9 @@ def result_page(
     )
 
 
-def result_verdict(result: Result) -> dict[str, str]:
-    """The one sentence that a reader takes away, with its mood: good, bad or unsure."""
-    accuracy, latency = result.accuracy, result.benchmark
-    if accuracy:
-        low, high = accuracy.drop_ci95
-        allowed = 100 * result.recipe.quantization.max_drop
-        text = f"INT8 loses {accuracy.drop_points:.2f} points of top-1 accuracy (95 % interval {low:.2f} to {high:.2f})"
-        mood = "good" if high <= allowed else "bad" if low > allowed else "unsure"
-        if accuracy.drop_points < 0:
-            text = f"INT8 gains {-accuracy.drop_points:.2f} points (95 % interval {-high:.2f} to {-low:.2f})"
-    elif result.agreement.top1 is not None:
-        text = (
-            f"INT8 agrees with FP32 on {points(result.agreement.top1)} of {result.agreement.count} images; "
-            "accuracy was not measured"
-        )
-        mood = "bad" if result.agreement.top1 < 0.9 else "unsure"
-    else:
-        text, mood = f"Output error (NMSE) {shown(result.agreement.nmse)}; accuracy was not measured", "unsure"
-    if result.agreement.emulated:
-        text += ", emulated for a CPU other than this one"
-    if latency:
-        text += f", and is {latency.speedup:.2f} times as fast on {latency.device}"
-        mood = "unsure" if latency.speedup < 1 and mood == "good" else mood
-    if result.outcome == "goal-missed":
-        text, mood = f"The accuracy goal was missed. {text}", "bad"
-    if result.outcome == "budget":
-        text, mood = f"The budget ran out before the goal was reached. {text}", "bad"
-    return {"text": f"{text}.", "css": mood}
-
-
 def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[str, str]]:
-    accuracy, latency, size = result.accuracy, result.benchmark, result.size_bytes
+    accuracy, size = result.accuracy, result.size_bytes
+    latency, no_latency = reliable_latency(result)
     if accuracy:
         half = 50 * (accuracy.int8.ci95[1] - accuracy.int8.ci95[0])
         first = tile(
@@ -161,15 +128,16 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
             f"±{half:.2f} points, {accuracy.count} images",
         )  # fmt: skip
     else:
-        first = tile("agreement with FP32", points(result.agreement.top1), f"{result.agreement.count} images")
+        own = "calibration images" if result.recipe.evaluation.eval is None else "images"
+        first = tile("agreement with FP32", points(result.agreement.top1), f"{result.agreement.count} {own}")
     tiles = [first]
     if latency:
         fp32, int8 = latency.latency_ms["fp32"], latency.latency_ms["int8"]
         tiles.append(
-            tile("latency p50", f"{fp32.p50:.3g} → {int8.p50:.3g} ms", f"{latency.speedup:.2f}x on {latency.device}")
+            tile("latency p50", f"{fp32.p50:.3g} → {int8.p50:.3g} ms", f"{speedup(latency)} on {latency.device}")
         )
     else:
-        tiles.append(tile("latency p50", "-", result.benchmark_reason or "not measured"))
+        tiles.append(tile("latency p50", "-", no_latency))
     tiles.append(
         tile(
             "size",
@@ -177,14 +145,16 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
             f"{size.fp32 / size.int8:.1f} times smaller" if size.int8 <= size.fp32 else "larger than FP32",
         )
     )
-    memory = latency.memory_bytes if latency else None
+    memory = result.benchmark.memory_bytes if result.benchmark else None
     if memory:
         used = {name: m.peak - m.baseline for name, m in memory.items()}
         tiles.append(
             tile("memory", f"{megabytes(used['fp32'])} → {megabytes(used['int8'])} MB", "peak, over OpenVINO itself")
         )
     else:
-        tiles.append(tile("memory", "-", (latency.memory_reason if latency else None) or "not measured"))
+        tiles.append(
+            tile("memory", "-", (result.benchmark.memory_reason if result.benchmark else None) or "not measured")
+        )
     return tiles
 
 

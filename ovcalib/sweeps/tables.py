@@ -148,10 +148,10 @@ FP32 = Metric("FP32 top-1, %", lambda r, b: 100 * r.accuracy.fp32.top1 if r.accu
 
 
 def speedup(device: str) -> Metric:
-    """Median latency of FP32 over that of INT8."""
+    """Median latency of FP32 over that of INT8; an unreliable one is left out."""
 
     def value(result: Result, benchmark: Benchmark | None) -> float | None:
-        found = [s.speedup for s in benchmark.speedups if s.device == device] if benchmark else []
+        found = [s.speedup for s in benchmark.speedups if s.device == device and not s.unreliable] if benchmark else []
         return found[0] if found else None
 
     return Metric(f"Speed-up on {device}, one image at a time", value, better="more")

@@ -58,7 +58,10 @@ def test_quantize_proves_a_users_model(done, data) -> None:
     assert result["quantization"]["int8_operations"] >= 5
     assert result["quantization"]["float_operations"] == 0
     assert result["size_bytes"]["int8"] < result["size_bytes"]["fp32"] * 1.5
-    assert result["benchmark"]["latency_ms"]["int8"]["n"] > 10
+    speed = result["benchmark"]
+    assert speed["latency_ms"]["int8"]["n"] > 10
+    assert speed["speedup_ci95"][0] <= speed["speedup"] <= speed["speedup_ci95"][1]
+    assert speed["memory_bytes"]["fp32"]["peak"] > speed["memory_bytes"]["fp32"]["baseline"] > 1e6
     assert result["parity"]["torch_vs_ir_max_abs"] < 1e-3
     written = {p.relative_to(done).as_posix() for p in done.rglob("*") if p.is_file()} - {"result.json"}
     assert set(result["files"]) == written

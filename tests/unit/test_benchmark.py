@@ -47,7 +47,7 @@ def test_pairing_by_round_cancels_drift() -> None:
     [
         ((1.5, 1.2, 1.8), "INT8 is faster"),
         ((0.8, 0.7, 0.9), "Do not ship INT8 here"),
-        ((1.1, 0.9, 1.3), "no difference shown"),
+        ((1.1, 0.9, 1.3), "no measurable difference"),
     ],
 )
 def test_only_an_interval_on_one_side_of_one_says_anything(interval, words) -> None:
@@ -139,6 +139,22 @@ def test_the_warm_up_ends_when_the_latency_has_settled() -> None:
     assert session([50.0] * 20 + [1.0] * 100).warm_up(5.0) == {"inferences": 51, "steady": True}  # 11 of 20
     restless = session([float(2**k) for k in range(13)]).warm_up(5.0)
     assert restless == {"inferences": 13, "steady": False}
+    assert session([500.0] * 20).warm_up(5.0) == {"inferences": 10, "steady": True}  # too slow for two full windows
+
+
+def test_a_median_of_few_inferences_is_doubtful():
+    def run(inferences):
+        measured = {"latency_ms": np.ones(inferences), "call_ms": np.ones(inferences), "seconds": 1.0}
+        rounds = [{**measured, "inferences": inferences, "joules": None}] * ROUNDS
+        loaded = {"nodes": [], "requests": 1, "effective": {}, "read_ms": 1, "compile_ms": 1, "first_inference_ms": 1}
+        finished = {"memory_bytes": None, "memory_reason": "", "compile_cached_ms": None, "compile_cached_reason": ""}
+        about = {"kind": "int8", "sha256": "", "size_bytes": 1}
+        warm = {"inferences": 9, "steady": True}
+        return benchmark.summarise_run("m", about, Setting(), loaded, warm, rounds, finished)
+
+    assert run(5).unreliable == ()
+    (doubt,) = run(4).unreliable
+    assert "fewer than 5 inferences fit into a round" in doubt
 
 
 def test_likeness_finds_the_worst_image() -> None:

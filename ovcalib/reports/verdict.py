@@ -1,0 +1,126 @@
+"""What a result comes to, in sentences: a difference counts only where its interval leaves 0 out."""
+
+from __future__ import annotations
+
+from ovcalib.records.environment import Environment
+from ovcalib.records.result import Accuracy, Agreement, LatencyComparison, Result
+
+KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
+TOO_NOISY = "not shown: the machine is too noisy"
+# Below this agreement with FP32 a verdict is bad.
+BAD_AGREEMENT = 0.9
+# Instruction sets that INT8 gains from most.
+FAST_INT8 = ("AMX-INT8", "AVX512-VNNI", "AVX-VNNI", "NEON-DOTPROD")
+
+
+def points(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def execution(found: Agreement | Accuracy) -> str:
+    """What INT8 ran on, for a sentence that ends there; nothing for records that do not say."""
+    if found.kernels is None:
+        return ""
+    if found.emulated:
+        return f"; INT8 emulated as on {KERNELS[found.kernels]}, which this CPU lacks"
+    return f"; INT8 executed on {KERNELS[found.kernels]}"
+
+
+def reliable_latency(result: Result) -> tuple[LatencyComparison | None, str]:
+    """The latency that reports show, or None and the reason."""
+    latency = result.benchmark
+    if latency is None:
+        return None, f"not measured: {result.benchmark_reason}"
+    if latency.unreliable:
+        return None, f"{TOO_NOISY} ({'; '.join(latency.unreliable)})"
+    return latency, ""
+
+
+def speedup(latency: LatencyComparison) -> str:
+    """The speed-up as a figure, with its interval."""
+    ci = latency.speedup_ci95
+    return f"{latency.speedup:.2f}x" + (f" ({ci[0]:.2f} to {ci[1]:.2f})" if ci else "")
+
+
+def result_verdict(result: Result) -> dict[str, str]:
+    """The sentences that a reader takes away (`text`), with their mood (`css`): good, bad or unsure."""
+    text, mood = _accuracy(result)
+    speed, slower = _speed(result)
+    if slower and mood == "good":
+        mood = "unsure"
+    if result.outcome == "goal-missed":
+        text, mood = f"The accuracy goal was missed. {text}", "bad"
+    if result.outcome == "budget":
+        text, mood = f"The budget ran out before the goal was reached. {text}", "bad"
+    return {"text": f"{text} {speed}".strip(), "css": mood}
+
+
+def _accuracy(result: Result) -> tuple[str, str]:
+    accuracy, agreed = result.accuracy, result.agreement
+    if accuracy:
+        return _drop(accuracy, 100 * result.recipe.quantization.max_drop)
+    run_on = execution(agreed) if agreed.emulated else ""
+    if agreed.top1 is None:
+        return f"Output error (NMSE) {agreed.nmse or float('nan'):.4g}{run_on}. Accuracy was not measured.", "unsure"
+    own = " of the calibration set itself" if result.recipe.evaluation.eval is None else ""
+    mood = "bad" if agreed.top1 < BAD_AGREEMENT else "unsure"
+    return (
+        f"INT8 names the same class as FP32 for {points(agreed.top1)} of {agreed.count} images{own}{run_on}. "
+        "Accuracy was not measured.",
+        mood,
+    )
+
+
+def _drop(accuracy: Accuracy, allowed: float) -> tuple[str, str]:
+    """allowed   points that INT8 may lose"""
+    low, high = accuracy.drop_ci95
+    both = f"FP32 {points(accuracy.fp32.top1)}, INT8 {points(accuracy.int8.top1)}"
+    on = f"{accuracy.count} images{execution(accuracy) if accuracy.emulated else ''}"
+    mood = "good" if high <= allowed else "bad" if low > allowed else "unsure"
+    if low > 0:
+        return (
+            f"INT8 loses {accuracy.drop_points:.2f} points of top-1 accuracy (95 % interval {low:.2f} to {high:.2f}; "
+            f"{both}; {on}).",
+            mood,
+        )
+    if high < 0:
+        return (
+            f"INT8 gains {-accuracy.drop_points:.2f} points of top-1 accuracy (95 % interval {-high:.2f} to "
+            f"{-low:.2f}; {both}; {on}).",
+            mood,
+        )
+    few = f" A loss of up to {high:.2f} points is not excluded: evaluate on more images." if mood == "unsure" else ""
+    return (
+        f"No measurable difference in top-1 accuracy ({both}; 95 % interval of the drop {low:.2f} to {high:.2f} "
+        f"points; {on}).{few}",
+        mood,
+    )
+
+
+def _speed(result: Result) -> tuple[str, bool]:
+    """A sentence on the speed, and whether INT8 is slower."""
+    latency, reason = reliable_latency(result)
+    if latency is None:
+        return (f"Speed is {reason}." if result.benchmark else ""), False
+    if latency.speedup_ci95 is None:  # of an earlier version
+        return (
+            f"FP32 takes {latency.speedup:.2f} times the time of INT8 on {latency.device}, without an interval.",
+            False,
+        )
+    low, high = latency.speedup_ci95
+    interval = f"(95 % interval {low:.2f} to {high:.2f})"
+    if low > 1:
+        return f"INT8 is {latency.speedup:.2f} times as fast on {latency.device} {interval}.", False
+    if high < 1:
+        return (
+            f"INT8 is slower than FP32 on {latency.device}: {latency.speedup:.2f} times its speed {interval}. "
+            f"{_slower_advice(result.environment)}",
+            True,
+        )
+    return f"No measurable difference in speed on {latency.device} {interval}.", False
+
+
+def _slower_advice(environment: Environment) -> str:
+    if environment.isa in FAST_INT8:
+        return "Ship FP32 for this machine, or see which operations lose with `ovcalib benchmark`."
+    return "Ship FP32 for this machine: INT8 pays on CPUs with VNNI or AMX, which this one lacks."
