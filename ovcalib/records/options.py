@@ -126,7 +126,7 @@ class QuantizationOptions(Frozen):
     activation_ranges: Annotated[
         Literal["auto"] | ActivationRanges,
         Shown(
-            default="auto: min-max, twice as wide for single channels; mean-min-max for transformers and where its "
+            default="auto: min-max, 1.5 times as wide for single channels; mean-min-max for transformers and where its "
             "output error is smaller"
         ),
     ] = Field(
