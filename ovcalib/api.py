@@ -146,7 +146,7 @@ def generate(
     about, rest = _model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
     loaded = _load_model(about, module, progress.say)
-    resolved = resolve_calibration(asked, loaded, progress)
+    resolved, _ = resolve_calibration(asked, loaded, progress)
     request = {"model": about.model_dump(mode="json"), "calibration": resolved.model_dump(mode="json")}
     with Workspace(_path(output), overwrite, request) as work:
         calibration = make_set(

@@ -97,7 +97,7 @@ def quantize(
 
         # Everything that can be refused is refused before images are made.
         model = load_model(recipe.model, module, progress.say)
-        options = resolve_calibration(recipe.calibration, model, progress)
+        options, fallback = resolve_calibration(recipe.calibration, model, progress)
         recipe = recipe.model_copy(update={"calibration": options})
         evaluation = open_evaluation(recipe.evaluation, model.spec)
         validation = open_validation(recipe.quantization, recipe.evaluation, evaluation, model.spec)
@@ -110,7 +110,7 @@ def quantize(
                 options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
             )
         calibration.save(work.path)
-        warnings = [*model.warnings, *calibration.provenance.warnings]
+        warnings = [*model.warnings, *fallback, *calibration.provenance.warnings]
 
         images = proof_images(evaluation, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)

@@ -57,7 +57,7 @@ class ModelOptions(Frozen):
 
     reference: Annotated[str, Shown(("MODEL",))] = Field(description=MODEL)
     weights: Annotated[
-        str | None, Shown(metavar="shipped|published|FILE", default="shipped, or what the reference brings")
+        str | None, Shown(metavar="shipped|published|random|FILE", default="shipped, or what the reference brings")
     ] = Field(default=None, description="Weights of the model; published ones are downloaded.")
     input_shape: Annotated[tuple[int, int, int] | None, Shown(metavar="C,H,W", default="the model's")] = Field(
         default=None, description="Shape of one image, where the model does not say."

@@ -1,0 +1,52 @@
+"""What a person would notice at once: weights that were never trained, an FP32 model that does not work itself."""
+
+import json
+
+import pytest
+import torch
+
+import ovcalib
+from tests.e2e.test_cli import FAST, MODEL, run
+
+
+@pytest.fixture(scope="module")
+def weights(toy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "toy.pt"
+    torch.save(toy.net.state_dict(), path)
+    return path
+
+
+def warnings_of(*arguments, out):
+    found = run("quantize", *arguments, "--num-samples", 8, "-o", out, "--benchmark-time", 0)
+    assert found.exit_code == 0, found.stderr
+    return json.loads((out / "result.json").read_text())["warnings"]
+
+
+def test_untrained_weights_are_a_warning_and_so_is_the_fallback(tmp_path, weights):
+    found = warnings_of(*MODEL, out=tmp_path / "factory")
+    assert any("tests.toy:ToyNet looks untrained" in line for line in found)
+    assert any("calibrated with fractal instead of bn-inversion" in line and "never trained" in line for line in found)
+    found = warnings_of(*MODEL, "--weights", weights, "--calib", "noise", out=tmp_path / "trained")
+    assert not any("untrained" in line or "instead of" in line for line in found)
+    report = (tmp_path / "factory/report.html").read_text()
+    assert "looks untrained" in report
+
+
+def test_weights_may_be_random_on_purpose():
+    for name in ("resnet20-cifar10", "torchvision:shufflenet_v2_x0_5", "tests.toy:ToyNet"):
+        first, again = (ovcalib.load_model(name, weights="random", input_shape=(3, 32, 32)) for _ in range(2))
+        assert first.spec.weights.origin == "random"
+        assert any(f"The weights of {name} are random" in line for line in first.warnings)
+        assert first.sha256 == again.sha256
+
+
+def test_options_of_a_source_that_cannot_be_used_name_it_and_not_the_fallback(tmp_path):
+    found = run("quantize", *MODEL, "-O", "steps=1", "-o", tmp_path / "o", *FAST)
+    assert found.exit_code == 2
+    assert "-O steps=1: options of which source?" in found.stderr
+    assert "bn-inversion is not possible: The BatchNorm statistics of tests.toy:ToyNet" in found.stderr
+    assert "Pass --calib, for example --calib fractal" in found.stderr
+    assert not (tmp_path / "o").exists()
+    found = run("quantize", *MODEL, "--calib", "bn-inversion", "-o", tmp_path / "o", *FAST)
+    assert found.exit_code == 3
+    assert "trained weights were not loaded" in found.stderr
