@@ -12,6 +12,7 @@ class QuantizeKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool
     dynamic_batch: bool
     calib: str | None
@@ -48,6 +49,7 @@ class GenerateKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool
     seed: int
     options: Mapping[str, object]
@@ -62,6 +64,7 @@ class ConvertKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool
     dynamic_batch: bool
     to: Sequence[Literal["onnx", "ir"]]
@@ -73,6 +76,7 @@ class EvaluateKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool
     limit: int | None
     download: bool
@@ -85,6 +89,7 @@ class BenchmarkKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     device: Sequence[str]
     hint: Sequence[Literal["latency", "throughput"]]
     precision: Sequence[Literal["default", "f32", "f16", "bf16"]]
@@ -104,6 +109,7 @@ class DiagnoseKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     data: str | None
     calib: Sequence[str]
     num_samples: int
@@ -120,4 +126,5 @@ class LoadKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool

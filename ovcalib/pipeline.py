@@ -16,6 +16,7 @@ from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.evaluation.dataset import Images, calibration_images, open_evaluation, open_validation, proof_images
 from ovcalib.evaluation.proof import prove, reference_outputs
+from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, write_ir
 from ovcalib.kernels import proof_kernels
@@ -30,7 +31,7 @@ from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
 from ovcalib.reports.result import write_result_report
 from ovcalib.rundir import Workspace, file_sha256, write_json
-from ovcalib.runtime import check_device
+from ovcalib.runtime import OpenVINORunner, check_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,6 +115,14 @@ def quantize(
 
         images = proof_images(evaluation, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)
+        fault = None
+        if evaluation is not None:
+            fault = fp32_fault(OpenVINORunner(exported.graph), evaluation, reference, progress)
+        elif validation is not None:
+            steered = reference_outputs(exported.graph, validation.images(), progress)
+            fault = fp32_fault(OpenVINORunner(exported.graph), validation, steered, progress)
+        if fault is not None:
+            progress.say(fault)
 
         steering: Images | None = None
         if recipe.quantization.mode == "accuracy-aware":
@@ -141,13 +150,15 @@ def quantize(
         record = Result(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ovcalib=__version__,
-            outcome=quantized.outcome,
+            # A model that does not work has no accuracy to keep.
+            outcome="goal-missed" if fault and quantized.outcome == "goal-met" else quantized.outcome,
             model=model_record(model),
             recipe=recipe,
             calibration=calibration.record(),
             quantization=quantized.record,
             accuracy=proof.accuracy,
             accuracy_reason=proof.accuracy_reason,
+            fp32_fault=fault,
             agreement=proof.agreement,
             parity=exported.parity,
             parity_reason=exported.parity_reason,

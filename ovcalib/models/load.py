@@ -20,17 +20,12 @@ from ovcalib.models.copies import private_copy
 from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
 from ovcalib.records.model import ModelRecord, ModelSpec, Weights
 from ovcalib.records.options import ModelOptions
-from ovcalib.records.preprocessing import Preprocessing
+from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
 from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     import openvino as ov
     from torch import nn
-
-IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
-IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
-# The share of the resized short side that the usual centre crop keeps (224 of 256).
-CROP_SHARE = 0.875
 
 # `weights` in place of a file: what the constructor made, from a fixed seed.
 RANDOM = "random"
@@ -260,7 +255,8 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
-    if spec is not None and not any((options.input_shape, options.mean, options.std, options.short_side is not None)):
+    said = (options.input_shape, options.mean, options.std, options.short_side, options.channel_order)
+    if spec is not None and all(value is None for value in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
         return Model(spec, graph=graph, sha256=digest)
     if len(graph.inputs) != 1:
@@ -383,7 +379,7 @@ def _preprocessing(
             width=w,
             mean=mean,
             std=std,
-            short_side=round(min(h, w) / CROP_SHARE) if min(h, w) >= 128 else None,
+            short_side=round(min(h, w) / USUAL_CROP) if min(h, w) >= 128 else None,
         )
     for name, values in (("`mean`", options.mean), ("`std`", options.std)):
         if values is not None and len(values) != c:
@@ -400,6 +396,10 @@ def _preprocessing(
         if 0 < options.short_side < max(h, w):
             raise UsageError(f"`short_side={options.short_side}` is smaller than the input of {h}x{w}.")
         changes["short_side"] = options.short_side or None
+    if options.channel_order is not None:
+        if c != 3:
+            raise UsageError(f"`channel_order={options.channel_order}` needs three channels, but the input has {c}.")
+        changes["channel_order"] = options.channel_order
     return known.model_copy(update=changes), warnings
 
 

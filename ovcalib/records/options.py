@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ovcalib.records.base import Frozen, Shown
+from ovcalib.records.preprocessing import ChannelOrder
 
 GoalMetric = Literal["top1", "agreement", "expected-top1"]
 Mode = Literal["default", "accuracy-aware"]
@@ -70,6 +71,9 @@ class ModelOptions(Frozen):
     )
     short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
         default=None, ge=0, description="Short side before the centre crop; 0 scales the whole image."
+    )
+    channel_order: Annotated[ChannelOrder | None, Shown(default="the model's, else RGB")] = Field(
+        default=None, description="Order of the colour channels that the model takes."
     )
     trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ovcalib.errors import UsageError
 from ovcalib.records.base import Frozen, checked
 from ovcalib.records.options import shape
+from ovcalib.records.preprocessing import ChannelOrder
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
@@ -28,6 +29,7 @@ class SweepModel(Frozen):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     short_side: int | None = Field(default=None, ge=0)
+    channel_order: ChannelOrder | None = None
     trust_remote_code: bool = False
     command: str | None = None
 

@@ -1,6 +1,7 @@
 """What a person would notice at once: weights that were never trained, an FP32 model that does not work itself."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -50,3 +51,24 @@ def test_options_of_a_source_that_cannot_be_used_name_it_and_not_the_fallback(tm
     found = run("quantize", *MODEL, "--calib", "bn-inversion", "-o", tmp_path / "o", *FAST)
     assert found.exit_code == 3
     assert "trained weights were not loaded" in found.stderr
+
+
+def test_a_model_that_does_not_work_itself_never_meets_a_goal(toy, tmp_path, weights):
+    names = toy.spec.classes
+    toy.write_folder(tmp_path / "right", 60)
+    for i, name in enumerate(names):  # folders in another order than the outputs
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        shutil.copytree(tmp_path / "right" / name, tmp_path / "wrong" / names[(i + 1) % 4])
+    arguments = ["quantize", *MODEL, "--weights", weights, "--calib", "noise", "--num-samples", 8,
+                 "--mode", "accuracy-aware", "--max-drop", 0.5, "--benchmark-time", 0]  # fmt: skip
+    for given in ("--eval", "--validate"):
+        found = run(*arguments, given, tmp_path / "wrong", "-o", tmp_path / given)
+        assert found.exit_code == 5, found.stderr
+        assert "\nFP32 itself is at " in found.stdout
+        assert "The classes are in another order" in found.stdout
+        record = json.loads((tmp_path / given / "result.json").read_text())
+        assert record["outcome"] == "goal-missed"
+        assert "The classes are in another order" in record["fp32_fault"]
+    found = run(*arguments, "--eval", tmp_path / "right", "-o", tmp_path / "fine")
+    assert found.exit_code == 0, found.stderr
+    assert "FP32 itself" not in found.stdout
