@@ -30,7 +30,7 @@ from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
 from ovcalib.reports.result import write_result_report
-from ovcalib.rundir import Workspace, file_sha256, write_json
+from ovcalib.rundir import Workspace, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def quantize(
             ovcalib=__version__,
             # A model that does not work has no accuracy to keep.
             outcome="goal-missed" if fault and quantized.outcome == "goal-met" else quantized.outcome,
-            model=model_record(model),
+            model=model_record(model, int8, recipe.model.dynamic_batch),
             recipe=recipe,
             calibration=calibration.record(),
             quantization=quantized.record,
@@ -170,9 +170,10 @@ def quantize(
             files={},
         )
         log.close()
+        # The report lists the hashes of all files but its own.
+        record = record.model_copy(update={"files": work.hashes()})
         write_result_report(record, work.path, preview=work.path / "preview.png")
-        files = {path.relative_to(work.path).as_posix(): file_sha256(path) for path in work.files()}
-        record = record.model_copy(update={"files": files})
+        record = record.model_copy(update={"files": work.hashes()})
         write_json(work.path / "result.json", record.model_dump(mode="json"))
         progress.say(f"done in {time.monotonic() - began:.0f} s")
         folder = work.finish()

@@ -18,7 +18,7 @@ from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageErro
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
 from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
-from ovcalib.records.model import ModelRecord, ModelSpec, Weights
+from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Weights
 from ovcalib.records.options import ModelOptions
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
 from ovcalib.rundir import file_sha256
@@ -90,9 +90,16 @@ def _load(options: ModelOptions, module: nn.Module | None, say: Callable[[str], 
     return _from_factory(prefix, rest, options)
 
 
-def model_record(model: Model) -> ModelRecord:
-    """The model block of a result."""
+def model_record(model: Model, graph: ov.Model, dynamic_batch: bool) -> ModelRecord:
+    """The model block of a result, with the input of the graph that was written."""
+    port = graph.inputs[0]
     return ModelRecord(
+        input=ModelInput(
+            name=port.any_name,
+            dtype=port.get_element_type().to_string(),
+            shape=(-1 if dynamic_batch else 1, *model.spec.input_shape),
+            preprocessing=model.spec.preprocessing,
+        ),
         name=model.spec.name,
         input_shape=model.spec.input_shape,
         parameters=model.parameters,
