@@ -154,11 +154,11 @@ def generate(
         )
         if output is not None:
             if asked.format == "npz":
-                calibration.save(work.path)
+                calibration.save(work.path, preview=asked.preview)
             else:
                 from ovcalib.calibration.writers import write_images
 
-                write_images(calibration, loaded.spec, work.path, asked.format)
+                write_images(calibration, loaded.spec, work.path, asked.format, asked.preview)
             work.finish()
     return calibration
 

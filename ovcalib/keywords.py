@@ -19,6 +19,8 @@ class QuantizeKeywords(TypedDict, total=False):
     num_samples: int | None
     seed: int
     options: Mapping[str, object]
+    preview: bool
+    keep_images: bool
     mode: Literal["default", "accuracy-aware"]
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
@@ -53,6 +55,7 @@ class GenerateKeywords(TypedDict, total=False):
     trust_remote_code: bool
     seed: int
     options: Mapping[str, object]
+    preview: bool
     score: bool
     format: Literal["npz", "imagefolder", "datumaro"]
     download: bool

@@ -110,7 +110,7 @@ def quantize(
             calibration = make_set(
                 options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
             )
-        calibration.save(work.path)
+        calibration.save(work.path, options.keep_images, options.preview)
         warnings = [*model.warnings, *fallback, *calibration.provenance.warnings]
 
         images = proof_images(evaluation, calibration, recipe.evaluation.allow_overlap)

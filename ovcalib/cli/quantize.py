@@ -33,6 +33,7 @@ def quantize(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
     from ovcalib.records.read import read_recipe
     from ovcalib.reports.markdown import kernels_error, summary
+    from ovcalib.reports.provenance import images_inside
     from ovcalib.reports.verdict import KERNELS, result_verdict
 
     recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
@@ -52,6 +53,7 @@ def quantize(given: dict[str, Any], common: Common) -> int:
         for found in result.record.quantization.output_error:
             print(f"output error on {KERNELS[found.kernels]}: {kernels_error(found)}")
         print(f"\n{in_words(result_verdict(result.record)['text'])}")
+        print(in_words(images_inside(result.record)))
         print(f"outcome: {result.record.outcome}; wrote {target / 'report.html'}")
     return OUTCOME_CODES[result.record.outcome]
 
@@ -172,6 +174,6 @@ def add_to(app: click.Group) -> None:
         generate,
         (GenerateOptions, ModelOptions),
         renamed={"reference": Shown(("--model",), metavar="MODEL")},
-        leave_out=("dynamic_batch",),
+        leave_out=("dynamic_batch", "keep_images"),
     )
     add_command(app, convert, (ConvertOptions, ModelOptions))

@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[type[Frozen], ...]] = {
     "LoadKeywords": (ModelOptions,),
 }  # fmt: skip
 POSITIONAL = {
-    "GenerateKeywords": {"calib", "num_samples", "dynamic_batch"},
+    "GenerateKeywords": {"calib", "num_samples", "dynamic_batch", "keep_images"},
     "EvaluateKeywords": {"data", "dynamic_batch"},
     # Finished files bring their weights.
     "BenchmarkKeywords": {"weights", "trust_remote_code", "dynamic_batch"},

@@ -104,6 +104,11 @@ class CalibrationOptions(Frozen):
         default={}, description="An option of the source; see `ovcalib sources NAME`. Repeatable."
     )
 
+    preview: bool = Field(default=True, description="Show some of the images in preview.png and in the report.")
+    keep_images: bool = Field(
+        default=True, description="Leave the images in the output folder (calibration.npz and the preview)."
+    )
+
     @field_validator("options", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
@@ -355,6 +360,12 @@ class GenerateOptions(CalibrationOptions):
         default="npz", description="npz keeps the images exactly, the others hold 8-bit PNG."
     )
     download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
+
+    @model_validator(mode="after")
+    def _images_are_what_is_made(self) -> GenerateOptions:
+        if not self.keep_images:
+            raise ValueError("`keep_images=False` does nothing here: the images are what is made")
+        return self
 
 
 class ConvertOptions(Frozen):

@@ -127,6 +127,8 @@ class SweepRecipe(Frozen):
         for field in common:
             if field in OWN_FIELDS:
                 raise ValueError(f"'common' has the field {field!r}, which a sweep sets by cell")
+        if common.get("keep_images") is False:
+            raise ValueError("'common': cells share calibration sets, so a sweep cannot have `keep_images=False`")
         mode = "accuracy-aware" if "accuracy-aware" in self.modes else "default"
         try:
             make_recipe(model="any", mode=mode, **common)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ovcalib.records.result import KernelsError, Quantization, Result
-from ovcalib.reports.provenance import MODEL_API, input_facts, model_facts, snippet
+from ovcalib.reports.provenance import MODEL_API, images_inside, input_facts, model_facts, snippet
 from ovcalib.reports.verdict import KERNELS, execution, points, reliable_latency, result_verdict, speedup
 
 
@@ -149,6 +149,8 @@ def markdown_report(result: Result) -> str:
         f"- licence of the images: {escape_markdown(calibration.licence or 'not stated')}",
         f"- domain: {calibration.domain}; labels: {calibration.labels or 'none'}",
         *(f"- {key}: {value}" for key, value in calibration.options.items()),
+        "",
+        escape_markdown(images_inside(result)),
         "",
         "## Quantization",
         "",

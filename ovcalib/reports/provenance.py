@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ovcalib.calibration.sets import PREVIEW_IMAGES
 from ovcalib.records.model import ModelInput
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.records.result import Result
@@ -10,6 +11,23 @@ MODEL_API = (
     "The file holds its preprocessing and labels as metadata, so OpenVINO Model API and DL Streamer load it as it "
     'is: Model.create_model("int8/model.xml").'
 )
+
+
+def images_inside(result: Result) -> str:
+    """Which images the output folder and the report hold, for who passes them on."""
+    calibration = result.calibration
+    holders = [f"calibration.npz holds all {calibration.num_samples}"] if "calibration.npz" in result.files else []
+    if "preview.png" in result.files:
+        shown = min(calibration.num_samples, PREVIEW_IMAGES)
+        holders.append(f"preview.png and report.html show {shown}")
+    if not holders:
+        return "Calibration images: none in this folder."
+    if not calibration.real:
+        return f"Calibration images: {', '.join(holders)}; they are made, not photographs."
+    return (
+        f"Calibration images: {', '.join(holders)}; they are real images. To leave them out of what you pass on, use "
+        "`keep_images=False`, or `preview=False` for the preview alone."
+    )
 
 
 def model_facts(result: Result) -> list[tuple[str, str]]:

@@ -72,3 +72,37 @@ def test_a_model_that_does_not_work_itself_never_meets_a_goal(toy, tmp_path, wei
     found = run(*arguments, "--eval", tmp_path / "right", "-o", tmp_path / "fine")
     assert found.exit_code == 0, found.stderr
     assert "FP32 itself" not in found.stdout
+
+
+def test_images_can_be_kept_out_of_what_is_passed_on(toy, tmp_path, weights):
+    toy.write_folder(tmp_path / "images", 12)
+    arguments = ["quantize", *MODEL, "--weights", weights, "--calib", f"real:{tmp_path / 'images'}",
+                 "--num-samples", 8, "--benchmark-time", 0]  # fmt: skip
+
+    def contents(*extra):
+        out = tmp_path / "-".join(["out", *extra])
+        found = run(*arguments, *extra, "-o", out)
+        assert found.exit_code == 0, found.stderr
+        (line,) = [line for line in found.stdout.splitlines() if line.startswith("Calibration images:")]
+        page = (out / "report.html").read_text()
+        assert line.partition(". To")[0] in page
+        there = {path.name for path in out.iterdir()} & {"calibration.npz", "preview.png", "calibration.json"}
+        assert "images/" not in json.dumps(json.loads((out / "result.json").read_text())["files"])
+        return line, there, "data:image/png" in page
+
+    line, there, shown = contents()
+    assert line.startswith(
+        "Calibration images: calibration.npz holds all 8, preview.png and report.html show 8; they are real"
+    )
+    assert "use --no-keep-images, or --no-preview" in line
+    assert (there, shown) == ({"calibration.npz", "preview.png", "calibration.json"}, True)
+    line, there, shown = contents("--no-preview")
+    assert line.startswith("Calibration images: calibration.npz holds all 8; they are real")
+    assert (there, shown) == ({"calibration.npz", "calibration.json"}, False)
+    line, there, shown = contents("--no-keep-images")
+    assert line == "Calibration images: none in this folder."
+    assert (there, shown) == ({"calibration.json"}, False)
+    found = run("generate", "noise", "--model", *MODEL, "--count", 4, "--no-preview", "-o", tmp_path / "set")
+    assert found.exit_code == 0, found.stderr
+    assert not (tmp_path / "set/preview.png").exists()
+    assert run("generate", "noise", "--model", *MODEL, "--no-keep-images").exit_code == 2
