@@ -146,7 +146,7 @@ def generate(
     about, rest = _model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
     loaded = _load_model(about, module, progress.say)
-    resolved = resolve_calibration(asked, loaded, progress)
+    resolved, _ = resolve_calibration(asked, loaded, progress)
     request = {"model": about.model_dump(mode="json"), "calibration": resolved.model_dump(mode="json")}
     with Workspace(_path(output), overwrite, request) as work:
         calibration = make_set(
@@ -154,11 +154,11 @@ def generate(
         )
         if output is not None:
             if asked.format == "npz":
-                calibration.save(work.path)
+                calibration.save(work.path, preview=asked.preview)
             else:
                 from ovcalib.calibration.writers import write_images
 
-                write_images(calibration, loaded.spec, work.path, asked.format)
+                write_images(calibration, loaded.spec, work.path, asked.format, asked.preview)
             work.finish()
     return calibration
 

@@ -11,6 +11,7 @@ class InputKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    channel_order: Literal["RGB", "BGR"] | None
 
 
 class LoadKeywords(InputKeywords, total=False):
@@ -24,6 +25,8 @@ class QuantizeKeywords(LoadKeywords, total=False):
     num_samples: int | None
     seed: int
     options: Mapping[str, object]
+    preview: bool
+    keep_images: bool
     mode: Literal["default", "accuracy-aware"]
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
@@ -51,6 +54,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
 class GenerateKeywords(LoadKeywords, total=False):
     seed: int
     options: Mapping[str, object]
+    preview: bool
     score: bool
     format: Literal["npz", "imagefolder", "datumaro"]
     download: bool

@@ -16,6 +16,7 @@ from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.evaluation.dataset import Images, calibration_images, open_evaluation, open_validation, proof_images
 from ovcalib.evaluation.proof import prove, reference_outputs
+from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, write_ir
 from ovcalib.kernels import proof_kernels
@@ -29,8 +30,8 @@ from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
 from ovcalib.reports.result import write_result_report
-from ovcalib.rundir import Workspace, file_sha256, write_json
-from ovcalib.runtime import check_device
+from ovcalib.rundir import Workspace, write_json
+from ovcalib.runtime import OpenVINORunner, check_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +98,7 @@ def quantize(
 
         # Everything that can be refused is refused before images are made.
         model = load_model(recipe.model, module, progress.say)
-        options = resolve_calibration(recipe.calibration, model, progress)
+        options, fallback = resolve_calibration(recipe.calibration, model, progress)
         recipe = recipe.model_copy(update={"calibration": options})
         evaluation = open_evaluation(recipe.evaluation, model.spec)
         validation = open_validation(recipe.quantization, recipe.evaluation, evaluation, model.spec)
@@ -109,11 +110,19 @@ def quantize(
             calibration = make_set(
                 options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
             )
-        calibration.save(work.path)
-        warnings = [*model.warnings, *calibration.provenance.warnings]
+        calibration.save(work.path, options.keep_images, options.preview)
+        warnings = [*model.warnings, *fallback, *calibration.provenance.warnings]
 
         images = proof_images(evaluation, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)
+        fault = None
+        if evaluation is not None:
+            fault = fp32_fault(OpenVINORunner(exported.graph), evaluation, reference, progress)
+        elif validation is not None:
+            steered = reference_outputs(exported.graph, validation.images(), progress)
+            fault = fp32_fault(OpenVINORunner(exported.graph), validation, steered, progress)
+        if fault is not None:
+            progress.say(fault)
 
         steering: Images | None = None
         if recipe.quantization.mode == "accuracy-aware":
@@ -141,13 +150,15 @@ def quantize(
         record = Result(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ovcalib=__version__,
-            outcome=quantized.outcome,
-            model=model_record(model),
+            # A model that does not work has no accuracy to keep.
+            outcome="goal-missed" if fault and quantized.outcome == "goal-met" else quantized.outcome,
+            model=model_record(model, int8, recipe.model.dynamic_batch),
             recipe=recipe,
             calibration=calibration.record(),
             quantization=quantized.record,
             accuracy=proof.accuracy,
             accuracy_reason=proof.accuracy_reason,
+            fp32_fault=fault,
             agreement=proof.agreement,
             parity=exported.parity,
             parity_reason=exported.parity_reason,
@@ -159,9 +170,10 @@ def quantize(
             files={},
         )
         log.close()
+        # The report lists the hashes of all files but its own.
+        record = record.model_copy(update={"files": work.hashes()})
         write_result_report(record, work.path, preview=work.path / "preview.png")
-        files = {path.relative_to(work.path).as_posix(): file_sha256(path) for path in work.files()}
-        record = record.model_copy(update={"files": files})
+        record = record.model_copy(update={"files": work.hashes()})
         write_json(work.path / "result.json", record.model_dump(mode="json"))
         progress.say(f"done in {time.monotonic() - began:.0f} s")
         folder = work.finish()

@@ -137,8 +137,10 @@ class Workspace:
         (self.path / "logs").mkdir()
         return (self.path / "logs" / "run.log").open("w")
 
-    def files(self) -> list[Path]:
-        return sorted(path for path in self.path.rglob("*") if path.is_file())
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of every file in the folder, by its path there."""
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        return {path.relative_to(self.path).as_posix(): file_sha256(path) for path in files}
 
     def finish(self) -> Path | None:
         """Move the folder to its place, and return it."""

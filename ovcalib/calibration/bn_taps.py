@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ovcalib.errors import ModelError
-
-# Initial values of the statistics, which training changes.
-UNTRAINED = (0.0, 1.0)
+from ovcalib.models.weights import never_trained, statistics_layers
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,15 @@ class Layer:
 def find_layers(module: nn.Module, name: str) -> list[Layer]:
     """The BatchNorm layers of a network with statistics of the training data.
 
-    BatchNorm of any dimension, SyncBatchNorm, InstanceNorm that tracks statistics, and torchvision's
-    FrozenBatchNorm2d count; layers with track_running_stats=False have none and are skipped.
     raises   ModelError that says what to use instead, if there is none or all have their initial statistics
     """
     layers = []
-    for path, child in module.named_modules():
-        mean, var = getattr(child, "running_mean", None), getattr(child, "running_var", None)
-        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            continue
-        if not isinstance(child, _NormBase) and type(child).__name__ != "FrozenBatchNorm2d":
-            continue
+    for path, child in statistics_layers(module):
+        mean, var = child.running_mean, child.running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(var, Tensor)
         weight, bias = getattr(child, "weight", None), getattr(child, "bias", None)
-        scale = (var + float(child.eps)).rsqrt()
+        scale = (var + float(child.eps)).rsqrt()  # type: ignore[arg-type]
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         layers.append(Layer(path, child, mean.detach(), var.detach(), scale.detach(), shift.detach()))
@@ -61,10 +54,10 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
             "into the convolutions (deployed RepVGG, ONNX), or the network has none (ViT, ConvNeXt). Give the model in "
             "its training form, or calibrate with fractal or real:DATA."
         )
-    if all((la.mean0 == UNTRAINED[0]).all() and (la.var0 == UNTRAINED[1]).all() for la in layers):
+    if never_trained(module):
         raise ModelError(
-            f"The BatchNorm statistics of {name} are those of a new network (mean 0, variance 1): it was never "
-            "trained, or its weights were not loaded. Pass `weights`."
+            f"The BatchNorm statistics of {name} are those of a new network (mean 0, variance 1), so there is nothing "
+            "to invert: it was never trained, or trained weights were not loaded. Calibrate with fractal or real:DATA."
         )
     return layers
 

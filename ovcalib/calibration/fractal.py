@@ -80,7 +80,7 @@ class Options:
 def generate(request: Request, options: Options) -> Generated:
     """Pixels, one image for each seed (seed, i)."""
     images = pictures(request.spec, request.seed, range(request.count), options, request.tick)
-    return Generated(images, domain="pixels", licence="CC0-1.0 (made from random numbers)")
+    return Generated(images, domain="pixels")
 
 
 def pictures(

@@ -9,27 +9,39 @@ from typing import Any
 
 from ovcalib.calibration.sets import CalibrationSet, preflight
 from ovcalib.calibration.sources import Request, generate, images_wanted, open_source
-from ovcalib.errors import ModelError
+from ovcalib.errors import ModelError, UsageError
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
 from ovcalib.records.calibration import SetScore
 from ovcalib.records.options import CalibrationOptions
 
 
-def resolve_calibration(options: CalibrationOptions, model: Model, progress: Progress) -> CalibrationOptions:
+def resolve_calibration(
+    options: CalibrationOptions, model: Model, progress: Progress
+) -> tuple[CalibrationOptions, tuple[str, ...]]:
     """The options with their source and number of images decided, and checked as far as that needs no image.
 
-    raises   UnknownNameError, UsageError
+    returns   also a warning where the source is not the usual one
+    raises    UnknownNameError, UsageError
     """
     calib = options.calib
+    warnings: tuple[str, ...] = ()
     if calib is None:
         obstacle = inversion_obstacle(model)
         calib = "fractal" if obstacle else "bn-inversion"
         if obstacle:
-            progress.say(f"calibrating with fractal: {obstacle}")
+            if options.options:
+                given = ", ".join(f"-O {key}={value}" for key, value in options.options.items())
+                raise UsageError(
+                    f"{given}: options of which source? None was named, and the usual bn-inversion is not possible: "
+                    f"{obstacle.removesuffix('.')}. Pass `calib`, for example `calib=fractal`, with options of that "
+                    "source."
+                )
+            warnings = (f"calibrated with fractal instead of bn-inversion: {obstacle}",)
+            progress.say(warnings[0])
     open_source(calib, model.spec, model.module, options.options)
     count = options.num_samples if options.num_samples is not None else images_wanted(calib, model.spec)
-    return options.model_copy(update={"calib": calib, "num_samples": count})
+    return options.model_copy(update={"calib": calib, "num_samples": count}), warnings
 
 
 def inversion_obstacle(model: Model) -> str | None:

@@ -94,9 +94,16 @@ class CalibrationSet:
             f"<CalibrationSet {len(self)} images from {made.source}, {self.images.dtype} {list(self.images.shape[1:])}>"
         )
 
-    def save(self, folder: Path) -> None:
-        """Write calibration.npz, calibration.json and preview.png into a folder; each appears whole or not at all."""
+    def save(self, folder: Path, keep_images: bool = True, preview: bool = True) -> None:
+        """Write calibration.npz, calibration.json and preview.png into a folder; each appears whole or not at all.
+
+        keep_images   False writes the description alone
+        preview       False leaves out preview.png
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        write_description(self, folder, preview and keep_images)
+        if not keep_images:
+            return
         arrays: dict[str, Any] = {
             "images": self.images, "domain": np.array(self.domain), "real": np.array(self.provenance.real),
         }  # fmt: skip
@@ -105,7 +112,6 @@ class CalibrationSet:
             arrays["label_origin"] = np.array(self.provenance.labels)
         # Not compressed: photographs and noise hardly shrink, and deflate would take longer than NNCF.
         write_atomically(folder / "calibration.npz", lambda partial: _savez(partial, arrays))
-        write_description(self, folder)
 
 
 def read_set(folder: Path) -> CalibrationSet:
@@ -135,15 +141,16 @@ def clipped_share(calibration: CalibrationSet) -> float:
     return outside / (calibration.images.size)
 
 
-def write_description(calibration: CalibrationSet, folder: Path) -> None:
-    """Write calibration.json and preview.png into a folder."""
+def write_description(calibration: CalibrationSet, folder: Path, preview: bool = True) -> None:
+    """Write calibration.json and, where it is wanted, preview.png into a folder."""
     description = {
         "provenance": calibration.provenance.model_dump(mode="json"),
         "preprocessing": calibration.preprocessing.model_dump(mode="json"),
         "clipped_share": clipped_share(calibration),
     }
     write_json(folder / "calibration.json", description)
-    write_atomically(folder / "preview.png", lambda partial: save_preview(calibration, partial))
+    if preview:
+        write_atomically(folder / "preview.png", lambda partial: save_preview(calibration, partial))
 
 
 def load_calibration(

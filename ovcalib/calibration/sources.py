@@ -130,11 +130,21 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
             domain=made.domain,
             real=made.real,
             labels=made.label_origin,
-            licence=made.licence,
+            licence=made.licence or licence_statement(made.real, source, request.spec),
             model=request.spec.name if "checkpoint" in source.NEEDS else None,
             warnings=made.warnings,
         ),
     )
+
+
+def licence_statement(real: bool, source: Source, spec: ModelSpec) -> str | None:
+    """Whose rights may be in images of which nobody said it; None for real ones, which are not ours to judge."""
+    if real:
+        return None
+    if "checkpoint" in source.NEEDS:
+        weights = spec.weights.licence or "whose licence is not stated"
+        return f"made without photographs, from the weights of {spec.name} ({weights})"
+    return "CC0-1.0 (made from random numbers)"
 
 
 def images_wanted(reference: str, spec: ModelSpec) -> int:

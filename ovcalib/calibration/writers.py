@@ -11,13 +11,17 @@ from ovcalib.records.model import ModelSpec
 
 
 def write_images(
-    calibration: CalibrationSet, spec: ModelSpec, folder: Path, form: Literal["imagefolder", "datumaro"]
+    calibration: CalibrationSet,
+    spec: ModelSpec,
+    folder: Path,
+    form: Literal["imagefolder", "datumaro"],
+    preview: bool = True,
 ) -> None:
     """Write 8-bit PNG files: FOLDER/<class>/000000.png, or a Datumaro project.
 
     Images of the network's domain are rounded and clipped to pixels; `calibration.json` says how much that took.
     """
-    write_description(calibration, folder)
+    write_description(calibration, folder, preview)
     if form == "imagefolder":
         _write_folders(calibration, spec, folder)
     else:

@@ -29,6 +29,7 @@ def quantize(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
     from ovcalib.records.read import read_recipe
     from ovcalib.reports.markdown import kernels_error, summary
+    from ovcalib.reports.provenance import images_inside
     from ovcalib.reports.verdict import KERNELS, result_verdict
 
     recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
@@ -47,16 +48,21 @@ def quantize(given: dict[str, Any], common: Common) -> int:
         print_table([summary(result.record)])
         for found in result.record.quantization.output_error:
             print(f"output error on {KERNELS[found.kernels]}: {kernels_error(found)}")
-        print(f"\n{result_verdict(result.record)['text']}")
+        print(f"\n{in_words(result_verdict(result.record)['text'])}")
+        print(in_words(images_inside(result.record)))
         print(f"outcome: {result.record.outcome}; wrote {target / 'report.html'}")
     return OUTCOME_CODES[result.record.outcome]
 
 
 def warn(warnings: tuple[str, ...], common: Common) -> None:
     """Show the warnings of a record in the words of the command line."""
-    context = click.get_current_context()
     for warning in warnings:
-        common.progress.say(f"warning: {in_flags(warning, getattr(context.command, 'flags', {}))}")
+        common.progress.say(f"warning: {in_words(warning)}")
+
+
+def in_words(text: str) -> str:
+    """A text of a record in the words of the command that runs."""
+    return in_flags(text, getattr(click.get_current_context().command, "flags", {}))
 
 
 def show_plan(recipe: Any, common: Common) -> None:
@@ -160,6 +166,6 @@ def add_to(app: click.Group) -> None:
         generate,
         (GenerateOptions, ModelOptions),
         renamed={"reference": Shown(("--model",), metavar="MODEL")},
-        leave_out=("dynamic_batch",),
+        leave_out=("dynamic_batch", "keep_images"),
     )
     add_command(app, convert, (ConvertOptions, ModelOptions))

@@ -61,7 +61,7 @@ def diagnose(about: ModelOptions, int8: str, options: DiagnosisOptions, progress
         sets[on] = [item.input for item in islice(items, options.num_samples)]
     for i, source in enumerate(options.calib):
         asked = CalibrationOptions(calib=source, num_samples=options.num_samples, seed=options.seed)
-        made = make_set(resolve_calibration(asked, model, progress), model, progress)
+        made = make_set(resolve_calibration(asked, model, progress)[0], model, progress)
         sets[source] = made.inputs()
         if options.data is None and i == 0:
             on, items = source, calibration_images(made).items

@@ -17,20 +17,19 @@ import numpy as np
 from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
-from ovcalib.models.weights import apply_state_dict, download, load_state_dict
-from ovcalib.records.model import ModelRecord, ModelSpec, Weights
+from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
+from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Weights
 from ovcalib.records.options import ModelOptions
-from ovcalib.records.preprocessing import Preprocessing
+from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
 from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     import openvino as ov
     from torch import nn
 
-IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
-IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
-# The share of the resized short side that the usual centre crop keeps (224 of 256).
-CROP_SHARE = 0.875
+# `weights` in place of a file: what the constructor made, from a fixed seed.
+RANDOM = "random"
+UNTRAINED = ". Neither agreement nor speed of such a network says what a trained one does; pass trained `weights`."
 
 
 @dataclass
@@ -65,6 +64,18 @@ def load_model(
     say      receives a line before anything is downloaded
     raises   UsageError, ModelError
     """
+    model = _load(options, module, say)
+    if model.spec.weights.origin == RANDOM:
+        model.warnings.append(f"The weights of {model.spec.name} are random{UNTRAINED}")
+    elif model.module is not None and never_trained(model.module):
+        model.warnings.append(
+            f"{model.spec.name} looks untrained: its BatchNorm statistics are those of a new network (mean 0, "
+            f"variance 1){UNTRAINED}"
+        )
+    return model
+
+
+def _load(options: ModelOptions, module: nn.Module | None, say: Callable[[str], None]) -> Model:
     reference = options.reference
     if module is not None:
         return _from_module(private_copy(module), reference, Weights(origin="module"), options)
@@ -79,9 +90,16 @@ def load_model(
     return _from_factory(prefix, rest, options)
 
 
-def model_record(model: Model) -> ModelRecord:
-    """The model block of a result."""
+def model_record(model: Model, graph: ov.Model, dynamic_batch: bool) -> ModelRecord:
+    """The model block of a result, with the input of the graph that was written."""
+    port = graph.inputs[0]
     return ModelRecord(
+        input=ModelInput(
+            name=port.any_name,
+            dtype=port.get_element_type().to_string(),
+            shape=(-1 if dynamic_batch else 1, *model.spec.input_shape),
+            preprocessing=model.spec.preprocessing,
+        ),
         name=model.spec.name,
         input_shape=model.spec.input_shape,
         parameters=model.parameters,
@@ -108,6 +126,9 @@ def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) 
         raise UnknownNameError("model", name, builtin.NAMES)
     require("torch", "quantize", f"The model {name!r}")
     chosen = options.weights
+    if chosen == RANDOM:
+        module = _random(lambda: builtin.build(name))
+        return _of_builtin(name, module, Weights(origin=RANDOM, sha256=state_sha256(module)), options)
     if chosen in (None, "shipped", "published"):
         weights = builtin.weights_of(name, chosen)
         if weights.url is not None:
@@ -119,7 +140,10 @@ def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) 
         weights = Weights(origin="file")
     module = builtin.build(name)
     apply_state_dict(module, load_state_dict(path), str(path), name)
-    weights = weights.model_copy(update={"sha256": file_sha256(path)})
+    return _of_builtin(name, module, weights.model_copy(update={"sha256": file_sha256(path)}), options)
+
+
+def _of_builtin(name: str, module: nn.Module, weights: Weights, options: ModelOptions) -> Model:
     spec = builtin.spec(name, weights)
     overrides = _preprocessing(spec.input_shape, options, spec.preprocessing)[0]
     spec = spec.model_copy(update={"preprocessing": overrides})
@@ -136,7 +160,7 @@ def _from_torchvision(name: str, options: ModelOptions, say: Callable[[str], Non
         module = _downloading(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=tag))
         weights = Weights(origin="torchvision", licence="BSD-3-Clause", url=tag.url)
     else:
-        module, weights = _with_file(torchvision.models.get_model(name, weights=None), name, options)
+        module, weights = _with_file(lambda: torchvision.models.get_model(name, weights=None), name, options)
     transform = tag.transforms()
     shape = options.input_shape
     published = None
@@ -163,7 +187,7 @@ def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> 
             origin="timm", licence=module.pretrained_cfg.get("license"), url=module.pretrained_cfg.get("hf_hub_id")
         )
     else:
-        module, weights = _with_file(timm.create_model(name, pretrained=False), name, options)
+        module, weights = _with_file(lambda: timm.create_model(name, pretrained=False), name, options)
     config = timm.data.resolve_data_config({}, model=module)
     shape = options.input_shape or tuple(config["input_size"])
     published = Preprocessing(
@@ -189,11 +213,12 @@ def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> M
     def load() -> Any:
         return torch.hub.load(repository, name, trust_repo=True, **({"pretrained": True} if published else {}))
 
-    with redirect_stdout(sys.stderr):
-        module = _downloading(f"hub:{rest}", load)
     weights = Weights(origin="hub", url=f"https://github.com/{repository}")
-    if not published:
-        module, weights = _with_file(module, name, options)
+    with redirect_stdout(sys.stderr):
+        if published:
+            module = _downloading(f"hub:{rest}", load)
+        else:
+            module, weights = _with_file(lambda: _downloading(f"hub:{rest}", load), name, options)
     return _from_module(module, f"hub:{rest}", weights, options)
 
 
@@ -214,15 +239,19 @@ def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Mo
         raise UsageError(f"The module {module_name!r} has no {attribute!r}.") from error
     finally:
         sys.path.remove("")
-    try:
-        module = factory()
-    except OvcalibError:
-        raise
-    except Exception as error:  # the factory is the user's code
-        raise ModelError(f"{reference!r} failed with {type(error).__name__}: {error}") from error
-    weights = Weights(origin="factory")
-    if options.weights is not None:
-        module, weights = _with_file(module, reference, options)
+
+    def make() -> Any:
+        try:
+            return factory()
+        except OvcalibError:
+            raise
+        except Exception as error:  # the factory is the user's code
+            raise ModelError(f"{reference!r} failed with {type(error).__name__}: {error}") from error
+
+    if options.weights is None:
+        module, weights = make(), Weights(origin="factory")
+    else:
+        module, weights = _with_file(make, reference, options)
     return _from_module(module, reference, weights, options)
 
 
@@ -233,7 +262,8 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
-    if spec is not None and not any((options.input_shape, options.mean, options.std, options.short_side is not None)):
+    said = (options.input_shape, options.mean, options.std, options.short_side, options.channel_order)
+    if spec is not None and all(value is None for value in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
         return Model(spec, graph=graph, sha256=digest)
     if len(graph.inputs) != 1:
@@ -308,7 +338,20 @@ def state_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _with_file(module: Any, name: str, options: ModelOptions) -> tuple[Any, Weights]:
+def _random(make: Callable[[], Any]) -> Any:
+    """A network with the random weights of its constructor, the same every time."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def _with_file(make: Callable[[], Any], name: str, options: ModelOptions) -> tuple[Any, Weights]:
+    """A network with the weights of a file, or with random ones."""
+    module = _random(make)
+    if options.weights == RANDOM:
+        return module, Weights(origin=RANDOM)
     path = Path(options.weights or "")
     apply_state_dict(module, load_state_dict(path), str(path), name)
     return module, Weights(origin="file", sha256=file_sha256(path))
@@ -343,7 +386,7 @@ def _preprocessing(
             width=w,
             mean=mean,
             std=std,
-            short_side=round(min(h, w) / CROP_SHARE) if min(h, w) >= 128 else None,
+            short_side=round(min(h, w) / USUAL_CROP) if min(h, w) >= 128 else None,
         )
     for name, values in (("`mean`", options.mean), ("`std`", options.std)):
         if values is not None and len(values) != c:
@@ -360,6 +403,10 @@ def _preprocessing(
         if 0 < options.short_side < max(h, w):
             raise UsageError(f"`short_side={options.short_side}` is smaller than the input of {h}x{w}.")
         changes["short_side"] = options.short_side or None
+    if options.channel_order is not None:
+        if c != 3:
+            raise UsageError(f"`channel_order={options.channel_order}` needs three channels, but the input has {c}.")
+        changes["channel_order"] = options.channel_order
     return known.model_copy(update=changes), warnings
 
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TIMEOUT_S = 60
+
+
+def statistics_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that keep a mean and a variance of each channel, with their names.
+
+    BatchNorm of any dimension, SyncBatchNorm, InstanceNorm that tracks statistics, and torchvision's
+    FrozenBatchNorm2d count; layers with track_running_stats=False remember nothing and are passed over.
+    """
+    from torch import Tensor
+    from torch.nn.modules.batchnorm import _NormBase
+
+    for path, child in module.named_modules():
+        stored = (getattr(child, name, None) for name in ("running_mean", "running_var"))
+        known = isinstance(child, _NormBase) or type(child).__name__ == "FrozenBatchNorm2d"
+        if known and all(isinstance(value, Tensor) for value in stored):
+            yield path, child
+
+
+def never_trained(module: nn.Module) -> bool:
+    """Whether there are BatchNorm layers, and all have the statistics of a new one (mean 0, variance 1)."""
+    layers = [child for _, child in statistics_layers(module)]
+    return bool(layers) and all(bool((m.running_mean == 0).all() and (m.running_var == 1).all()) for m in layers)  # type: ignore[union-attr]
 
 
 def save_state_dict(state: dict[str, Tensor], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ovcalib.records.base import Frozen
@@ -41,9 +43,29 @@ class ModelSpec(Frozen):
     weights: Weights
 
 
+class ModelInput(Frozen):
+    """What the model takes. Normalisation is not inside the graph: `preprocessing` comes before it.
+
+    shape   one image, or -1 for an open batch, then channels, height and width (layout NCHW)
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, int, int, int]
+    layout: Literal["NCHW"] = "NCHW"
+    preprocessing: Preprocessing
+
+
 class ModelRecord(Frozen):
+    """The model block of a result.
+
+    sha256   of the weights as they were loaded
+    input    None in records of earlier versions
+    """
+
     name: str
     input_shape: tuple[int, int, int]
     parameters: int
     sha256: str
     weights: Weights
+    input: ModelInput | None = None

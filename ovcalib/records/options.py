@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ovcalib.records.base import Frozen, Shown
+from ovcalib.records.preprocessing import ChannelOrder
 
 GoalMetric = Literal["top1", "agreement", "expected-top1"]
 Mode = Literal["default", "accuracy-aware"]
@@ -74,7 +75,7 @@ class ModelOptions(Frozen):
 
     reference: Annotated[str, Shown(("MODEL",))] = Field(description=MODEL)
     weights: Annotated[
-        str | None, Shown(metavar="shipped|published|FILE", default="shipped, or what the reference brings")
+        str | None, Shown(metavar="shipped|published|random|FILE", default="shipped, or what the reference brings")
     ] = Field(default=None, description="Weights of the model; published ones are downloaded.")
     input_shape: Annotated[Shape, Shown(metavar="C,H,W", default="the model's")] = Field(
         default=None, description="Shape of one image, where the model does not say."
@@ -87,6 +88,9 @@ class ModelOptions(Frozen):
     )
     short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
         default=None, ge=0, description="Short side before the centre crop; 0 scales the whole image."
+    )
+    channel_order: Annotated[ChannelOrder | None, Shown(default="the model's, else RGB")] = Field(
+        default=None, description="Order of the colour channels that the model takes."
     )
     trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")
@@ -105,6 +109,11 @@ class CalibrationOptions(Frozen):
     seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of everything random.")
     options: Annotated[TextValues, Shown(("-O",), metavar="KEY=VALUE", default="none", repeat=True)] = Field(
         default={}, description="An option of the source; see `ovcalib sources NAME`. Repeatable."
+    )
+
+    preview: bool = Field(default=True, description="Show some of the images in preview.png and in the report.")
+    keep_images: bool = Field(
+        default=True, description="Leave the images in the output folder (calibration.npz and the preview)."
     )
 
 
@@ -349,6 +358,12 @@ class GenerateOptions(CalibrationOptions):
         default="npz", description="npz keeps the images exactly, the others hold 8-bit PNG."
     )
     download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
+
+    @model_validator(mode="after")
+    def _images_are_what_is_made(self) -> GenerateOptions:
+        if not self.keep_images:
+            raise ValueError("`keep_images=False` does nothing here: the images are what is made")
+        return self
 
 
 class ConvertOptions(Frozen):

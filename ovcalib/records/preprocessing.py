@@ -16,7 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
+# The share of the resized short side that the usual centre crop keeps (224 of 256).
+USUAL_CROP = 0.875
+
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+ChannelOrder = Literal["RGB", "BGR"]
 
 
 @functools.cache
@@ -46,7 +54,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     short_side: int | None = None
     interpolation: Interpolation = "bilinear"
-    channel_order: Literal["RGB", "BGR"] = "RGB"
+    channel_order: ChannelOrder = "RGB"
 
     @property
     def channels(self) -> int:

@@ -296,7 +296,11 @@ Outcome = Literal["done", "goal-met", "goal-missed", "budget"]
 
 
 class Result(Frozen):
-    """`result.json`: everything that a run found out. `*_reason` says why the value beside it is null."""
+    """`result.json`: everything that a run found out. `*_reason` says why the value beside it is null.
+
+    fp32_fault   why the FP32 model itself does not work on the labelled images, with the likely cause; None where it
+                 works, or was not evaluated
+    """
 
     schema_version: Literal[1] = 1
     created: str
@@ -308,6 +312,7 @@ class Result(Frozen):
     quantization: Quantization
     accuracy: Accuracy | None
     accuracy_reason: str | None
+    fp32_fault: str | None = None
     agreement: Agreement
     parity: Parity
     parity_reason: str | None

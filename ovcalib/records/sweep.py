@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ovcalib.errors import UsageError
 from ovcalib.records.base import Frozen, checked
 from ovcalib.records.options import Shape, TextValues
+from ovcalib.records.preprocessing import ChannelOrder
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
@@ -37,6 +38,7 @@ class SweepModel(SweepEntry):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     short_side: int | None = Field(default=None, ge=0)
+    channel_order: ChannelOrder | None = None
     trust_remote_code: bool = False
     command: str | None = None
 
@@ -114,6 +116,8 @@ class SweepRecipe(Frozen):
         for field in common:
             if field in OWN_FIELDS:
                 raise ValueError(f"'common' has the field {field!r}, which a sweep sets by cell")
+        if common.get("keep_images") is False:
+            raise ValueError("'common': cells share calibration sets, so a sweep cannot have `keep_images=False`")
         mode = "accuracy-aware" if "accuracy-aware" in self.modes else "default"
         try:
             make_recipe(model="any", mode=mode, **common)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ovcalib.records.result import KernelsError, Quantization, Result
+from ovcalib.reports.provenance import MODEL_API, images_inside, input_facts, model_facts, snippet
 from ovcalib.reports.verdict import KERNELS, execution, points, reliable_latency, result_verdict, speedup
 
 
@@ -146,8 +147,11 @@ def markdown_report(result: Result) -> str:
         "",
         f"- {calibration.num_samples} images from `{calibration.source}`, seed {calibration.seed}, "
         f"made in {calibration.seconds:.1f} s",
+        f"- licence of the images: {escape_markdown(calibration.licence or 'not stated')}",
         f"- domain: {calibration.domain}; labels: {calibration.labels or 'none'}",
         *(f"- {key}: {value}" for key, value in calibration.options.items()),
+        "",
+        escape_markdown(images_inside(result)),
         "",
         "## Quantization",
         "",
@@ -167,6 +171,18 @@ def markdown_report(result: Result) -> str:
             f"| INT8 | {int8.p50:.4g} | {int8.p90:.4g} | {int8.p99:.4g} | {int8.n} | {int8.precision or '-'} |",
             "",
             f"One image at a time, models in turns, device defaults. Speed-up {speedup(latency)}.",
+        ]
+    lines += ["", "## Model", "", *(f"- {name}: {escape_markdown(value)}" for name, value in model_facts(result))]
+    if result.model.input:
+        given = result.model.input
+        lines += [
+            *(f"- input, {name}: {escape_markdown(value)}" for name, value in input_facts(given)),
+            "",
+            "```python",
+            snippet(given.preprocessing),
+            "```",
+            "",
+            MODEL_API,
         ]
     lines += [
         "",

@@ -18,6 +18,7 @@ from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
 from ovcalib.reports.comparison import results_table
 from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
 from ovcalib.reports.markdown import markdown_report, megabytes, quantization_facts
+from ovcalib.reports.provenance import MODEL_API, images_inside, input_facts, model_facts, snippet
 from ovcalib.reports.render import FORMATS, data_uri, machine_facts, render, tile, write
 from ovcalib.reports.tables import Table, shown
 from ovcalib.reports.verdict import execution, points, reliable_latency, result_verdict, speedup
@@ -87,6 +88,7 @@ def result_page(
         confusions=confusion_table(result),
         source=calibration.source,
         calibration=calibration_facts(result),
+        images_inside=images_inside(result),
         preview=data_uri(preview) if preview and preview.is_file() else None,
         quantization=[("outcome", result.outcome), *quantization_facts(result.quantization)],
         latency_chart=charts.steps(
@@ -114,7 +116,12 @@ def result_page(
         machine=machine_facts(result.environment),
         command=quantize_command(result.recipe),
         recipe=[(key, shown(value)) for key, value in result.recipe.flat().items()],
-        files=sorted(result.files.items()),
+        # A page cannot hold its own hash.
+        files=[(name, digest) for name, digest in sorted(result.files.items()) if not name.startswith("report.")],
+        model=model_facts(result),
+        input=input_facts(result.model.input) if result.model.input else [],
+        snippet=snippet(result.model.input.preprocessing) if result.model.input else None,
+        model_api=MODEL_API,
     )
 
 

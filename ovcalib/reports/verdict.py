@@ -52,6 +52,8 @@ def result_verdict(result: Result) -> dict[str, str]:
         text, mood = f"The accuracy goal was missed. {text}", "bad"
     if result.outcome == "budget":
         text, mood = f"The budget ran out before the goal was reached. {text}", "bad"
+    if result.fp32_fault is not None:
+        text, mood = f"{result.fp32_fault} {text}", "bad"
     return {"text": f"{text} {speed}".strip(), "css": mood}
 
 

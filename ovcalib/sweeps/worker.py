@@ -63,7 +63,7 @@ def _make_set(task: dict[str, Any]) -> None:
     recipe, progress = make_recipe(**task["recipe"]), Progress()
     with Workspace(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
         model = load_model(recipe.model)
-        options = resolve_calibration(recipe.calibration, model, progress)
+        options, _ = resolve_calibration(recipe.calibration, model, progress)
         download = recipe.evaluation.download
         make_set(options, model, progress, download=download, resume=work.resume).save(work.path)
         work.finish()

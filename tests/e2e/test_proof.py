@@ -4,9 +4,12 @@ import copy
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import jsonschema
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -38,7 +41,30 @@ def test_the_report_of_a_run_holds_what_people_ask_for(result) -> None:
     assert float(rows[0]["top-1 INT8 %"]) == 100 * record["accuracy"]["int8"]["top1"]
 
 
-def test_an_edge_device_benchmarks(benchmarked) -> None:
+def test_the_report_says_where_everything_comes_from(result):
+    record = json.loads((result / "result.json").read_text())
+    page, text = (result / "report.html").read_text(), (result / "report.md").read_text()
+    for name in ("int8/model.bin", "fp32/model.xml", "calibration.npz", "request.json"):
+        assert record["files"][name] in page
+    assert record["files"]["report.html"] not in page
+    for words in (record["model"]["sha256"], "module", "not stated", "largest difference from torch",
+                  "CC0-1.0 (made from random numbers)", "[1, 3, 16, 16], NCHW", "Model.create_model"):  # fmt: skip
+        assert words in page, words
+        assert words in text.replace("\\", ""), words
+    assert f"{record['model']['parameters']:,}" in page
+
+
+def test_the_snippet_of_the_report_runs(result, tmp_path):
+    shutil.copytree(result / "int8", tmp_path / "int8")
+    (image,) = sorted((result.parent / "images" / "wide-v").iterdir())[:1]
+    PIL.Image.open(image).save(tmp_path / "image.jpg", quality=100)
+    code = (result / "report.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 8
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == "3", found.stderr
+
+
+def test_an_edge_device_benchmarks(benchmarked):
     out, stdout = benchmarked
     found = json.loads((out / "benchmark.json").read_text())
     jsonschema.validate(found, schema("benchmark"))

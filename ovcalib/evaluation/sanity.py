@@ -1,0 +1,154 @@
+"""Whether FP32 itself works on the images, and what is wrong where it does not.
+
+INT8 can agree with a model that answers at random; such a result proves nothing. The cause is nearly always one of a
+few, which are tried: normalisation, channel order, resizing, or the order of the classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovcalib.data.sets import choose
+from ovcalib.evaluation.dataset import ORDER_SEED, DataSet
+from ovcalib.evaluation.metrics import hits
+from ovcalib.evaluation.outputs import Outputs, collect
+from ovcalib.progress import Progress
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
+from ovcalib.runtime import Runner
+
+# Images on which preprocessing is tried.
+TRIED = 64
+# Fewer images than this say nothing about chance.
+ENOUGH = 20
+# A published accuracy of which less than this share is left was measured on other images, or with other preprocessing.
+PUBLISHED_SHARE = 1 / 3
+# Share of the images that a mapping of classes must explain, with so many images a class.
+EXPLAINED, PER_CLASS = 0.5, 3
+
+Change = dict[str, str]
+
+
+def works_from(spec: ModelSpec) -> float:
+    """The top-1 below which a model does not work: three times chance, or a third of the published figure.
+
+    With few classes three times chance is more than a good model has; there it is chance and a quarter of the rest.
+    """
+    assert spec.num_classes is not None
+    chance = 1 / spec.num_classes
+    least = min(3 * chance, chance + (1 - chance) / 4)
+    return max(least, PUBLISHED_SHARE * (spec.weights.top1 or 0.0))
+
+
+def fp32_fault(runner: Runner, dataset: DataSet, outputs: Outputs, progress: Progress) -> str | None:
+    """What is wrong with FP32 on labelled images, in words; None where it works, or there are too few to tell.
+
+    runner    the FP32 model
+    outputs   what it said about the images of the data set
+    """
+    spec, labels = dataset.spec, outputs.labels
+    if labels is None or spec.num_classes is None or len(outputs) < ENOUGH:
+        return None
+    top1, least = float(hits(outputs.values, labels).mean()), works_from(spec)
+    if top1 >= least:
+        return None
+    against = f"chance is {1 / spec.num_classes:.2%}"
+    if spec.weights.top1:
+        against += f", published {spec.weights.top1:.2%}"
+    named = outputs.values.argmax(1)
+    cause = (
+        class_order(labels, named, spec)
+        or preprocessing_cause(runner, dataset, least, progress)
+        or "None of the usual normalisations, channel orders and sizes helps: are the weights trained, and on these "
+        "classes?"
+    )
+    return f"FP32 itself is at {top1:.2%} top-1 ({against}): preprocessing or classes are wrong. {cause}"
+
+
+def class_order(labels: NDArray[np.int64], named: NDArray[np.int64], spec: ModelSpec) -> str | None:
+    """Whether the model is right but for the numbers of the classes."""
+    shift = max((-1, 1), key=lambda shift: float((named == labels + shift).mean()))
+    shifted = float((named == labels + shift).mean())
+    present = np.unique(labels)
+    renumbered = 0.0
+    if len(labels) >= PER_CLASS * len(present):
+        common = {int(label): int(np.bincount(named[labels == label]).argmax()) for label in present}
+        if len(set(common.values())) == len(common):
+            renumbered = float(np.mean([named[i] == common[int(label)] for i, label in enumerate(labels)]))
+    if max(shifted, renumbered) < EXPLAINED:
+        return None
+    if shifted >= renumbered:
+        return (
+            f"The labels are off by one: FP32 names class {shift:+d} for {shifted:.0%} of the images. One of them "
+            "counts a background class."
+        )
+    other = next(label for label in common if common[label] != label)
+    a, b = (spec.classes[i] if spec.classes else f"class {i}" for i in (other, common[other]))
+    return (
+        f"The classes are in another order: {renumbered:.0%} of the images come out right if they are renumbered, "
+        f"for example {a!r} as {b!r}. Name or number the folders in the order of the model's outputs."
+    )
+
+
+def preprocessing_cause(runner: Runner, dataset: DataSet, least: float, progress: Progress) -> str | None:
+    """What to change in the preprocessing so that the model works, tried on a few images."""
+    # The images of the set may be in the order of their classes.
+    usable = set(dataset.order)
+    order = [i for i in choose(dataset.labels, len(dataset.data), ORDER_SEED) if i in usable][:TRIED]
+
+    def right(preprocessing: Preprocessing) -> int:
+        spec = dataset.spec.model_copy(update={"preprocessing": preprocessing})
+        outputs = collect(runner, dataclasses.replace(dataset, spec=spec, order=order).images().items)
+        assert outputs.labels is not None
+        return int(hits(outputs.values, outputs.labels).sum())
+
+    given = dataset.spec.preprocessing
+    now = best = right(given)
+    fixed: tuple[Preprocessing, Change] = (given, {})
+    attempts = list(values(given))
+    with progress.task("looking for the cause", len(attempts)) as tick:
+        for done, (candidate, change) in enumerate(attempts, 1):
+            found = right(candidate)
+            if found > best:
+                best, fixed = found, (candidate, change)
+            tick(done)
+        for candidate, change in sizes(fixed[0]):
+            found = right(candidate)
+            if found > best:
+                best, fixed = found, (candidate, {**fixed[1], **change})
+    if best < max(least * len(order), 2 * now + PER_CLASS):
+        return None
+    options = " ".join(f"`{name}={value}`" for name, value in fixed[1].items())
+    return f"With {options}, {best} of {len(order)} images come out right instead of {now}: pass {options}."
+
+
+def values(given: Preprocessing) -> Iterator[tuple[Preprocessing, Change]]:
+    """Usual normalisations in both channel orders, and how they are asked for; not what is given already."""
+    channels = given.channels
+    normalisations = [
+        (given.mean, given.std),
+        ((0.0,) * channels, (1.0,) * channels),
+        ((0.5,) * channels, (0.5,) * channels),
+        ((0.0,) * channels, (1 / 255,) * channels),  # bytes as they are
+        *([(IMAGENET_MEAN, IMAGENET_STD)] if channels == 3 else []),
+    ]
+    orders = (given.channel_order, "BGR" if given.channel_order == "RGB" else "RGB") if channels == 3 else ("RGB",)
+    for order in orders:
+        for mean, std in normalisations:
+            change: Change = {}
+            if (mean, std) != (given.mean, given.std):
+                change = {name: ",".join(f"{v:.7g}" for v in value) for name, value in (("mean", mean), ("std", std))}
+            if order != given.channel_order:
+                change["channel_order"] = order
+            if change:
+                yield given.model_copy(update={"mean": mean, "std": std, "channel_order": order}), change
+
+
+def sizes(given: Preprocessing) -> Iterator[tuple[Preprocessing, Change]]:
+    """The whole image instead of a crop, or the usual crop instead of the whole image."""
+    short = None if given.short_side else round(min(given.height, given.width) / USUAL_CROP)
+    yield given.model_copy(update={"short_side": short}), {"short_side": str(short or 0)}
