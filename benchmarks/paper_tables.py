@@ -183,11 +183,16 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
         if sweep and mode in sweep.recipe.modes:
             more: list[Metric] = [AGREEMENT, NMSE] if mode == "default" else [REVERTED, SECONDS]
             for metric in more:
-                table = metric_table(sweep, mode, metric, results, {})
+                table = metric_table(sweep, mode, metric, results, {}).markdown()
                 lines += ["", f"### {metric.title}", "", with_seeds(table, sweep)]
     lines += ["", "## Table 2: scores of the images", "", score_table(scores)]
     if sweep and sweep.failed:
-        lines += ["", "## Failed cells", "", *(f"- {name}: {error}" for name, error in failures(sweep))]
+        lines += [
+            "",
+            "## Failed cells",
+            "",
+            *(f"- {escape_markdown(name)}: {escape_markdown(error)}" for name, error in failures(sweep)),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -137,7 +137,7 @@ def quantize(
             describe(quantized.fp32, model.spec, recipe.model.dynamic_batch)
             write_ir(quantized.fp32, work.path / "fp32" / "model.xml")
         describe(quantized.int8, model.spec, recipe.model.dynamic_batch)
-        how = quantized.record.model_dump_json(exclude={"restoration"})
+        how = quantized.record.model_dump_json(exclude={"restoration", "seconds"})
         quantized.int8.set_rt_info(how, ["ovcalib", "quantization"])
         write_ir(quantized.int8, work.path / "int8" / "model.xml")
 

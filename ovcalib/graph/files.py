@@ -7,11 +7,13 @@ reads, and in `ovcalib`, with the whole ModelSpec.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import openvino as ov
 
 from ovcalib.errors import ModelError
+from ovcalib.graph.reading import signals_of
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.preprocessing import Preprocessing
 
@@ -82,8 +84,16 @@ def stored_spec(graph: ov.Model) -> ModelSpec | None:
 
 
 def write_ir(graph: ov.Model, path: Path, fp16: bool = False) -> None:
-    """Write FILE.xml and FILE.bin; float constants stay float32 unless `fp16`."""
+    """Write FILE.xml and FILE.bin; float constants stay float32 unless `fp16`.
+
+    Constants, and operations on constants, that OpenVINO named are named by their position: it numbers them by all that
+    the process made before, and the same graph should give the same bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for i, op in enumerate(graph.get_ordered_ops()):
+        constant = op.get_type_name() != "Parameter" and not signals_of(op)
+        if constant and re.fullmatch(r"[A-Z]\w*_\d+", op.get_friendly_name()):
+            op.set_friendly_name(f"{op.get_type_name()}_{i}")
     ov.save_model(graph, str(path), compress_to_fp16=fp16)
 
 
@@ -129,7 +139,7 @@ def refuse_quantized_graph(graph: ov.Model, name: str) -> None:
 
 
 def graph_sha256(graph: ov.Model) -> str:
-    """A hash of structure and constants that is the same for identical runs, which the .xml file is not."""
+    """A hash of structure and constants that is the same for identical runs, whatever names and metadata the .xml file has."""
     digest = hashlib.sha256()
     ops = graph.get_ordered_ops()
     number = {op.get_name(): i for i, op in enumerate(ops)}

@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 WIDTH = 640
 LEFT = 8
+# Characters of a label that fit beside a chart, and dots of a scatter that are named in it.
+LABEL_BESIDE = 8
+NAMED_DOTS = 8
 _numbers = itertools.count(1)
 
 
@@ -51,33 +54,127 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step) + 1)]
 
 
-def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str) -> Markup:
-    """Values with their 95 % intervals, one under the other.
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, zero: bool = False) -> Markup:
+    """Values with their 95 % intervals, one under the other; long labels stand above them.
 
     rows   (label, value, low, high)
+    zero   a line marks 0
     """
     low, high = min(r[2] for r in rows), max(r[3] for r in rows)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
     margin = 0.08 * (high - low) or 1.0
     low, high = low - margin, high + margin
-    left, right = 70.0, WIDTH - 20.0
+    above = max(len(r[0]) for r in rows) > LABEL_BESIDE
+    left, right, row = (20.0 if above else 70.0), WIDTH - 20.0, (44 if above else 34)
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
-    height = 34 * len(rows) + 30
-    body = [line(x(t), 4, x(t), height - 22, "grid") for t in ticks(low, high)]
-    body += [text(x(t), height - 6, f"{t:g}", "tick", "middle") for t in ticks(low, high)]
+    bottom = row * len(rows) + 8
+    body = [line(x(t), 4, x(t), bottom, "grid") for t in ticks(low, high)]
+    body += [text(x(t), bottom + 16, f"{t:g}", "tick", "middle") for t in ticks(low, high)]
+    body.append(text(right, bottom + 32, unit, "tick", "end"))
+    if zero:
+        body.append(line(x(0), 4, x(0), bottom, "axis"))
     for i, (label, value, lower, upper) in enumerate(rows):
-        y = 22 + 34 * i
+        y = row * i + (34 if above else 22)
         css = f"s{i % 4}"
         body += [
-            text(LEFT, y + 4, label, "label"),
+            text(LEFT, y - 14 if above else y + 4, label, "label"),
             line(x(lower), y, x(upper), y, f"whisker {css}"),
             Markup('<circle cx="{}" cy="{}" r="6" class="dot {}"/>').format(f"{x(value):.1f}", y, css),
         ]
     described = "; ".join(
         f"{label}: {value:.4g} {unit} ({lower:.4g} to {upper:.4g})" for label, value, lower, upper in rows
     )
+    return svg(title, described, bottom + 38, body)
+
+
+def scatter(title: str, dots: Sequence[tuple[str, float, float]], x_unit: str, y_unit: str) -> Markup:
+    """Points of two values, the less the better in x, the more the better in y; those that no other beats are joined.
+
+    dots   (label, x, y)
+    """
+    height, left, bottom, top, right = 300.0, 64.0, 250.0, 12.0, WIDTH - 20.0
+    spans = []
+    for values in ([d[1] for d in dots], [d[2] for d in dots]):
+        margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
+        spans.append((min(values) - margin, max(values) + margin))
+    (x0, x1), (y0, y1) = spans
+
+    def x(value: float) -> float:
+        return left + (value - x0) / (x1 - x0) * (right - left)
+
+    def y(value: float) -> float:
+        return bottom - (value - y0) / (y1 - y0) * (bottom - top)
+
+    body = [line(x(t), top, x(t), bottom, "grid") for t in ticks(x0, x1)]
+    body += [line(left, y(t), right, y(t), "grid") for t in ticks(y0, y1)]
+    body += [text(x(t), bottom + 18, f"{t:g}", "tick", "middle") for t in ticks(x0, x1)]
+    body += [text(left - 8, y(t) + 4, f"{t:g}", "tick", "end") for t in ticks(y0, y1)]
+    body += [text(right, height - 6, x_unit, "tick", "end"), text(LEFT, top + 2, y_unit, "tick")]
+    best = pareto([(d[1], d[2]) for d in dots])
+    path = "L".join(f"{x(dots[i][1]):.1f} {y(dots[i][2]):.1f}" for i in best)
+    body.append(Markup('<path d="M{}" class="frontier"/>').format(path))
+    for i, (label, a, b) in enumerate(dots):
+        css = "s2" if i in best else "s0"
+        body.append(
+            Markup('<circle cx="{}" cy="{}" r="6" class="dot {}"><title>{}</title></circle>').format(
+                f"{x(a):.1f}", f"{y(b):.1f}", css, f"{label}: {a:.4g} {x_unit}, {b:.4g} {y_unit}"
+            )
+        )
+        if len(dots) <= NAMED_DOTS:
+            end = x(a) > (left + right) / 2
+            body.append(text(x(a) + (-10 if end else 10), y(b) - 8, label, "tick", "end" if end else "start"))
+    described = "; ".join(
+        f"{label}: {a:.4g} {x_unit}, {b:.4g} {y_unit}{' (not beaten)' if i in best else ''}"
+        for i, (label, a, b) in enumerate(dots)
+    )
+    return svg(title, described, height, body)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points that no other beats: none has as little x and as much y, and differs; by x."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    found: list[int] = []
+    for i in order:
+        if not found or points[i][1] > points[found[-1]][1] or points[i] == points[found[-1]]:
+            found.append(i)
+    return found
+
+
+def profile(title: str, rows: Sequence[tuple[str, float]], unit: str, limit: float) -> Markup:
+    """One bar a layer along the network, from the first to the last.
+
+    limit   a line marks it; bars below it stand out
+    """
+    height, left, bottom, top = 190.0, 40.0, 150.0, 8.0
+    high, low = max(limit, *(value for _, value in rows)), min(0.0, *(value for _, value in rows))
+    step = (WIDTH - left - LEFT) / len(rows)
+
+    def y(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    body = [line(left, y(t), WIDTH - LEFT, y(t), "grid") for t in ticks(low, high)]
+    body += [text(left - 6, y(t) + 4, f"{t:g}", "tick", "end") for t in ticks(low, high)]
+    for i, (name, value) in enumerate(rows):
+        bar = rect(
+            left + i * step,
+            min(y(value), y(0)),
+            step * 0.8,
+            abs(y(value) - y(0)),
+            "bar" if value >= limit else "bar out",
+        )
+        body.append(Markup("<g><title>{}</title>{}</g>").format(f"{name}: {value:.1f} {unit}", bar))
+    body.append(line(left, y(limit), WIDTH - LEFT, y(limit), "axis"))
+    body += [
+        text(left, bottom + 18, "first layer", "tick"),
+        text(WIDTH - LEFT, bottom + 18, "last layer", "tick", "end"),
+        text(WIDTH - LEFT, height - 6, unit, "tick", "end"),
+    ]
+    lowest = min(rows, key=lambda row: row[1])
+    described = f"{len(rows)} layers; lowest {lowest[0]}, {lowest[1]:.1f} {unit}; limit {limit:g} {unit}"
     return svg(title, described, height, body)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ovcalib.records.result import Result
 from ovcalib.reports import charts
+from ovcalib.reports.provenance import short_paths
 from ovcalib.reports.render import FORMATS, render, write
 from ovcalib.reports.tables import Table
 from ovcalib.reports.verdict import reliable_latency
@@ -35,11 +38,100 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
     return Table(RESULT_COLUMNS, cells)
 
 
+# What the page shows: the figures that decide first.
+PAGE_COLUMNS = (
+    "model, calibration", "drop, points", "from", "to", "agreement %", "NMSE", "INT8 p50 ms", "speed-up", "INT8 MB",
+    "INT8 top-1 %", "FP32 top-1 %", "mode", "outcome", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of a page, with its heading."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def name_of(result: Result) -> str:
+    """A result in a few words."""
+    mode = "" if result.quantization.mode == "default" else f", {result.quantization.mode}"
+    return f"{result.model.name}, {short_paths(result.calibration.source)} x {result.calibration.num_samples}{mode}"
+
+
+def page_table(results: Sequence[Result], names: Sequence[str], latency: bool = True) -> Table:
+    cells = []
+    for name, r in zip(names, results, strict=True):
+        a, b = r.accuracy, reliable_latency(r)[0] if latency else None
+        cells.append(
+            [
+                name, *((a.drop_points, *a.drop_ci95) if a else (None,) * 3),
+                None if r.agreement.top1 is None else 100 * r.agreement.top1, r.agreement.nmse,
+                *((b.latency_ms["int8"].p50, b.speedup) if b else (None, None)), r.size_bytes.int8 / 1e6,
+                *((100 * a.int8.top1, 100 * a.fp32.top1) if a else (None, None)), r.quantization.mode, r.outcome,
+                r.calibration.seed,
+            ]
+        )  # fmt: skip
+    return Table(PAGE_COLUMNS, cells)
+
+
+def drop_chart(results: Sequence[Result], names: Sequence[str]) -> dict[str, Any] | None:
+    """Drops of top-1 accuracy with their intervals, over a line at 0."""
+    rows = [
+        (charts.shortened(name), r.accuracy.drop_points, *r.accuracy.drop_ci95)
+        for name, r in zip(names, results, strict=True)
+        if r.accuracy
+    ]
+    if not rows:
+        return None
+    return {
+        "title": "Drop of top-1 accuracy",
+        "svg": charts.intervals("Drop of top-1 accuracy, INT8 under FP32", rows, "points", zero=True),
+        "caption": "Points that INT8 lies under FP32, with paired 95 % intervals. An interval that contains 0 shows no "
+        "measurable difference.",
+    }
+
+
+def tradeoff_chart(results: Sequence[Result], names: Sequence[str]) -> dict[str, Any] | None:
+    """Accuracy against latency of both models of every result; None where fewer than two were measured."""
+    dots = []
+    for name, r in zip(names, results, strict=True):
+        latency = reliable_latency(r)[0]
+        if r.accuracy and latency:
+            for kind, top, ms in (
+                ("FP32", r.accuracy.fp32, latency.latency_ms["fp32"]),
+                ("INT8", r.accuracy.int8, latency.latency_ms["int8"]),
+            ):
+                dots.append((f"{kind}: {charts.shortened(name, 32)}", ms.p50, 100 * top.top1))
+    if len(dots) < 2:
+        return None
+    return {
+        "title": "Accuracy against latency",
+        "svg": charts.scatter("Top-1 accuracy against median latency", dots, "p50 ms", "top-1 %"),
+        "caption": "Joined are the models that no other beats in both. Intervals of the accuracies are in the table.",
+    }
+
+
 def write_comparison(
-    results: Sequence[Result], folder: Path, formats: Sequence[str] = FORMATS, latency: bool = True
+    results: Sequence[Result],
+    folder: Path,
+    formats: Sequence[str] = FORMATS,
+    latency: bool = True,
+    *,
+    names: Sequence[str] | None = None,
+    sections: Sequence[Section] = (),
+    failures: Sequence[str] = (),
 ) -> list[Path]:
-    """One page that sets results side by side; without `latency` its columns are empty."""
+    """One page that sets results side by side.
+
+    latency    without it, its columns are empty
+    names      of the results; None: model and calibration
+    sections   tables that stand before that of the results
+    failures   lines on what has no result
+    """
     table = results_table(results, latency)
+    names = names or [name_of(r) for r in results]
     sets = {r.accuracy.data_sha256 for r in results if r.accuracy}
     notes = (
         ["The accuracies come from different images, so they are not comparable with each other."]
@@ -50,28 +142,22 @@ def write_comparison(
         notes.append("Latency is left out.")
 
     def html() -> str:
-        proven = [r for r in results if r.accuracy]
+        found = [drop_chart(results, names), tradeoff_chart(results, names) if latency and len(sets) == 1 else None]
         return render(
             "comparison.html.j2",
             title=f"{len(results)} INT8 results",
             kicker="INT8 comparison",
             heading=f"{len(results)} results side by side",
             lead=f"{len({r.model.name for r in results})} models, {len({r.calibration.source for r in results})} "
-            f"calibration sources, {len({r.quantization.mode for r in results})} modes. Every column sorts.",
-            chart=charts.bars(
-                "Drop of top-1 accuracy",
-                [
-                    (charts.shortened(f"{r.model.name}, {r.calibration.source}, {r.quantization.mode}"),
-                     max(r.accuracy.drop_points, 0.0))
-                    for r in proven if r.accuracy
-                ],
-                "points",
-            )
-            if proven
-            else None,
-            table=table,
+            f"calibration sources, {len({r.quantization.mode for r in results})} modes. Every "
+            "column of the results sorts.",
+            charts=[chart for chart in found if chart],
+            sections=sections,
+            table=page_table(results, names, latency),
             warnings=notes,
-        )  # fmt: skip
+            failures=failures,
+            wide=True,
+        )
 
     def markdown() -> str:
         return "\n\n".join([f"# {len(results)} INT8 results", table.markdown(), *notes]) + "\n"

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ovcalib.records.result import KernelsError, Quantization, Result
-from ovcalib.reports.provenance import MODEL_API, images_inside, input_facts, model_facts, snippet
+from ovcalib.reports.provenance import (
+    MODEL_API,
+    calibration_facts,
+    images_inside,
+    input_facts,
+    model_facts,
+    snippet,
+    without_paths,
+)
 from ovcalib.reports.verdict import KERNELS, execution, points, reliable_latency, result_verdict, speedup
 
 
@@ -112,11 +120,39 @@ def bias_correction(quantization: Quantization) -> str:
     return "{} (NMSE {:.2g} with it and {:.2g} without)".format(quantization.bias_correction, *quantization.bias_nmse)
 
 
+def model_card(result: Result) -> list[str]:
+    """The lines of a model card's metadata; accuracy is there only where it was measured."""
+    import yaml
+
+    model, accuracy = result.model, result.accuracy
+    card: dict[str, object] = {
+        "library_name": "openvino",
+        "tags": ["openvino", "int8", "ovcalib"],
+        "license": model.weights.licence.lower() if model.weights.licence else "unknown",
+    }
+    if result.agreement.top1 is not None:  # outputs are class logits
+        card["pipeline_tag"] = "image-classification"
+    if accuracy:
+        metric = {"type": "accuracy", "name": "INT8 top-1", "value": round(accuracy.int8.top1, 6)}
+        found = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": accuracy.protocol, "type": accuracy.data_sha256},
+            "metrics": [metric, {**metric, "name": "FP32 top-1", "value": round(accuracy.fp32.top1, 6)}],
+        }
+        card["model-index"] = [{"name": model.name, "results": [found]}]
+    return ["---", yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=1000).rstrip(), "---", ""]
+
+
 def markdown_report(result: Result) -> str:
-    """The whole result as Markdown."""
+    """The whole result as Markdown, after a model card's metadata in YAML.
+
+    The metadata has the keys of the Hugging Face Hub, which reads it from a repository's README.md.
+    """
+    result = without_paths(result)
     row = summary(result)
     quantization, calibration = result.quantization, result.calibration
     lines = [
+        *model_card(result),
         f"# {result.model.name}: INT8, calibrated with {calibration.source}",
         "",
         "| " + " | ".join(row) + " |",
@@ -145,11 +181,8 @@ def markdown_report(result: Result) -> str:
     lines += [
         "## Calibration",
         "",
-        f"- {calibration.num_samples} images from `{calibration.source}`, seed {calibration.seed}, "
-        f"made in {calibration.seconds:.1f} s",
-        f"- licence of the images: {escape_markdown(calibration.licence or 'not stated')}",
-        f"- domain: {calibration.domain}; labels: {calibration.labels or 'none'}",
-        *(f"- {key}: {value}" for key, value in calibration.options.items()),
+        *(f"- {name}: {escape_markdown(value)}" for name, value in calibration_facts(result)),
+        *(f"- option {key}: {value}" for key, value in calibration.options.items()),
         "",
         escape_markdown(images_inside(result)),
         "",

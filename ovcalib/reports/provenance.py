@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from ovcalib.calibration.sets import PREVIEW_IMAGES
+from ovcalib.records.calibration import SetScore
 from ovcalib.records.model import ModelInput
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.records.result import Result
@@ -11,6 +15,10 @@ MODEL_API = (
     "The file holds its preprocessing and labels as metadata, so OpenVINO Model API and DL Streamer load it as it "
     'is: Model.create_model("int8/model.xml").'
 )
+
+
+# A file two folders deep or deeper; what follows a URL's // is none.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./\\])(?:[A-Za-z]:\\|/(?!/))(?:[^\s/\\:,;'\"]+[\\/]){2,}[^\s/\\:,;'\"]+")
 
 
 def images_inside(result: Result) -> str:
@@ -28,6 +36,60 @@ def images_inside(result: Result) -> str:
         f"Calibration images: {', '.join(holders)}; they are real images. To leave them out of what you pass on, use "
         "`keep_images=False`, or `preview=False` for the preview alone."
     )
+
+
+def calibration_facts(result: Result) -> list[tuple[str, str]]:
+    """The calibration statement; a score is there when the source gave one."""
+    c = result.calibration
+    facts = [
+        ("source", c.source),
+        ("images", f"{c.num_samples} of {c.requested} asked for"),
+        ("seed", str(c.seed)),
+        ("licence of the images", c.licence or "not stated"),
+        ("labels", c.labels or "none"),
+        ("values", {"pixels": "8-bit pixels", "network": "network inputs"}[c.domain]),
+        ("made in", f"{c.seconds:.1f} s"),
+    ]
+    return facts + (score_facts(c.score) if c.score else [])
+
+
+def score_facts(score: SetScore) -> list[tuple[str, str]]:
+    """What the score of a set means; the limits are those that separate photographs from noise on ImageNet models."""
+    distance = "near" if score.bn_distance < 0.5 else "some way from" if score.bn_distance < 0.8 else "far from"
+    alike = (
+        "alike" if score.diversity < 0.15 else "less varied than photographs" if score.diversity < 0.25 else "varied"
+    )
+    factor = math.exp(score.output_range_distance)
+    return [
+        (
+            "distance from the BatchNorm statistics",
+            f"{score.bn_distance:.2f}: {distance} the training images (0 is equal, 1 is noise)",
+        ),
+        ("diversity", f"{score.diversity:.2f}: the images are {alike} (photographs 0.4 to 0.5, noise 0.05 to 0.1)"),
+        ("range coverage", f"{100 * score.range_coverage:.0f} % of the activation ranges that the statistics suggest"),
+        ("range of the outputs", f"{score.output_range:.3g}, a factor of {factor:.1f} from the expected one"),
+    ]
+
+
+def without_paths(result: Result) -> Result:
+    """A copy for readers, in which folders of the author's machine are cut from the texts."""
+    accuracy, weights = result.accuracy, result.model.weights
+    return result.model_copy(
+        update={
+            "calibration": result.calibration.model_copy(update={"source": short_paths(result.calibration.source)}),
+            "agreement": result.agreement.model_copy(update={"on": short_paths(result.agreement.on)}),
+            "accuracy": accuracy and accuracy.model_copy(update={"protocol": short_paths(accuracy.protocol)}),
+            "model": result.model.model_copy(
+                update={"weights": weights.model_copy(update={"origin": short_paths(weights.origin)})}
+            ),
+            "warnings": tuple(map(short_paths, result.warnings)),
+        }
+    )
+
+
+def short_paths(text: str) -> str:
+    """A text with the first folders of absolute paths left out: /home/ann/work/photos/val becomes …/photos/val."""
+    return ABSOLUTE_PATH.sub(lambda found: "…/" + "/".join(re.split(r"[\\/]", found.group())[-2:]), text)
 
 
 def model_facts(result: Result) -> list[tuple[str, str]]:

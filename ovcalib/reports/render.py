@@ -44,7 +44,7 @@ def render(template: str, **context: Any) -> str:
         "script": Markup(files.joinpath("sort.js").read_text()),
         "version": __version__,
     }
-    return str(_templates().get_template(template).render(**{"created": None, **own, **context}))
+    return str(_templates().get_template(template).render(**{"created": None, "wide": False, **own, **context}))
 
 
 def write(folder: Path, writers: Writers, formats: Sequence[str] = FORMATS) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ovcalib.quantization.expected_noise import MIN_SQNR_DB
 from ovcalib.records.base import flags_of
 from ovcalib.records.base import shown as shown_as
 from ovcalib.records.benchmark import Benchmark
@@ -18,7 +20,15 @@ from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
 from ovcalib.reports.comparison import results_table
 from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
 from ovcalib.reports.markdown import markdown_report, megabytes, quantization_facts
-from ovcalib.reports.provenance import MODEL_API, images_inside, input_facts, model_facts, snippet
+from ovcalib.reports.provenance import (
+    MODEL_API,
+    calibration_facts,
+    images_inside,
+    input_facts,
+    model_facts,
+    snippet,
+    without_paths,
+)
 from ovcalib.reports.render import FORMATS, data_uri, machine_facts, render, tile, write
 from ovcalib.reports.tables import Table, shown
 from ovcalib.reports.verdict import execution, points, reliable_latency, result_verdict, speedup
@@ -55,7 +65,10 @@ def result_page(
     diagnoses: Sequence[Diagnosis] = (),
     preview: Path | None = None,
 ) -> str:
+    command = quantize_command(result.recipe)
+    result = without_paths(result)
     calibration, accuracy = result.calibration, result.accuracy
+    expected = list(result.quantization.expected_sqnr.items())
     latency, no_latency = reliable_latency(result)
     return render(
         "result.html.j2",
@@ -88,8 +101,14 @@ def result_page(
         confusions=confusion_table(result),
         source=calibration.source,
         calibration=calibration_facts(result),
+        source_options=[(key, shown(value)) for key, value in calibration.options.items()],
         images_inside=images_inside(result),
         preview=data_uri(preview) if preview and preview.is_file() else None,
+        sqnr_chart=charts.profile("Expected SQNR of each layer in INT8", expected, "dB", MIN_SQNR_DB)
+        if expected
+        else None,
+        sqnr_note="Signal to quantization noise of each layer alone, expected from its weights and the calibration "
+        f"images. Layers below {MIN_SQNR_DB:g} dB stay in float, unless the guard is off.",
         quantization=[("outcome", result.outcome), *quantization_facts(result.quantization)],
         latency_chart=charts.steps(
             f"Latency on {latency.device}",
@@ -114,7 +133,7 @@ def result_page(
         benchmarks=[benchmark_context(b) for b in benchmarks],
         diagnoses=[diagnosis_context(d) for d in diagnoses],
         machine=machine_facts(result.environment),
-        command=quantize_command(result.recipe),
+        command=command,
         recipe=[(key, shown(value)) for key, value in result.recipe.flat().items()],
         # A page cannot hold its own hash.
         files=[(name, digest) for name, digest in sorted(result.files.items()) if not name.startswith("report.")],
@@ -144,7 +163,7 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
             tile("latency p50", f"{fp32.p50:.3g} → {int8.p50:.3g} ms", f"{speedup(latency)} on {latency.device}")
         )
     else:
-        tiles.append(tile("latency p50", "-", no_latency))
+        tiles.append(tile("latency p50", "-", no_latency.partition(" (")[0]))
     tiles.append(
         tile(
             "size",
@@ -163,24 +182,6 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
             tile("memory", "-", (result.benchmark.memory_reason if result.benchmark else None) or "not measured")
         )
     return tiles
-
-
-def calibration_facts(result: Result) -> list[tuple[str, str]]:
-    """The calibration statement; a score is there when the source gave one."""
-    c = result.calibration
-    facts = [
-        ("source", c.source),
-        ("images", f"{c.num_samples} of {c.requested} asked for"),
-        ("seed", str(c.seed)),
-        ("licence of the images", c.licence or "not stated"),
-        ("labels", c.labels or "none"),
-        ("domain", {"pixels": "8-bit pixels", "network": "network inputs"}[c.domain]),
-        ("made in", f"{c.seconds:.1f} s"),
-        *((key, shown(value)) for key, value in c.options.items()),
-    ]
-    if c.score is not None:
-        facts += [(f"score: {key}", shown(value)) for key, value in c.score.model_dump().items()]
-    return facts
 
 
 def class_table(result: Result) -> Any:
@@ -213,7 +214,10 @@ def confusion_table(result: Result) -> Table:
 
 
 def quantize_command(recipe: Recipe) -> str:
-    """The command line that this recipe is the resolution of; defaults are left out."""
+    """The command line that this recipe is the resolution of; defaults are left out.
+
+    Paths in the current folder are relative.
+    """
     words = ["ovcalib", "quantize", recipe.model.reference]
     for stage in STAGES:
         options = getattr(recipe, stage)
@@ -230,4 +234,5 @@ def quantize_command(recipe: Recipe) -> str:
                 words.append(flag if value else flag.replace("--", "--no-", 1))
             else:
                 words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
+    here = f"{Path.cwd()}{os.sep}"
+    return shlex.join(word.replace(here, "") for word in words)

@@ -28,12 +28,11 @@ from ovcalib.records.options import BenchmarkOptions
 from ovcalib.records.read import read_record
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep, SweepCell, SweepRecipe
-from ovcalib.reports.comparison import write_comparison
 from ovcalib.rundir import REQUEST, write_atomically, write_json
 from ovcalib.sweeps.engines import Engine, open_engine
 from ovcalib.sweeps.plan import SET_FIELDS, Cell, plan
 from ovcalib.sweeps.state import STATE, read_benchmarks, read_results
-from ovcalib.sweeps.tables import csv_report, markdown_report
+from ovcalib.sweeps.tables import csv_report, markdown_report, write_page
 
 LOCK = ".lock"
 
@@ -69,7 +68,7 @@ def run_sweep(
         results = read_results(folder, sweep)
         write_tables(folder, sweep, results)
         if results:
-            write_comparison(list(results.values()), folder, ("html",), latency=False)
+            write_page(folder, sweep, results, read_benchmarks(folder, sweep))
     return sweep
 
 

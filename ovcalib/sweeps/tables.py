@@ -6,11 +6,15 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from markupsafe import Markup
 
 from ovcalib.evaluation.metrics import wilson_interval
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.result import Result
+from ovcalib.reports.comparison import Section, write_comparison
 from ovcalib.reports.markdown import escape_markdown
 from ovcalib.reports.tables import Table
 
@@ -206,20 +210,47 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def metric_table(sweep: Sweep, mode: str, metric: Metric, results: Results, benchmarks: Benchmarks) -> str:
-    """Sources down, models across, as Markdown; the best of a column in bold where it can be told."""
-    models = [model.label for model in sweep.recipe.models]
+@dataclass(frozen=True)
+class MetricTable:
+    """A metric of one mode, sources down, models across.
+
+    rows   the source, then (text, whether it is the best of its column, where that can be told) for each model
+    """
+
+    title: str
+    models: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]
+
+    def markdown(self) -> str:
+        """The best of a column in bold."""
+        lines = [["source", *map(escape_markdown, self.models)], ["---"] * (1 + len(self.models))]
+        lines += [
+            [escape_markdown(source), *(f"**{text}**" if marked else text for text, marked in cells)]
+            for source, cells in self.rows
+        ]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def section(self, heading: str) -> Section:
+        """The same for a page."""
+        strong = Markup("<strong>{}</strong>")
+        rows = [
+            [source, *(strong.format(text) if marked else text for text, marked in cells)]
+            for source, cells in self.rows
+        ]
+        return Section(heading, ["source", *self.models], rows)
+
+
+def metric_table(sweep: Sweep, mode: str, metric: Metric, results: Results, benchmarks: Benchmarks) -> MetricTable:
+    """Means and spreads over seeds."""
     sources = [source.label for source in sweep.recipe.sources]
-    rows = [[escape_markdown(source)] for source in sources]
-    for model in models:
-        groups = [group(sweep, model, source, mode) for source in sources]
+    rows: list[tuple[str, list[tuple[str, bool]]]] = [(source, []) for source in sources]
+    for model in sweep.recipe.models:
+        groups = [group(sweep, model.label, source, mode) for source in sources]
         column = [over_seeds(cells, metric, results, benchmarks) for cells in groups]
         marked = best(column, metric.better) if metric.better else None
         for i, (value, cells) in enumerate(zip(column, groups, strict=True)):
-            text = shown_estimate(value, cells)
-            rows[i].append(f"**{text}**" if i == marked else text)
-    lines = [["source", *map(escape_markdown, models)], ["---"] * (1 + len(models)), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows[i][1].append((shown_estimate(value, cells), i == marked))
+    return MetricTable(metric.title, [model.label for model in sweep.recipe.models], rows)
 
 
 NOTES = (
@@ -248,11 +279,26 @@ def markdown_report(sweep: Sweep, results: Results, benchmarks: Benchmarks) -> s
     for mode in sweep.recipe.modes:
         lines += ["", f"## Mode {mode}"]
         for metric in metrics_of(sweep, mode):
-            lines += ["", f"### {metric.title}", "", metric_table(sweep, mode, metric, results, benchmarks)]
+            lines += ["", f"### {metric.title}", "", metric_table(sweep, mode, metric, results, benchmarks).markdown()]
     if sweep.failed:
         lines += ["", "## Failed cells", ""]
-        lines += [f"- {name}: {error}" for name, error in failures(sweep)]
+        lines += [f"- {escape_markdown(name)}: {escape_markdown(error)}" for name, error in failures(sweep)]
     return "\n".join(lines) + "\n"
+
+
+def write_page(folder: Path, sweep: Sweep, results: Results, benchmarks: Benchmarks) -> None:
+    """report.html of a sweep: the tables, then every cell by the names of the recipe."""
+    cells = [cell for cell in sweep.cells if cell.key in results]
+    names = [f"{c.model}, {c.source}, {c.mode}, seed {c.seed}" for c in cells]
+    sections = [
+        metric_table(sweep, mode, metric, results, benchmarks).section(f"{metric.title} ({mode})")
+        for mode in sweep.recipe.modes
+        for metric in metrics_of(sweep, mode)
+    ]
+    write_comparison(
+        [results[c.key] for c in cells], folder, ("html",), latency=False, names=names, sections=sections,
+        failures=[f"{name}: {error}" for name, error in failures(sweep)],
+    )  # fmt: skip
 
 
 def failures(sweep: Sweep) -> list[tuple[str, str]]:
@@ -262,12 +308,10 @@ def failures(sweep: Sweep) -> list[tuple[str, str]]:
         together.setdefault((cell.model, cell.error or ""), []).append(cell)
     return [
         (
-            escape_markdown(
-                f"{model}, {len(cells)} cells"
-                if len(cells) > 1
-                else f"{model}, {cells[0].source}, {cells[0].mode}, seed {cells[0].seed}"
-            ),
-            escape_markdown(error),
+            f"{model}, {len(cells)} cells"
+            if len(cells) > 1
+            else f"{model}, {cells[0].source}, {cells[0].mode}, seed {cells[0].seed}",
+            error,
         )
         for (model, error), cells in together.items()
     ]

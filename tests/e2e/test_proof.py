@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import html
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import jsonschema
 import PIL.Image
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 import ovcalib
 from ovcalib.cli import app as cli
 from ovcalib.records.schema import schema
+from ovcalib.rundir import file_sha256
 from tests.e2e.test_process import ovcalib as process
 
 QUICK = ["-t", "0.1"]
@@ -52,6 +56,45 @@ def test_the_report_says_where_everything_comes_from(result):
         assert words in page, words
         assert words in text.replace("\\", ""), words
     assert f"{record['model']['parameters']:,}" in page
+
+
+def test_the_report_starts_with_a_model_card(result) -> None:
+    _, card, _ = (result / "report.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(card)
+    assert found["library_name"] == "openvino"
+    assert found["license"] == "unknown"
+    assert found["pipeline_tag"] == "image-classification"
+    record = json.loads((result / "result.json").read_text())["accuracy"]
+    (measured,) = found["model-index"][0]["results"]
+    assert measured["dataset"]["type"] == record["data_sha256"]
+    assert [(m["name"], m["value"]) for m in measured["metrics"]] == [
+        ("INT8 top-1", pytest.approx(record["int8"]["top1"], abs=1e-6)),
+        ("FP32 top-1", pytest.approx(record["fp32"]["top1"], abs=1e-6)),
+    ]
+    assert str(result.parent) not in (result / "report.md").read_text()
+
+
+def test_the_command_of_the_report_gives_the_same_int8_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = run(
+        "quantize",
+        "resnet20-cifar10",
+        "--calib",
+        "fractal",
+        "--num-samples",
+        16,
+        "--benchmark-time",
+        0,
+        "-o",
+        tmp_path / "a",
+    )
+    assert first.exit_code == 0, first.output
+    page = (tmp_path / "a" / "report.html").read_text()
+    command = shlex.split(html.unescape(page.partition("<code>ovcalib ")[2].partition("</code>")[0]))
+    again = run(*command, "-o", "b")
+    assert again.exit_code == 0, again.output
+    for name in ("model.xml", "model.bin"):
+        assert file_sha256(tmp_path / "a" / "int8" / name) == file_sha256(tmp_path / "b" / "int8" / name)
 
 
 def test_the_snippet_of_the_report_runs(result, tmp_path):

@@ -125,6 +125,9 @@ def test_the_comparison_page_has_every_cell(reference) -> None:
     page = (reference / "report.html").read_text()
     assert "4 results side by side" in page
     assert "fractal" in page
+    for cell in read_sweep(reference).cells:
+        assert f"{cell.model}, {cell.source}, {cell.mode}, seed {cell.seed}" in page
+    assert "Output error (NMSE) (default)" in page
 
 
 def test_a_finished_sweep_has_nothing_to_do(reference, data, inline) -> None:

@@ -1,7 +1,9 @@
 """Tables, charts and records: what comes from outside stays text."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from markupsafe import Markup
 
@@ -32,6 +34,9 @@ def test_markdown_and_csv_keep_a_hostile_name_as_text() -> None:
         charts.bars(HOSTILE, [(HOSTILE, 1.0), ("b", 0.0)], HOSTILE),
         charts.bars("log", [(HOSTILE, 1.0), ("b", 0.0)], "", logarithmic=True),
         charts.intervals(HOSTILE, [(HOSTILE, 1.0, 1.0, 1.0)], HOSTILE),
+        charts.intervals("long", [(HOSTILE * 3, 1.0, 0.5, 2.0), ("b", -1.0, -2.0, 0.0)], HOSTILE, zero=True),
+        charts.scatter(HOSTILE, [(HOSTILE, 1.0, 2.0), ("b", 1.0, 2.0)], HOSTILE, HOSTILE),
+        charts.profile(HOSTILE, [(HOSTILE, 5.0), ("b", -1.0)], HOSTILE, 10.0),
         charts.steps(HOSTILE, {HOSTILE: ((0.0, 1.0, 2.0), (3, 4), 1.0)}, HOSTILE),
         charts.ranges(HOSTILE, (0.0, 1.0, 2.0), {HOSTILE: (0, 0), "b": (5, 1)}, -1.0, 1.0),
     ],
@@ -42,6 +47,41 @@ def test_charts_escape_and_say_their_figures(chart) -> None:
     assert 'role="img"' in chart
     assert "<desc" in chart
     assert "nan" not in chart
+
+
+def test_an_interval_that_holds_zero_is_seen_to_do_so() -> None:
+    (zero,) = re.findall(
+        r'<line x1="([\d.]+)"[^>]*class="axis"', charts.intervals("t", [("a", 3, 1, 5)], "p", zero=True)
+    )
+    assert re.search(r'text-anchor="middle" class="tick">0<', charts.intervals("t", [("a", 3, 1, 5)], "p", zero=True))
+    chart = charts.intervals("t", [("a", 0.5, -1, 2), ("b", 2, 1, 3)], "points", zero=True)
+    (zero,) = re.findall(r'<line x1="([\d.]+)"[^>]*class="axis"', chart)
+    spans = [
+        tuple(map(float, span))
+        for span in re.findall(r'<line x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"[^>]*whisker', chart)
+    ]
+    assert spans[0][0] < float(zero) < spans[0][1]
+    assert float(zero) < spans[1][0]
+    assert "axis" not in charts.intervals("t", [("a", 3, 1, 5)], "p")
+
+
+def test_the_frontier_is_what_no_other_point_beats() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [(float(a), float(b)) for a, b in rng.integers(0, 6, (12, 2))]
+
+        def beaten(p: tuple[float, float], points: list[tuple[float, float]] = points) -> bool:
+            return any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points)
+
+        assert sorted(charts.pareto(points)) == [i for i, p in enumerate(points) if not beaten(p)]
+
+
+def test_layers_below_the_limit_stand_out() -> None:
+    chart = charts.profile("SQNR", [("a", 30.0), ("b", 9.9), ("c", 10.0)], "dB", 10.0)
+    assert [("out" in css, name) for name, css in re.findall(r'<title>(\w): [^<]*</title><rect[^>]*class="([^"]*)"', chart)] == [
+        (False, "a"), (True, "b"), (False, "c"),
+    ]  # fmt: skip
+    assert "lowest b, 9.9 dB" in chart
 
 
 def test_ticks_are_round_numbers() -> None:
