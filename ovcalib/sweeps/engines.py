@@ -32,7 +32,7 @@ class Engine(Protocol):
         ...
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Start a task of ovcalib.sweep_worker.run_task; its future raises where the task was lost for good."""
+        """Start a task of ovcalib.sweeps.worker.run_task; its future raises where the task was lost for good."""
         ...
 
 

@@ -1,5 +1,6 @@
 """Errors, the registry, output folders, benchmark arithmetic and results."""
 
+import errno
 import json
 import os
 import shutil
@@ -131,9 +132,10 @@ def test_a_file_is_no_output_folder(tmp_path) -> None:
         RunDir(tmp_path / "f")
 
 
-def test_a_full_disk_is_said_plainly(tmp_path) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_plainly(tmp_path, code) -> None:
     with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, "the system's own words")
     assert not list(tmp_path.iterdir())
 
 
