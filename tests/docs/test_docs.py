@@ -171,6 +171,12 @@ def every_command(group):
         yield from every_command(command) if isinstance(command, click.Group) else [command]
 
 
+@pytest.mark.parametrize("command", [*every_command(cli.app)], ids=lambda command: command.name)
+def test_help_fits_80_columns(command) -> None:
+    text = command.get_help(click.Context(command, info_name=command.name, terminal_width=80))
+    assert max(map(len, text.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_that_the_text_names_exists(page) -> None:
     options = [
