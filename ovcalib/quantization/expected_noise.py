@@ -106,7 +106,7 @@ class Expected:
 
 
 def expected_sqnr(graph: ov.Model, images: Sequence[NDArray[np.float32]]) -> list[Expected]:
-    """The expected SQNR of the operations of a float graph, the lowest first.
+    """The operations of a float graph that INT8 suits least first.
 
     images   network inputs, float32 [1, C, H, W] each
     Convolutions, matrix products with constant weights and sums of two signals are looked at. Activations have one

@@ -58,10 +58,10 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 def _make_set(task: dict[str, Any]) -> None:
     from ovcalib.calibration.make import make_set, resolve_calibration
     from ovcalib.models.load import load_model
-    from ovcalib.rundir import Workspace
+    from ovcalib.rundir import RunDir
 
     recipe, progress = make_recipe(**task["recipe"]), Progress()
-    with Workspace(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
+    with RunDir(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
         model = load_model(recipe.model)
         options = resolve_calibration(recipe.calibration, model, progress)
         download = recipe.evaluation.download

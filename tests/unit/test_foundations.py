@@ -120,6 +120,18 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_without_a_target_nothing_stays() -> None:
+    with RunDir(None) as run:
+        (run.path / "model.xml").write_text("")
+        assert run.resume is None
+        assert run.files() == [run.path / "model.xml"]
+        assert run.finish() is None
+    assert not run.path.exists()
+    with pytest.raises(errors.UsageError, match="No space is left for temporary files"), RunDir(None) as run:
+        raise OSError(errno.ENOSPC, "full")
+    assert not run.path.exists()
+
+
 def test_other_peoples_files_are_never_overwritten(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(errors.UsageError, match="ovcalib did not write"):
