@@ -1,5 +1,6 @@
 """Errors, the registry, output folders, benchmark arithmetic and results."""
 
+import contextlib
 import errno
 import json
 import os
@@ -118,6 +119,16 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_p
         raise RuntimeError
     assert (target / "request.json").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_resume_folder_goes_when_the_run_is_done_and_stays_when_it_is_interrupted(tmp_path) -> None:
+    for error in (KeyboardInterrupt, None):
+        with contextlib.suppress(KeyboardInterrupt), RunDir(tmp_path / "out") as run:
+            run.resume.mkdir(exist_ok=True)
+            if error is not None:
+                raise error
+            run.finish()
+        assert run.resume.exists() == (error is not None)
 
 
 def test_without_a_target_nothing_stays() -> None:
