@@ -8,13 +8,13 @@ import pytest
 from markupsafe import Markup
 
 from ovcalib.errors import UsageError
-from ovcalib.records.benchmark import BenchmarkRun
+from ovcalib.records.benchmark import Benchmark, BenchmarkRun, Speedup
 from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis
 from ovcalib.records.read import read_record, read_records
 from ovcalib.records.recipe import make_recipe
 from ovcalib.records.result import Accuracy, ClassAccuracy, Memory, Result
 from ovcalib.reports import charts
-from ovcalib.reports.benchmark import over_baseline
+from ovcalib.reports.benchmark import benchmark_context, over_baseline
 from ovcalib.reports.diagnosis import diagnosis_verdict, ignore_options
 from ovcalib.reports.result import class_table, quantize_command
 from ovcalib.reports.tables import Table, shown
@@ -75,6 +75,14 @@ def test_ignored_names_are_no_patterns() -> None:
     for name, pattern in zip(candidate.in_float, words[1::2], strict=True):
         assert fnmatch.fnmatchcase(name, pattern)
         assert not fnmatch.fnmatchcase("axb" if "*" in name else "layer0", pattern)
+
+
+@pytest.mark.parametrize(("interval", "doubts", "css"), [((1.1, 1.3), (), "good"), ((0.7, 0.9), (), "bad"),
+                                                         ((0.9, 1.2), (), "unsure"), ((1.1, 1.3), ("busy",), "unsure")])  # fmt: skip
+def test_a_speedup_is_good_or_bad_outside_its_interval_alone(interval, doubts, css) -> None:
+    speedup = only(Speedup, verdict="words", hint="latency", precision="default", ci95=interval, unreliable=doubts)
+    context = benchmark_context(only(Benchmark, runs=(), parity=(), speedups=(speedup,)))
+    assert [entry["css"] for entry in context["comparisons"]] == [css]
 
 
 def test_memory_is_shown_without_that_of_openvino() -> None:
