@@ -1,4 +1,4 @@
-"""Do the torch module, the ONNX file and the IR compute the same?"""
+"""Comparison of the outputs of torch module, ONNX file and IR."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_MEASURED = Parity(
 
 
 def check_parity(module: nn.Module, onnx_path: Path, ir: ov.Model, seed: int = 0, items: int = 4) -> Parity:
-    """Run the same inputs through all three.
+    """Compare the outputs of all three on the same inputs.
 
     raises   ModelError that names the first layer at which they part, where they differ by more than TOLERANCE
     """

@@ -72,7 +72,7 @@ def _export(module: nn.Module, input_shape: tuple[int, int, int], dynamic_batch:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings, none of which a user can act upon."""
+    """Suppress the exporters' warnings, which a user can do nothing about."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

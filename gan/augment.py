@@ -1,8 +1,8 @@
 """Adaptive discriminator augmentation: the `bgc` transformations and the controller of their strength.
 
 Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", section 3 and appendix B: pixel
-blitting, geometry and colour, each applied with probability p to what the discriminator sees, and p steered so that
-the discriminator stays right about real images only as often as it should.
+blitting, geometry and colour, each applied with probability p to the discriminator's input. p is adjusted so that the
+share of real images that the discriminator is sure of stays at its target.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def adjust_probability(p: float, sign_real: float, images: int, target: float = 
 
 
 def augment(images: Tensor, p: float, rng: torch.Generator) -> Tensor:
-    """Images as the discriminator sees them.
+    """Augmented images for the discriminator.
 
     images    float32 [N, 3, H, W] in [-1, 1]
     p         probability of each transformation, 0 to 1
@@ -55,7 +55,7 @@ def augment(images: Tensor, p: float, rng: torch.Generator) -> Tensor:
         return images
     n, _, height, width = images.shape
     inverse, colour = draw_geometry(n, height, width, p, rng), draw_colour(n, p, rng)
-    # Resampling is the costly part, and while p is small most images are left where they are.
+    # Resampling is slow, and with a small p most images need none.
     moved = (inverse != torch.eye(3)).any(dim=2).any(dim=1).nonzero()[:, 0]
     if len(moved):
         there = moved.to(images.device)

@@ -134,7 +134,7 @@ def hinge_fake(logits: Tensor) -> Tensor:
 class StudentTraining:
     """The state of a distillation, and its steps.
 
-    real   images that the student is to be like beyond the teacher's pairs; without any, those of the pairs
+    real   real images for the adversarial loss; without any, the images of the pairs
     """
 
     def __init__(self, recipe: StudentRecipe, pairs: Pairs, real: TrainingImages | None, device: torch.device) -> None:

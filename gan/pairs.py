@@ -1,4 +1,4 @@
-"""Input-output pairs of a teacher: all that the student learns from it."""
+"""Input-output pairs of a teacher, on which a student is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_Z_DIM = 2**14
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a black box was given and what it answered.
+    """Inputs of a generator and its images.
 
     z         float32 [N, z_dim]
     labels    int64 [N]

@@ -1,4 +1,4 @@
-"""How near a set of images is to another: Frechet and kernel distance, precision and recall, class confidence.
+"""Distances between sets of images: Frechet and kernel distance, precision and recall, class confidence.
 
 The names FID, KID and Inception Score belong to the features of one Inception network, and are given only through
 torch-fidelity with its weights. On the features of another classifier the same measures carry its name, for example

@@ -1,4 +1,4 @@
-"""Reading official StyleGAN2-ADA snapshots without running anything that they hold.
+"""Reading official StyleGAN2-ADA snapshots without executing them.
 
 A snapshot is a pickle that embeds the source code of its networks, and the official loader executes it. Here a small
 machine walks through the pickle's instructions instead. It knows the instructions that snapshots need and no others,
@@ -179,7 +179,7 @@ def interpret(
         nonlocal spent
         if not isinstance(function, Name) or function.text not in functions or not isinstance(arguments, tuple):
             raise RefusedError("It is damaged: something is applied that is no function.")
-        # Applied again and again to the same large value, even harmless functions take for ever.
+        # Functions applied repeatedly to one large value could take unbounded time.
         spent += sum(len(a) for a in arguments if isinstance(a, str | bytes | list | tuple | dict))
         if spent > 8 * size:
             raise RefusedError("It works on more data than it holds.")
@@ -569,7 +569,7 @@ def load_teacher(path: Path) -> Teacher:
 
 @contextlib.contextmanager
 def _refusals_named(path: Path) -> Iterator[None]:
-    """Whatever hostile settings lead to becomes an error that names the file."""
+    """Errors from hostile settings become a ModelError that names the file."""
     try:
         yield
     except RefusedError as error:

@@ -100,7 +100,7 @@ def progress_score(
     inception: Path | None,
     progress: Progress,
 ) -> Callable[[Any], dict[str, float]] | None:
-    """What a training calls for its curve: the Frechet distance of `count` images from real ones.
+    """The score in the log of a training: the Frechet distance of `count` images from real ones.
 
     returns   None, with a line for the user, where neither Inception's weights nor the classifier's are there
     """

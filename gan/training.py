@@ -1,4 +1,4 @@
-"""What the two trainings share: data in memory, seeds by step, checkpoints, logs, several processes."""
+"""Shared by both trainings: data in memory, seeds by step, checkpoints, logs, several processes."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def workers(device: str) -> Iterator[Workers]:
         torch.distributed.destroy_process_group()
 
 
-# Folders that a training can be taken up in again ---------------------------------------------
+# Folders of resumable trainings ---------------------------------------------
 
 
 def open_training(folder: Path, request: Mapping[str, Any]) -> None:
@@ -234,7 +234,7 @@ class Log:
         lines = path.read_text().splitlines() if path.is_file() else []
         parsed = []
         for line in lines:
-            with contextlib.suppress(ValueError):  # a line that an interruption cut short
+            with contextlib.suppress(ValueError):  # a line that an interruption truncated
                 parsed.append(json.loads(line))
         self.entries: list[dict[str, Any]] = [entry for entry in parsed if entry[key] <= resumed_at]
         write_atomically(path, lambda partial: partial.write_text("".join(json.dumps(e) + "\n" for e in self.entries)))

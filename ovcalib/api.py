@@ -54,7 +54,7 @@ from ovcalib.records.options import (
 from ovcalib.records.recipe import Recipe, make_recipe
 from ovcalib.records.result import Evaluated, Parity
 from ovcalib.records.sweep import Sweep, SweepRecipe
-from ovcalib.rundir import Workspace
+from ovcalib.rundir import RunDir
 from ovcalib.runtime import OpenVINORunner
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def generate(
     loaded = _load_model(about, module, progress.say)
     resolved, _ = resolve_calibration(asked, loaded, progress)
     request = {"model": about.model_dump(mode="json"), "calibration": resolved.model_dump(mode="json")}
-    with Workspace(_path(output), overwrite, request) as work:
+    with RunDir(_path(output), overwrite, request) as work:
         calibration = make_set(
             resolved, loaded, progress, download=asked.download, resume=work.resume, score=asked.score
         )
@@ -184,7 +184,7 @@ def convert(
     loaded = _load_model(about, module, progress.say)
     if "onnx" in to and loaded.module is None:
         raise UsageError(f"{reference!r} is a graph already; it converts to IR alone. Use `to=ir`.")
-    with Workspace(Path(output), overwrite, {"model": about.model_dump(mode="json"), "to": to}) as work:
+    with RunDir(Path(output), overwrite, {"model": about.model_dump(mode="json"), "to": to}) as work:
         parity = export(loaded, work.path, progress, about.dynamic_batch).parity
         unwanted = {"onnx": (".onnx",), "ir": (".xml", ".bin")}
         for form in unwanted.keys() - set(to):
@@ -255,9 +255,7 @@ def benchmark(
     paths = _paths(models)
     about, rest = _model_options("", options)
     asked = checked(BenchmarkOptions, rest)
-    with Workspace(
-        _path(output), overwrite, {"models": list(map(str, paths)), **asked.model_dump(mode="json")}
-    ) as work:
+    with RunDir(_path(output), overwrite, {"models": list(map(str, paths)), **asked.model_dump(mode="json")}) as work:
         found = measure(paths, asked, progress)
         if asked.data is not None:
             found = found.model_copy(update={"parity": device_parity(paths, asked, about, progress)})
@@ -292,7 +290,7 @@ def diagnose(
     about, rest = _model_options(str(fp32), options)
     asked = checked(DiagnosisOptions, rest)
     request = {"model": about.model_dump(mode="json"), "int8": str(int8), **asked.model_dump(mode="json")}
-    with Workspace(_path(output), overwrite, request) as work:
+    with RunDir(_path(output), overwrite, request) as work:
         found = compare(about, str(int8), asked, progress or Progress())
         if output is not None:
             write_json(work.path / "diagnosis.json", found.model_dump(mode="json"))

@@ -1,6 +1,6 @@
 """Quantized graphs in the INT8 arithmetic of another CPU.
 
-Two kinds of INT8 kernels are in the field (Intel, oneDNN developer guide, "Nuances of int8 computations"):
+There are two kinds of INT8 kernels (Intel, oneDNN developer guide, "Nuances of int8 computations"):
 
     vnni   products are summed in 32 bits: AVX-VNNI, AVX512-VNNI, AMX, NEON with dot products, GPU, NPU
     avx2   the products of two neighbouring input channels are summed in 16 bits, which saturate: AVX2, and AVX-512
@@ -8,7 +8,7 @@ Two kinds of INT8 kernels are in the field (Intel, oneDNN developer guide, "Nuan
 
 `runner_for` runs a graph on the kernels asked for, whatever this CPU has:
 
-    its own                as they are
+    its own                executed
     vnni                   emulated in float32: weights become float constants, activations keep their FakeQuantize
     avx2, on x86           the AVX2 kernels of oneDNN, which chooses kernels once a process, in a process of its own
     avx2, elsewhere        emulated: `saturation_excess` is taken from the float32 result of every layer
@@ -67,7 +67,7 @@ def host_kernels() -> Kernels:
 
 
 def kernels_of(deploy_isa: DeployISA) -> tuple[Kernels, ...]:
-    """The kernels that a model for a machine has to be right on; the machine here counts only for "host"."""
+    """The kernels of the machines that a model is for; this machine matters only for "host"."""
     if deploy_isa == "any":
         return "vnni", "avx2"
     if deploy_isa == "host":
@@ -184,7 +184,7 @@ class AVX2Process:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # output of libraries
     graph = read_graph(Path(sys.argv[1]))
     shape = [int(n) for n in graph.inputs[0].get_shape()]
 
@@ -247,7 +247,7 @@ def with_saturation(graph: ov.Model) -> ov.Model:
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What the sums of a layer are made of.
+    """The integer weights, scales and levels of a layer.
 
     integers    int64 [G, T, O, I]: groups, kernel positions, output and input channels of each
     scale       float64 [G * O] of an integer result

@@ -30,7 +30,7 @@ from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
 from ovcalib.reports.result import write_result_report
-from ovcalib.rundir import Workspace, write_json
+from ovcalib.rundir import RunDir, write_json
 from ovcalib.runtime import OpenVINORunner, check_device
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def quantize(
     out_of_time = deadline(recipe.quantization.max_time)
     check_device(recipe.measurement.device)
     with ExitStack() as stack:
-        work = stack.enter_context(Workspace(output, overwrite, recipe.model_dump(mode="json")))
+        work = stack.enter_context(RunDir(output, overwrite, recipe.model_dump(mode="json")))
         log = stack.enter_context(work.log())
 
         # Everything that can be refused is refused before images are made.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Work that is over sooner shows nothing.
+# Shorter work shows nothing.
 DELAY_S = 2.0
 PLAIN_EVERY_S = 10.0
 BAR_WIDTH = 24
@@ -24,11 +24,11 @@ class Task:
     def __init__(self, owner: Progress, name: str, total: int) -> None:
         self.owner, self.name, self.total = owner, name, total
         self.began = self.printed = time.monotonic()
-        # When the first report came, and of how many steps: work that is taken up again starts with steps behind it.
+        # Time and steps of the first report: resumed work starts with some steps done.
         self.first: tuple[float, int] | None = None
 
     def __call__(self, done: int, note: str = "") -> None:
-        """Report `done` steps, and a word on how it goes."""
+        """Report `done` steps, and a note."""
         self.owner._update(self, done, note)
 
 

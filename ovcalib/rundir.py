@@ -37,16 +37,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunDir:
-    """A folder that appears whole: work goes into a hidden sibling, which `finish` moves into place.
+    """The folder of a run: a hidden sibling of `target`, which `finish` moves into place; temporary where that is None.
 
     A run that fails or is interrupted leaves nothing behind.
+    path      the folder to write into
+    resume    the resume folder, where a source keeps the state of an interrupted run; None for a temporary folder
     request   what was asked for, written first
-    raises   UsageError where the target cannot be written, or holds files and `overwrite` is not set
+    raises    UsageError where the target cannot be written, or holds files and `overwrite` is not set
     """
 
-    def __init__(self, target: Path, overwrite: bool = False, request: Any = None) -> None:
+    def __init__(self, target: Path | None, overwrite: bool = False, request: Any = None) -> None:
         self.target, self.request = target, request
-        self.overwrite = overwrite
+        self.made: list[Path] = []
+        self.resume: Path | None = None
+        if target is None:
+            self.path = Path(tempfile.mkdtemp())
+            return
         if target.exists() and not target.is_dir():
             raise UsageError(f"{str(target)!r} is a file. Choose another `output` folder.")
         if target.is_dir() and any(target.iterdir()):
@@ -61,8 +67,7 @@ class RunDir:
                     "Choose another `output`."
                 )
         self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        # Where a source keeps what it has made, so that an interrupted run goes on; gone when the run is done.
-        self.checkpoint = target.parent / f".{target.name}.checkpoint"
+        self.resume = target.parent / f".{target.name}.checkpoint"
         # Parents that this run makes go with it if it fails.
         self.made = [parent for parent in target.parents if not parent.exists()]
         try:
@@ -71,7 +76,8 @@ class RunDir:
             raise UsageError(f"The folder {str(target.parent)!r} cannot be written: {error.strerror}.") from error
 
     def __enter__(self) -> RunDir:
-        write_json(self.path / REQUEST, self.request)
+        if self.target is not None:
+            write_json(self.path / REQUEST, self.request)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -82,55 +88,14 @@ class RunDir:
                 for parent in self.made:
                     parent.rmdir()
         if full:
-            raise UsageError(
-                f"No space is left for the output folder {str(self.target)!r}. Free some, or use another disk."
-            ) from error
+            place = "temporary files" if self.target is None else f"the output folder {str(self.target)!r}"
+            raise UsageError(f"No space is left for {place}. Free some, or use another disk.") from error
 
     def no_space_left(self, error: BaseException) -> bool:
         """Whether a full disk is behind an error; libraries in C++ say no more than that a stream failed."""
         if isinstance(error, OSError):
             return error.errno in (errno.ENOSPC, errno.EDQUOT)
         return isinstance(error, RuntimeError) and shutil.disk_usage(self.path.parent).free < NO_SPACE_BYTES
-
-    def finish(self) -> None:
-        """Move the finished folder to its place; an old one is replaced only now."""
-        if self.target.is_dir():
-            old = self.path.with_suffix(".old")
-            self.target.rename(old)
-            self.path.rename(self.target)
-            shutil.rmtree(old)
-        else:
-            self.path.rename(self.target)
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Workspace:
-    """The folder that a run works in: that of a `RunDir`, or a temporary one where nothing is to be kept.
-
-    path      the folder
-    resume    where a source keeps what it has made so far, or None
-    """
-
-    def __init__(self, output: Path | None, overwrite: bool, request: Any) -> None:
-        self.stack = contextlib.ExitStack()
-        self.run = None if output is None else RunDir(output, overwrite, request)
-
-    def __enter__(self) -> Workspace:
-        if self.run is None:
-            self.path = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-            self.resume = None
-        else:
-            self.stack.enter_context(self.run)
-            self.path, self.resume = self.run.path, self.run.checkpoint
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.stack.__exit__(kind, error, trace)
 
     def log(self) -> TextIO:
         """logs/run.log, opened for writing."""
@@ -143,8 +108,21 @@ class Workspace:
         return {path.relative_to(self.path).as_posix(): file_sha256(path) for path in files}
 
     def finish(self) -> Path | None:
-        """Move the folder to its place, and return it."""
-        if self.run is None:
+        """Move the finished folder to its place, and return that; an old one is replaced only now."""
+        if self.target is None:
             return None
-        self.run.finish()
-        return self.run.target
+        if self.target.is_dir():
+            old = self.path.with_suffix(".old")
+            self.target.rename(old)
+            self.path.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.path.rename(self.target)
+        if self.resume is not None:
+            shutil.rmtree(self.resume, ignore_errors=True)
+        return self.target
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

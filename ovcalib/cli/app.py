@@ -29,7 +29,7 @@ class App(click.Group):
         except click.Abort:
             code = INTERRUPTED
         except BrokenPipeError:
-            # The reader of stdout has gone; closing it at the end would complain once more.
+            # The reader of stdout has closed it; closing it again at the end would raise.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         sys.exit(code or 0)

@@ -1,4 +1,4 @@
-"""`ovcalib models`, `sources` and `doctor`: what there is."""
+"""`ovcalib models`, `sources` and `doctor`."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Sample(Frozen):
 
 
 def resumable(train: Callable[[], Path]) -> int:
-    """Run a training; an interruption says how to go on."""
+    """Run a training; after an interruption, say how to continue it."""
     try:
         path = train()
     except KeyboardInterrupt:
@@ -162,7 +162,7 @@ def resumable(train: Callable[[], Path]) -> int:
 
 
 def overrides(options: Frozen, *names: str) -> dict[str, Any]:
-    """The fields that are set, for a preset to take over."""
+    """The fields that are set, which replace those of a preset."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
@@ -196,7 +196,7 @@ def train_teacher(given: dict[str, Any], common: Common) -> int:
 def collect(given: dict[str, Any], common: Common) -> None:
     """Write pairs (z, class, image) of a teacher.
 
-    They are all that a student learns from.
+    A student is trained on them.
     """
     from ovcalib.rundir import RunDir, file_sha256
 
@@ -250,7 +250,7 @@ def distill(given: dict[str, Any], common: Common) -> int:
 def score(given: dict[str, Any], common: Common) -> None:
     """Score sets of images against real ones.
 
-    Real against real is the floor, noise the ceiling.
+    The scores of real images and of noise are the lower and the upper limit.
     """
     from ovcalib.gan import studies
 

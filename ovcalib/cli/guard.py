@@ -19,7 +19,7 @@ OUTCOME_CODES = {"done": 0, "goal-met": 0, "goal-missed": 5, "budget": 7}
 def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> Any:
     """What `run` returns, or the exit code of its error, which is printed.
 
-    flags   how the command line calls arguments
+    flags   names of arguments on the command line
     """
     try:
         return run()
@@ -46,7 +46,7 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
 
 
 def message(error: OvcalibError, flags: Mapping[str, str]) -> str:
-    """An error in the words of the command line."""
+    """The message of an error, with flags in place of arguments."""
     field = error.field.partition("[")[0] if isinstance(error, InvalidOptionError) else ""
     if isinstance(error, InvalidOptionError) and field in flags and not error.origin:
         value = ",".join(map(str, error.value)) if isinstance(error.value, list | tuple) else error.value
@@ -55,7 +55,7 @@ def message(error: OvcalibError, flags: Mapping[str, str]) -> str:
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
-    """A text with arguments in backquotes, as the command line calls them: `max_drop=0.1` is --max-drop 0.1."""
+    """A text with flags in place of arguments in backquotes: `max_drop=0.1` becomes --max-drop 0.1."""
 
     def flag(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]

@@ -18,7 +18,7 @@ from ovcalib.records.options import BenchmarkOptions, DiagnosisOptions, Evaluate
 if TYPE_CHECKING:
     from ovcalib.records.benchmark import Benchmark
 
-# Files bring their weights; these say what a file does not.
+# Finished files contain their weights.
 OF_FILES = ("reference", "weights", "trust_remote_code", "dynamic_batch")
 FORMATS = ("html", "md", "csv")
 

@@ -23,7 +23,7 @@ COMMON = "Common"
 
 @dataclass(frozen=True)
 class Common:
-    """What commands share: where to write, what to print, how to show progress."""
+    """Options that commands have in common: output folder, output format and progress."""
 
     output: Path | None
     overwrite: bool
@@ -36,7 +36,7 @@ class Common:
 
 
 class Option(click.Option):
-    """An option that knows the heading it stands under."""
+    """An option with the heading of its section in the help."""
 
     def __init__(self, *args: Any, heading: str = COMMON, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,7 +152,7 @@ def parameter(kind: type[Frozen], name: str, field: FieldInfo, look: Shown) -> c
 
 
 def metavar(annotation: Any) -> str:
-    """What stands for a value of a type: its choices, N, NUMBER, FILE or TEXT."""
+    """The placeholder of a value in the help: its choices, N, NUMBER, FILE or TEXT."""
     choices = [*literals(annotation)]
     if choices:
         return "|".join(choices)

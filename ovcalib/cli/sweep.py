@@ -15,7 +15,7 @@ from ovcalib.cli.options import Common, Option, add_command
 def sweep(given: dict[str, Any], common: Common) -> int:
     """Quantize every model with every source, mode and seed.
 
-    The same command goes on after an interruption.
+    The same command continues after an interruption.
 
     RECIPE.yaml names models, sources, modes, seeds and eval; see ovcalib/records/sweep-recipe.schema.json.
     """

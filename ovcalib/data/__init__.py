@@ -1,1 +1,1 @@
-"""Images with labels, by reference (`sets`), and the one definition of preprocessing (`preprocessing`)."""
+"""Images with labels, by reference."""

@@ -1,12 +1,12 @@
-"""Sets of images by reference, in whatever container they come.
+"""Image data sets by reference.
 
     imagefolder:DIR          DIR/<class>/*.jpg, or DIR/*.jpg without labels; a bare path means the same
     cifar10[:ROOT]           the original CIFAR-10 through torchvision, downloaded only when allowed
     datumaro:FORMAT:DIR      every format that Datumaro reads
-    npz:FILE                 `images` uint8 [N, H, W, C] and, if there, `labels` int64 [N]
+    npz:FILE                 `images` uint8 [N, H, W, C] and optionally `labels` int64 [N]
 
-A set knows its images, its own label indices and the names behind them; `model_labels` is the one
-place that turns those into the classes of a model.
+A set has images, its own label indices and their names; `model_labels` converts these to the classes of a
+model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# Beyond this share of unreadable files the folder is taken to be the wrong one.
+# With a larger share of unreadable files the folder is refused.
 MAX_UNREADABLE = 0.1
 
 
@@ -324,7 +324,7 @@ class Sample:
 
 @dataclass
 class Reader:
-    """Iterates over samples of a set, decoding ahead on threads; counts what it had to leave out.
+    """Iterates over samples of a set, decoding ahead on threads; counts unreadable files.
 
     order        indices to read, in this order; None for all
     labels       class indices of the model for the whole set, or None
@@ -347,7 +347,7 @@ class Reader:
                 # Datumaro keeps its settings in context variables, which threads do not inherit.
                 return [pool.submit(copy_context().run, self._read, i) for i in islice(order, count)]
 
-            # A short window of decoded images ahead of the consumer keeps memory flat.
+            # A short window of decoded images ahead of the consumer bounds the memory.
             window = ahead(4 * workers)
             while window:
                 sample = window.pop(0).result()

@@ -1,4 +1,4 @@
-"""Where the accuracy goes: every quantized operation, alone and in company, against the FP32 network."""
+"""Diagnosis of accuracy loss: the error of every quantized operation, alone and with those before it, against FP32."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis, 
 from ovcalib.records.options import CalibrationOptions, DiagnosisOptions, ModelOptions
 from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that_fit, outputs_of, size_of
 
-# A range of which this much is cut off, or so little is used, is named as a likely fault.
+# A range is named as a likely fault if a larger share of the values is clipped, or a smaller share of it is used.
 CLIPPED_SHARE = 0.01
 USED_SHARE = 0.25
 # Images on which saturation is measured.
 SATURATION_IMAGES = 16
-# Operations whose ranges are put into words.
+# Operations whose ranges are described in `faults`.
 FAULTS = 5
 
 Metric = Literal["top1", "agreement", "nmse"]
@@ -210,7 +210,7 @@ def quantized_input(source: str, spreads: Mapping[str, Spread], histograms: Mapp
     )
 
 
-# Harm and its price ---------------------------------------------------------------------------
+# Output errors and latency ---------------------------------------------------------------------------
 
 
 def output_errors(
@@ -230,7 +230,7 @@ def output_errors(
 
 
 class Search:
-    """Gives more and more operations their float precision back, and measures what that is worth."""
+    """Reverts more and more operations to float, and measures each candidate."""
 
     def __init__(
         self, fp32: ov.Model, quantized: ov.Model, items: Items, options: DiagnosisOptions, classification: bool,
@@ -308,7 +308,7 @@ class Search:
 
 
 def saturation_fault(fp32: ov.Model, int8: ov.Model, inputs: Sequence[NDArray[np.float32]]) -> str | None:
-    """What is lost to sums that saturate on CPUs without VNNI, in words; None where it is little."""
+    """The output error from sums that saturate on CPUs without VNNI, in words; None where it is small."""
     reference = outputs_of(fp32, inputs)
     exact, saturated = (nmse(reference, outputs_on(kernels, int8, inputs)) for kernels in ("vnni", "avx2"))
     if saturated <= exact + SATURATED_NMSE:

@@ -1,4 +1,4 @@
-"""What quantization does to signals: arrays in, numbers out, a batch at a time."""
+"""Statistics of quantization errors of signals, accumulated over batches. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Distortion:
 
 @dataclass
 class Spread:
-    """Extremes of a signal [1, C, ...], and how much of it lies outside a quantized range.
+    """Extremes of a signal [1, C, ...], and the share of it outside a quantized range.
 
     low, high   the range, for the whole signal or for each channel, broadcastable to it
     Sums are kept for each range: scalars as arrays [1], or [C].
@@ -114,7 +114,7 @@ class Spread:
         return float(np.clip(used / np.maximum(high - low, np.finfo(np.float32).tiny), 0, 1).mean())
 
     def telling(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The part of a signal that explains the most: the worst channel's, or all where one range serves all."""
+        """The values of the channel that is clipped most, or all values if all channels have one range."""
         if self.low.size == 1:
             return values
         axis = values.ndim - self.low.ndim + int(np.argmax(self.low.shape))

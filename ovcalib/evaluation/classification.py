@@ -1,4 +1,4 @@
-"""Classifiers: accuracy of one model, of two on the same images, and their agreement."""
+"""Accuracy of classifiers, of one model and of two on the same images, and their agreement."""
 
 from __future__ import annotations
 

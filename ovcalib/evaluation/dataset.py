@@ -14,7 +14,7 @@ from ovcalib.evaluation.outputs import Items, calibration_items, items_of, pixel
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import CALIBRATION, EvaluationOptions, QuantizationOptions
 
-# Images of the calibration set on which agreement is measured where there are no others.
+# Images of the calibration set on which agreement is measured without other images.
 AGREEMENT_IMAGES = 100
 # Classes keep their shares of a limited set; which images of them are taken never depends on a run's seed.
 ORDER_SEED = 0
@@ -22,7 +22,7 @@ ORDER_SEED = 0
 
 @dataclass(frozen=True)
 class Images:
-    """Images by their name `on`: `count` items, the same whenever they are gone through."""
+    """Images with a name, `on`: `count` items, the same in every iteration."""
 
     on: str
     count: int
@@ -51,7 +51,7 @@ class DataSet:
 
     @property
     def protocol(self) -> str:
-        """The data, how many of its images, and how they were fitted to the network's input."""
+        """The data, the number of its images, and their preprocessing."""
         pre = self.spec.preprocessing
         fit = f"short side {pre.short_side}, centre crop" if pre.short_side else "scaled to"
         return (
@@ -87,7 +87,7 @@ def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, down
 
 
 def open_evaluation(options: EvaluationOptions, spec: ModelSpec) -> DataSet | None:
-    """The images that prove the result; None where none were given."""
+    """The images that the result is measured on; None without `eval`."""
     return None if options.eval is None else open_dataset(options.eval, spec, options.limit, options.download)
 
 

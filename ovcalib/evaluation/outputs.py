@@ -1,4 +1,4 @@
-"""Running a model over items."""
+"""Outputs of a model on items."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_KEPT_BYTES = 512 * 2**20
 
 @dataclass
 class Outputs:
-    """What a model said about a set.
+    """The outputs of a model on a set.
 
     values   float32 [N, K]
     labels   int64 [N], or None
@@ -66,7 +66,7 @@ def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Itera
 
 
 def calibration_items(calibration: CalibrationSet) -> Iterator[Item]:
-    """Items of a calibration set, in either domain; labels that are only FP32's own answer are left out."""
+    """Items of a calibration set, in either domain; labels that FP32 predicted are left out."""
     labels = None if calibration.provenance.labels == "pseudo" else calibration.labels
     for i, x in enumerate(calibration):
         label = None if labels is None else int(labels[i])
@@ -74,7 +74,7 @@ def calibration_items(calibration: CalibrationSet) -> Iterator[Item]:
 
 
 class Items:
-    """Items that can be gone through again; they stay in memory as long as there are few of them.
+    """Items that can be iterated again; a few are kept in memory.
 
     make    yields the items, the same each time
     """

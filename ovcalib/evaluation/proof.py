@@ -21,7 +21,7 @@ COLLAPSED_AGREEMENT = 0.8
 
 @dataclass(frozen=True)
 class Proof:
-    """What the comparison found; `accuracy_reason` says why `accuracy` is None."""
+    """The result of the comparison; `accuracy_reason` says why `accuracy` is None."""
 
     accuracy: Accuracy | None
     accuracy_reason: str | None

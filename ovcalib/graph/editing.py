@@ -89,7 +89,7 @@ def set_integer_weights(layer: Layer, integers: NDArray[np.int8], scale: NDArray
 
 
 def redirect(value: ov.Output, to: ov.Output) -> None:
-    """Let everything that reads a value read another one."""
+    """Connect all readers of a value to another one."""
     for reader in value.get_target_inputs():
         reader.replace_source_output(to)
 
@@ -111,7 +111,7 @@ def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) ->
         rank = len(layer.op.output(0).get_partial_shape())
         shift = shifts[layer.name].reshape([-1 if axis == layer.channel_axis else 1 for axis in range(rank)])
         if layer.add is None:
-            readers = layer.op.output(0).get_target_inputs()  # the addition itself is not one of them
+            readers = layer.op.output(0).get_target_inputs()  # the new addition itself stays connected
             add = ops.add(layer.op, ops.constant(shift.astype(np.float32)))
             add.set_friendly_name(f"{layer.name}/{NULL_BIAS}")
             for reader in readers:

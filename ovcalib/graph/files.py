@@ -1,7 +1,7 @@
-"""ONNX -> OpenVINO IR, reading and writing graphs, and what an IR says about itself.
+"""Reading ONNX and IR files, writing IR, and the metadata of an IR.
 
-An IR written here describes itself twice: in `model_info`, with the names that OpenVINO's Model API
-reads, and in `ovcalib`, with the whole ModelSpec.
+An IR has its metadata twice: in `model_info`, with the names that OpenVINO's Model API reads, and in
+`ovcalib`, with the whole ModelSpec.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_graph(path: Path) -> ov.Model:
     if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
         raise ModelError(f"{str(path)!r} has no weights beside it: {str(path.with_suffix('.bin'))!r} is missing.")
     try:
-        # The front end is named, because probing all of them prints their complaints.
+        # The front end is named, because probing all of them prints errors.
         name = {".onnx": "onnx", ".xml": "ir"}[path.suffix]
         frontend = ov.frontend.FrontEndManager().load_by_framework(name)
         loaded = frontend.load(str(path))
@@ -139,7 +139,7 @@ def refuse_quantized_graph(graph: ov.Model, name: str) -> None:
 
 
 def graph_sha256(graph: ov.Model) -> str:
-    """A hash of structure and constants that is the same for identical runs, whatever names and metadata the .xml file has."""
+    """A hash of structure and constants, whatever names and metadata the .xml file has."""
     digest = hashlib.sha256()
     ops = graph.get_ordered_ops()
     number = {op.get_name(): i for i, op in enumerate(ops)}
@@ -153,7 +153,7 @@ def graph_sha256(graph: ov.Model) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of OpenVINO's message that says something."""
+    """The last informative line of OpenVINO's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
     return (telling or lines or [type(error).__name__])[-1].rstrip(".") + "."

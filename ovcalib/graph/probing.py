@@ -1,4 +1,4 @@
-"""Graphs that show what happens at single operations."""
+"""Graphs whose outputs are the signals at single operations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
     graph = quantized.clone()
     wanted = set(names)
     operations = quantized_operations(graph)
-    # The quantized values are held here before the operations are led past them.
+    # The quantized values are stored before the operations are connected to the float ones.
     quantized_inputs = {op.get_friendly_name(): op.input_values() for op in operations}
     corrected = {op.get_friendly_name(): _bias(op) for op in operations}
     _restore_in_place(graph, original, list(quantized_inputs))
@@ -118,7 +118,7 @@ def quantized_inputs(quantized: ov.Model, original: ov.Model, names: Iterable[st
     """
     graph = quantized.clone()
     operations = {op.get_friendly_name(): op for op in graph.get_ops()}
-    # Held here before the operations are led past them.
+    # Stored before the operations are connected to the float values.
     values = [operations[name].input_value(0) for name in names]
     _restore_in_place(graph, original, [op.get_friendly_name() for op in quantized_operations(graph)])
     return ov.Model(values, graph.get_parameters(), "quantized inputs")

@@ -37,10 +37,10 @@ MOVING = frozenset(
     }
 )  # fmt: skip
 
-# In the name of a bias that a layer had not before it was corrected, by us or by NNCF.
+# In the name of a bias that bias correction, ours or NNCF's, added to a layer without one.
 NULL_BIAS = "null_bias"
 
-# What belongs to the quantization itself.
+# Operations of the quantization itself.
 _PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
 
 

@@ -295,7 +295,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 class Worker:
-    """A process that holds one model; see ovcalib.benchmark_worker."""
+    """A process that holds one model; see ovcalib.measurement.worker."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Do devices agree? The same images through every device and precision, against CPU in f32.
+"""Comparison of devices and precisions with CPU in f32, on the same images.
 
 Quantization and accuracy control run on CPU in f32 alone; a device with its own kernels, or with float16 between the
 INT8 layers, can answer differently.
@@ -34,7 +34,7 @@ def device_parity(
 ) -> tuple[DeviceParity, ...]:
     """Compare every device and precision of a benchmark with CPU in f32, on the images `options.data`, for each model.
 
-    about   what files that do not describe themselves take as input; its reference does not count
+    about   the input of files without metadata; its reference is not used
     """
     assert options.data is not None
     found = []

@@ -1,4 +1,4 @@
-"""What this machine has, what it lacks for which feature, and how to get it."""
+"""Devices, instruction sets and packages of this machine, and what is missing for which feature."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def folder_bytes(folder: Path) -> int:
         for name in files:
             try:
                 total += (Path(root) / name).lstat().st_size
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted meanwhile
                 continue
     return total
 

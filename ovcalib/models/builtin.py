@@ -1,4 +1,4 @@
-"""The built-in CIFAR networks: a table that can be read without torch, and their construction.
+"""The built-in CIFAR networks: their table, which needs no torch, and their construction.
 
 Architectures, parameter names and input normalisation are those of the public hub
 `chenyaofo/pytorch-cifar-models`, so that its checkpoints load with strict=True. A name with

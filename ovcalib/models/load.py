@@ -37,7 +37,7 @@ class Model:
     """A loaded model: `module` (torch) or `graph` (OpenVINO), never both.
 
     sha256     of the weights as loaded
-    warnings   what was assumed about the model because nothing said it
+    warnings   assumptions about the model
     """
 
     spec: ModelSpec

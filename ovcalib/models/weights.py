@@ -1,4 +1,4 @@
-"""Reading, writing and downloading state dicts, without ever running what a file holds."""
+"""Reading, writing and downloading state dicts, without executing code of a file."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def restore_to_goal(
     out_of_time: Callable[[], bool],
     progress: Progress,
 ) -> tuple[Restoration[ov.Model], Restored]:
-    """Revert operations of a default INT8 model to float until the metric on the steering images has hardly fallen.
+    """Revert operations of a default INT8 model to float until the metric drops by at most `max_drop`.
 
     classification   outputs are class logits
     raises           DataError where the metric needs labels, and the images have none
@@ -43,7 +43,7 @@ def restore_to_goal(
     items, kernels = steering.items, proof_kernels(options.deploy_isa)
     reference = collect(OpenVINORunner(fp32), items)
     require_labels(options.metric, reference.labels, steering.on)
-    # Where the outputs are no classes, FP32's probabilities say nothing.
+    # Outputs that are no logits have no expected top-1.
     without_labels: GoalMetric = "expected-top1" if classification else "agreement"
     metric = options.metric or (without_labels if reference.labels is None else "top1")
     subset = list(islice(items, RANKING_ITEMS))

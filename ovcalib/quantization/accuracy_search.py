@@ -1,11 +1,11 @@
-"""Accuracy-aware quantization: give operations their float precision back until the goal is met.
+"""Accuracy-aware quantization: revert operations to float until the goal is met.
 
-The idea is that of NNCF's `quantize_with_accuracy_control`: rank the operations by the harm that quantizing them
-does, and revert the worst ones. It is done here on the public OpenVINO API because NNCF's loop can neither be
-stopped with its best result, nor says whether it met the goal or what it reverted; and with two differences:
+As NNCF's `quantize_with_accuracy_control`, it ranks the operations by their output error and reverts the worst
+ones. It uses the public OpenVINO API, because NNCF's loop cannot be stopped with its best result and does not say
+whether it met the goal or what it reverted. There are two differences:
 
-- An operation is ranked by the output error when it *alone* is quantized. Reverting one at a time, as NNCF does, tells
-  nothing while ten others are still broken.
+- An operation is ranked by the output error when it *alone* is quantized. Reverting one at a time, as NNCF does,
+  shows little while ten others are still harmful.
 - The number of reverted operations is found by doubling and bisection, so a hundred candidates cost a dozen
   validations.
 """
@@ -63,7 +63,7 @@ def restore_accuracy(
     error            distance of the outputs from FP32 on a subset, lower is better
     baseline         the metric of the FP32 model
     max_iterations   bound on the calls of `validate` after the first, or None
-    say              receives what is going on, and how much of it is done
+    say              receives the current step, and how much of it is done
     returns          the best model so far, with the outcome "budget", where time or iterations run out; reverting
                      everything is no result, so at least one operation stays quantized
     raises           DataError where the metric is not finite
@@ -80,7 +80,7 @@ def restore_accuracy(
         return baseline - value <= max_drop
 
     def exhausted() -> bool:
-        # The first validation is of the model before anything is reverted, and counts for nothing.
+        # The first validation, before anything is reverted, is not counted.
         return out_of_time() or (max_iterations is not None and len(tried) > max_iterations)
 
     def result(outcome: Outcome) -> Restoration[Candidate]:

@@ -1,15 +1,15 @@
-"""Bias correction: the mean that a layer's rounded weights add to each channel of its output is taken away again.
+"""Layerwise bias correction: removes the mean shift that rounding a layer's weights causes in each output channel.
 
 Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019, section 4.2:
-E[~y] = E[y] + eps E[x], where eps is the rounding error of the weights, so b -= eps E[x]. Here E[x], what the layer
-reads in the FP32 network, is taken over calibration images; the layer runs on them with either weights, which puts the
-border of the image right too.
+E[~y] = E[y] + eps E[x], where eps is the rounding error of the weights, so b -= eps E[x]. Here E[x], the mean input of
+the layer in the FP32 network, is computed on calibration images; the layer runs on them with both weights, which also
+accounts for padding at the border of the image.
 
-NNCF's `BiasCorrection` ("full") is the empirical one of the paper's appendix D: b += E[y] - E[~y] with what layers in
-front, quantized and corrected, make of the images. A shift then has to make up for errors that come from in front and
-grow with the activation as well, which it cannot; the more the weights are rounded, the more that costs
-(benchmarks/results/calibration.md, "Bias correction"). And a layer corrected alone stays right when others return to
-float.
+NNCF's `BiasCorrection` ("full") is that of the paper's appendix D: b += E[y] - E[~y], with the outputs of the
+quantized and corrected layers before it as input. The shift then also has to compensate errors of earlier layers that
+grow with the activation, which a shift cannot; the coarser the weights, the larger the effect
+(benchmarks/results/calibration.md, "Bias correction"). A layer corrected alone stays corrected when others are reverted
+to float.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def correct_biases(fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.f
 def weight_errors(
     fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float64]]:
-    """The mean over images and positions of what rounding its weights adds to a layer's output: [C] by its name."""
+    """The mean change of each layer's output from rounding its weights, over images and positions: [C] by name."""
     original, rounded = fp32.clone(), int8.clone()
     layers = quantized_layers(rounded)
     for quantizer in activation_quantizers(rounded):
@@ -50,7 +50,7 @@ def weight_errors(
     exact, same = ({op.get_friendly_name(): op for op in graph.get_ops()} for graph in (original, rounded))
     means = []
     for layer in layers:
-        # Both read what the FP32 network gives.
+        # Both read the FP32 network's value.
         value = exact[layer.name].input_value(0)
         redirect(same[value.get_node().get_friendly_name()].output(value.get_index()), value)
         error = ops.subtract(layer.op, exact[layer.name])

@@ -1,12 +1,12 @@
-"""Cross-layer equalization: the channels of a signal are brought to like ranges; the network computes what it did.
+"""Cross-layer equalization: scales channels to similar ranges without changing the function of the network.
 
-A positive factor passes through a ReLU. Where layer 1 makes channel i of a signal s_i times smaller, and layer 2
-weights it s_i times more, nothing changes in float, but no channel takes the levels of the others any more (Nagel, van
+A ReLU commutes with a positive factor. If layer 1 divides channel i of a signal by s_i and layer 2 multiplies its
+weights for it by s_i, nothing changes in float, but a wide channel does not use up the levels of the others (Nagel, van
 Baalen, Blankevoort and Welling, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019,
 section 4.1).
 
-Scales follow from the weights alone, as in the paper. Ranges of signals, as in SmoothQuant, would fit them to the
-images that they are measured on, beyond which all channels are clipped then instead of only the widest.
+Scales follow from the weights alone, as in the paper. Scales from ranges of signals, as in SmoothQuant, would fit the
+images that they are measured on; larger activations would then be clipped in all channels, not only in the widest.
 
 Where a sum joins signals, all of them share the scales of their channels: those of all layers that write one, and of
 all that read one. A signal that anything else reads or writes stays as it is.
@@ -29,7 +29,7 @@ from ovcalib.records.result import Equalized
 # f(x / s) = f(x) / s in every channel, for s > 0. Not a Clamp: its bound would need a value for each channel, and the
 # CPU runs a Minimum with such a constant in float, behind INT8 convolutions that could have ended in a Clamp.
 HOMOGENEOUS = frozenset({"AvgPool", "MaxPool", "Multiply", "PRelu", "Relu"})
-# A layer between two signals has part in the scales of both, so they are computed again until none moves.
+# A layer between two signals takes part in the scales of both, so they are computed repeatedly until they converge.
 MAX_SWEEPS = 200
 CONVERGED = 1e-4
 

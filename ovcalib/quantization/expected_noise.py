@@ -1,10 +1,10 @@
-"""Which operations INT8 cannot hold, told from the spread of weights and activations before anything is quantized.
+"""Expected SQNR of each operation in INT8, from the ranges of weights and activations before quantization.
 
-Rounding to steps of size d adds noise of variance d^2 / 12. What reaches an operation's output of it follows from the
-weights, and is set against the variance of that output: the expected signal-to-quantization-noise ratio of Lin,
+Rounding to steps of size d adds noise of variance d^2 / 12. The noise at an operation's output follows from the
+weights, and is compared with the variance of that output: the expected signal-to-quantization-noise ratio of Lin,
 Talathi and Annapureddy, "Fixed Point Quantization of Deep Convolutional Networks", ICML 2016, section 3. A channel that
 is far wider than the others of its tensor, or a weight far larger than the others of its channel, leaves the others few
-of the 255 steps; where those are the ones that matter, the ratio says so.
+of the 255 steps; if these carry the signal, the ratio is low.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ovcalib.runtime import Inference, groups_that_fit, size_of
 
 # Steps of a quantized range, of weights as of activations.
 STEPS = 255
-# In dB; at 10 the noise has a tenth of the signal's power. Operations of networks that INT8 suits stay above 20. Where
-# channels of ResNet-20 were made wider and wider, without changing what it computes, the first agreement was lost here.
+# In dB; at 10 the noise has a tenth of the signal's power. Operations of networks that quantize well are above 20. With
+# channels of ResNet-20 widened without changing its function, agreement starts to drop here.
 MIN_SQNR_DB = 10.0
 
 
@@ -67,7 +67,7 @@ class Channels:
 
 
 def rounding_noise(x: Channels, by_channel: bool) -> NDArray[np.float64]:
-    """Variance [C] of what rounding adds to a signal; zero stays zero.
+    """Variance [C] of the rounding error of a signal; zero is exact.
 
     by_channel   each channel has a range of its own; else one serves all
     """
@@ -79,7 +79,7 @@ def rounding_noise(x: Channels, by_channel: bool) -> NDArray[np.float64]:
 def output_noise(
     weights: NDArray[np.float64], noise: NDArray[np.float64], power: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Noise that the rounding of activations and that of weights bring to an output, summed over its channels.
+    """Output noise from rounding activations and from rounding weights, summed over channels.
 
     weights   [G, O, I, K]: groups, output and input channels of each, kernel positions
     noise     [G * I] variance of the rounding of each input channel
@@ -94,7 +94,7 @@ def output_noise(
 
 @dataclass(frozen=True)
 class Expected:
-    """What INT8 will make of an operation alone.
+    """The expected SQNR of an operation quantized alone.
 
     sqnr_db       variance of its output over that of the noise
     weights_share share of the noise that comes from rounding weights, 0..1; the rest comes from its inputs
@@ -116,7 +116,7 @@ def expected_sqnr(
     range a tensor, those of depthwise convolutions one a channel, weights one an output channel, as NNCF has it.
     """
     operations = quantizable_operations(graph)
-    # A signal that several operations read is looked at once.
+    # A signal that several operations read is measured once.
     watched = {_key(value): (value, op.channel_axis) for op in operations for value in (*op.inputs, op.output)}
     signals: dict[tuple[str, int], Channels] = {}
     for group in groups_that_fit(list(watched), lambda key: size_of(watched[key][0])):
@@ -135,7 +135,7 @@ def expected_sqnr(
         else:
             from_activations, from_weights = output_noise(op.weights, noise[0], inputs[0].power)
         total, signal = from_activations + from_weights, float(signals[_key(op.output)].variance.sum())
-        if total > 0 and signal > 0:  # a constant signal carries nothing that could be lost
+        if total > 0 and signal > 0:  # a constant signal has no SQNR
             found.append(Expected(op.name, 10 * math.log10(signal / total), from_weights / total))
     return sorted(found, key=lambda e: e.sqnr_db)
 

@@ -1,4 +1,4 @@
-"""From an FP32 graph and a calibration set to an INT8 graph, with the record of how it was made."""
+"""Quantization of an FP32 graph with a calibration set, and its record."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class Quantized:
 
 
 def saturates_here(settings: Settings, options: QuantizationOptions) -> bool:
-    """Whether this CPU's sums can saturate where those of a machine that the model is for cannot."""
+    """Whether sums can saturate on this CPU, but not on a machine that the model is for."""
     full_range = settings.overflow_fix != "enable"
     return full_range and host_kernels() == "avx2" and "vnni" in kernels_of(options.deploy_isa)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A float graph, equalized or not, and the INT8 graph that was made of it.
+    """A float graph, equalized or not, and its INT8 graph.
 
     expected   of every operation; empty without the guard
     kept       operations that stay in float, because their expected SQNR is too low

@@ -1,18 +1,19 @@
-"""Rounding that compensates: what a weight loses when it is rounded, those that are rounded after it make up for.
+"""Compensated rounding of weights (GPTQ): weights that are rounded later reduce the output error of earlier ones.
 
-A layer computes W x + b of quantized inputs x. Wanted are integers Q, a scale s near NNCF's for each output channel,
-and a shift of the bias, that change its output least over calibration images:
+A layer computes W x + b of quantized inputs x. Integers Q, a scale s near NNCF's for each output channel, and a shift
+of the bias are chosen to minimise the output error over calibration images:
 
     E|W x - (s Q x + shift)|^2
 
 The best shift is (W - s Q) E[x], which is bias correction. What is left is e H e^T for each row e of W - s Q, where H
 is the covariance of x. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", ICLR 2023, after their "Optimal Brain Compression", NeurIPS 2022: columns are rounded one after the
-other, and the error of each is led to those that are still to come.
+other, and the error of each is compensated by those that follow.
 
-Here x is what a layer reads in the FP32 network, quantized where it reads it. So layers do not depend on each other:
-one pass over the images is enough, and a layer stays right when others return to float. A few images do not determine
-H. Damping it leads back to plain rounding, and images that were not fitted tell how much of that a layer needs.
+Here x is the input of the layer in the FP32 network, quantized. So layers do not depend on each other: one pass over
+the images is enough, and the rounding of a layer stays valid when others are reverted to float. A few images do not
+determine H. Damping moves the result towards plain rounding, and the damping of each layer is chosen on held-out
+images.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from ovcalib.runtime import Inference, groups_that_fit, size_of
 DAMPINGS = (0.01, 0.1, 1.0)
 # Scales that are tried for an output channel, in those that NNCF chose. Smaller ones clip the largest weights.
 SCALES = tuple(1 + k / 40 for k in range(-8, 5))
-# Output positions of a layer that are looked at in one image.
+# Output positions of a layer that are sampled in one image.
 POSITIONS = 256
 # Share of the images that decides, layer by layer, whether compensation helps.
 HELD_OUT_SHARE = 0.25
 SEED = 0
-# Columns whose errors are led on to all later ones by one matrix product.
+# Columns whose errors are added to all later ones by one matrix product.
 BLOCK = 128
 
 
@@ -70,9 +71,9 @@ def compensated_rounding(
     returns   int8 [..., O, I]
 
     With H = R D R^T, R upper triangular with ones on its diagonal, e H e^T is the sum over columns j of
-    D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded so that its term is least: GPTQ without the inverse of H
-    (Chee et al., "QuIP", NeurIPS 2023, theorem 6). Columns of large variance, whose errors cost most, come first, while
-    many others are left to make up for them.
+    D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded to minimise its term: GPTQ without the inverse of H
+    (Chee et al., "QuIP", NeurIPS 2023, theorem 6). Columns of large variance, whose errors cost most, come first, when
+    many others are left to compensate.
     """
     order = np.argsort(-np.diagonal(hessian, axis1=-2, axis2=-1), axis=-1, kind="stable")
     exact = np.take_along_axis(weights / scale[..., None], order[..., None, :], -1)
@@ -128,7 +129,7 @@ def _unit_upper(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of the inputs of a layer.
+    """First two moments of the inputs of a layer.
 
     mean         float64 [G, I]: groups, inputs of one output position
     covariance   float64 [G, I, I]
@@ -139,7 +140,7 @@ class Moments:
 
 
 def bias_shift(errors: NDArray[np.float64], fitted: Moments) -> NDArray[np.float64]:
-    """The shift [G, O] that makes up for the mean of what weights [G, O, I] have lost in rounding."""
+    """The shift [G, O] of the bias that compensates the mean of rounding errors of weights [G, O, I]."""
     shift: NDArray[np.float64] = (errors @ fitted.mean[..., None])[..., 0]
     return shift
 
@@ -149,7 +150,7 @@ def output_error(errors: NDArray[np.float64], fitted: Moments, seen: Moments) ->
 
     errors   float64 [G, O, I]: weights less rounded weights
     fitted   the inputs that the shift of the bias was solved on
-    seen     those that the error is wanted for
+    seen     the inputs that the error is computed for
     """
     mean = bias_shift(errors, seen) - bias_shift(errors, fitted)
     return float(np.sum((errors @ seen.covariance) * errors) + np.sum(mean**2))
@@ -206,7 +207,7 @@ class Rounding:
         return by_group.transpose(0, 2, 1, 3).reshape(groups, len(chosen), -1)
 
     def errors(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What weights lose in rounding, [G, O, I]."""
+        """The rounding errors of weights, [G, O, I]."""
         return self.exact - scale[..., None] * integers
 
     def write(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> None:
@@ -239,7 +240,7 @@ def input_moments(
     """
     infer = Inference(graph)
     sums = [np.zeros((len(r.exact), r.exact.shape[-1])) for r in roundings]
-    # Products are summed in float32, for the sake of time: their errors are far below any damping.
+    # Products are summed in float32, which is faster; the errors are far below any damping.
     products = [np.zeros((*total.shape, total.shape[-1]), np.float32) for total in sums]
     counts = [0] * len(roundings)
     for image in images:
@@ -260,7 +261,7 @@ def input_moments(
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """How well a layer's output is kept on images that were not fitted.
+    """The output error of a layer on held-out images.
 
     plain         error of plain rounding with a corrected bias: mean squared error of the output over its variance
     compensated   the same of the best compensated rounding

@@ -189,7 +189,7 @@ Make = Callable[[Settings], QuantizedCandidate]
 def select_activation_ranges(
     extremes: QuantizedCandidate, make: Make
 ) -> tuple[QuantizedCandidate, tuple[float, float] | None]:
-    """Take the mean of each image's extremes where a few images have widened the extremes over all too far.
+    """Use the mean of each image's extremes where a few images widen the extremes over all images too far.
 
     Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
     mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels.
@@ -202,7 +202,7 @@ def select_activation_ranges(
 
 
 def select_weight_range(full: QuantizedCandidate, make: Make) -> tuple[QuantizedCandidate, Saturation]:
-    """Give weights half their range where the full one saturates on the kernels of AVX2.
+    """Use half the range of weights where products saturate on the kernels of AVX2.
 
     returns   the better one there, and what was measured
     raises    KernelsFailedError
@@ -217,7 +217,7 @@ def select_weight_range(full: QuantizedCandidate, make: Make) -> tuple[Quantized
 def select_rounding(
     nearest: QuantizedCandidate, corrections: CalibrationSet
 ) -> tuple[QuantizedCandidate, tuple[float, float]]:
-    """Round weights so that they make up for each other's errors where the output error is smaller with it.
+    """Use compensated rounding where the output error is smaller with it.
 
     corrections   images that integers and biases are fitted on
     returns   the better one, and the NMSE of the outputs with rounding to the nearest level and with compensation
@@ -228,9 +228,9 @@ def select_rounding(
 
 
 def select_bias_correction(corrected: QuantizedCandidate) -> tuple[QuantizedCandidate, tuple[float, float]]:
-    """Leave bias correction out where the output error is smaller without it.
+    """Omit bias correction where the output error is smaller without it.
 
-    A shift of the mean does not describe an error that grows with the activation, and on few images it is noisy.
+    A shift does not compensate an error that grows with the activation, and on few images it is noisy.
     returns   the better one, and the NMSE of the outputs with the correction and without it
     """
     output = corrected.output

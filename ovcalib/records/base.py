@@ -1,4 +1,4 @@
-"""What every record and every group of options is built on."""
+"""Base of all records and groups of options."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """A value: immutable, comparable, and with no unknown keys."""
+    """An immutable, comparable value; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows a field, where name, type and default do not say it.
+    """How the command line shows a field, beyond its name, type and default.
 
     flags     names of the option; () is --field-name. A name in capitals is that of an argument by position
     metavar   what stands for the value in the help
@@ -41,7 +41,7 @@ def shown(kind: type[BaseModel], name: str) -> Shown:
 
 
 def flags_of(kind: type[BaseModel], name: str) -> tuple[str, ...]:
-    """What a field is called on the command line."""
+    """The flags of a field on the command line."""
     return shown(kind, name).flags or (f"--{name.replace('_', '-')}",)
 
 
@@ -59,7 +59,7 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str = "", grouped:
 
 
 def invalid(kind: type[BaseModel], error: ValidationError, origin: str, grouped: bool) -> UsageError:
-    """The first error that pydantic found, in our words."""
+    """The first error of pydantic, as one of ours."""
     first = error.errors()[0]
     place = first["loc"]
     owner, own = kind, True  # the model that the place lies in, and whether the place is a model itself

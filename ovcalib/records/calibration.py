@@ -13,7 +13,7 @@ OptionValue = bool | int | float | str | None
 
 
 class SetScore(Frozen):
-    """How a calibration set looks to the model, told without real data.
+    """Scores of a calibration set for a model, computed without real data.
 
     images                  that were read
     bn_distance             from the BatchNorm statistics, mean over layers; 0 is equal, 1 a standard deviation off

@@ -73,7 +73,7 @@ class OperationDiagnosis(Frozen):
 
 
 class Candidate(Frozen):
-    """A model between INT8 and FP32, and what it is worth.
+    """A model with some operations in float, and its metrics.
 
     in_float         operations that compute in float, worst first; names for --ignore
     top1             accuracy, a fraction; None without labels
@@ -90,7 +90,7 @@ class Candidate(Frozen):
 
 
 class Diagnosis(Frozen):
-    """`diagnosis.json`: where the accuracy goes.
+    """`diagnosis.json`: the operations that cause the accuracy loss.
 
     on           the images on which everything was measured; `count` of them, `signal_count` for the signals
     sets         image sets whose ranges are compared; the first is that of `on`

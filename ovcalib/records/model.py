@@ -11,7 +11,7 @@ from ovcalib.records.preprocessing import Preprocessing
 
 
 class Weights(Frozen):
-    """Where the numbers of a model come from.
+    """The origin of a model's weights.
 
     origin      "shipped", "published", "file", "random", or the library that brings them
     sha256      of the weights file, as far as it is known before the file is read
@@ -27,7 +27,7 @@ class Weights(Frozen):
 
 
 class ModelSpec(Frozen):
-    """What ovcalib knows about a model, apart from its graph.
+    """The description of a model: name, input, classes, preprocessing and weights.
 
     input_shape   (C, H, W) of one item
     num_classes   width of the logits; None where the output is not [N, classes]

@@ -1,4 +1,4 @@
-"""What a user can ask for, one group of options for each stage.
+"""All options, one group for each stage.
 
 A field holds type, bounds, default and the sentence of help. The command line, recipe files, the JSON Schema and the
 keywords of the Python API are made from the fields. To add an option, add a field here and the place that reads it, and

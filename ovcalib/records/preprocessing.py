@@ -1,7 +1,6 @@
-"""The one definition of preprocessing: from a decoded image to the network's input.
+"""Preprocessing: from a decoded image to the network's input.
 
-Calibration, evaluation, benchmark and the IR's metadata all use `Preprocessing`; there is no second
-place that knows a mean or a crop.
+Calibration, evaluation, benchmark and the IR's metadata all use `Preprocessing`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading back the JSON files that ovcalib wrote, and refusing those that cannot be trusted or compared."""
+"""Reading the JSON files that ovcalib wrote; those that are damaged or do not belong together are refused."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def read_record(path: Path) -> Record:
 
 
 def without_idle_fields(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the fields that its algorithm does not take, which earlier versions wrote all the same."""
+    """A recipe without the fields that its algorithm does not take, which earlier versions wrote."""
     if recipe.get("mode", "accuracy-aware") == "default":
         return {name: value for name, value in recipe.items() if name not in STEERING_FIELDS}
     return recipe
 
 
 def refuse_other_machines(results: Sequence[Source]) -> None:
-    """Latencies of different machines say nothing about each other.
+    """Refuse to compare latencies of different machines.
 
     raises   UsageError with the machines
     """
@@ -107,7 +107,7 @@ def refuse_other_machines(results: Sequence[Source]) -> None:
 
 
 def refuse_other_model(result: Result, other: Benchmark | Diagnosis, path: Path) -> None:
-    """A benchmark or diagnosis belongs on a result's page only if it is about that INT8 model."""
+    """Refuse a benchmark or diagnosis of another INT8 model than that of the result."""
     own = result.files.get("int8/model.bin")
     hashes = [r.sha256 for r in other.runs] if isinstance(other, Benchmark) else [other.int8_sha256]
     if own not in hashes:

@@ -34,7 +34,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def current_schema(name: str) -> dict[str, Any]:
-    """The schema that the types say."""
+    """The schema of the current types."""
     made = SCHEMAS[name].model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 

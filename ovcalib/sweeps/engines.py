@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ovcalib.errors import DeviceError, UsageError, require
 from ovcalib.sweeps.worker import GRACE_S, run_task
 
-# So often a task is begun before it is given up, because it seems to be what kills its workers; dask's own number.
+# Attempts at a task before it is given up, as it may be what kills its workers; as many as dask makes.
 ATTEMPTS = 4
 CONNECT_S = 10
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -24,7 +24,7 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 class Engine(Protocol):
     def check(self) -> None:
-        """Raise DeviceError where nothing can run any more."""
+        """Raise DeviceError if no task can run."""
         ...
 
     def slots(self) -> int:
@@ -32,7 +32,7 @@ class Engine(Protocol):
         ...
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Start a task of ovcalib.sweep_worker.run_task; its future raises where the task was lost for good."""
+        """Start a task of ovcalib.sweeps.worker.run_task; its future raises if all attempts failed."""
         ...
 
 
@@ -127,7 +127,7 @@ class LocalEngine:
 
 
 class LocalWorker:
-    """A process of ovcalib.sweep_worker."""
+    """A process of ovcalib.sweeps.worker."""
 
     def __init__(self, index: int, jobs: int) -> None:
         available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

@@ -6,8 +6,8 @@
       report.md, report.csv   means and spread over seeds, written anew after every cell
       report.html             the comparison page, written at the end
 
-Sets and cells appear whole or not at all, and their keys come from all that they depend on. A sweep that is started
-again therefore goes on where it was, whatever ended it; only cells that failed or were not reached are run.
+Sets and cells are written completely or not at all, and their keys are hashes of all that they depend on. A sweep that
+is started again therefore continues, however it ended: only cells that failed or were not reached are run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ovcalib.sweeps.tables import csv_report, markdown_report, write_page
 
 LOCK = ".lock"
 
-# How often a cluster is asked whether it has grown.
+# Seconds between checks whether a cluster has grown.
 POLL_S = 5.0
 
 
@@ -51,10 +51,10 @@ def run_sweep(
 ) -> Sweep:
     """Run the cells that are not done yet, and write the tables.
 
-    folder    of a new sweep, or of this same one, which then goes on
+    folder    of a new sweep, or of the same sweep, which is continued
     jobs      cells at once, for the engine "local"; None is 1
     engine    "local", or "dask:ADDRESS" with workers that see the same folders
-    resume    go on even in the folder of another recipe; cells that both have are kept
+    resume    continue even in the folder of another recipe; cells that both have are kept
     raises    UsageError, DeviceError; the error of a cell is in the returned state instead
     """
     progress = progress or Progress()
@@ -173,7 +173,7 @@ class _Run:
 
 
 def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:
-    """What a task answered, or how it was lost."""
+    """The answer of a task, or the error that ended it."""
     try:
         return future.result()
     except OvcalibError as error:
@@ -183,7 +183,7 @@ def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:
 
 
 def outcome_line(result: Result) -> str:
-    """One finished cell in a few words."""
+    """The line of a finished cell."""
     accuracy, agreement = result.accuracy, result.agreement
     words = [f"drop {accuracy.drop_points:+.2f} points"] if accuracy else []
     if agreement.top1 is not None:

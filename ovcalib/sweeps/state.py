@@ -1,4 +1,4 @@
-"""What a sweep has written so far."""
+"""Reading the state and the results of a sweep."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What runs the tasks of a sweep: a function for a cluster, and the process behind `--jobs`.
+"""Runs the tasks of a sweep: a function for a cluster, and the process behind `--jobs`.
 
-The process takes tasks as JSON lines on stdin and answers on stdout. The end of stdin means stop, so that it never
-outlives the sweep, however that ended.
+The process takes tasks as JSON lines on stdin and answers on stdout. It stops at the end of stdin, so that it ends with
+the sweep.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ovcalib.errors import OvcalibError
 from ovcalib.progress import Progress
 from ovcalib.records.recipe import make_recipe
 
-# After so many seconds a process that does not react to the end of stdin, being inside a library, is ended hard.
+# Seconds after the end of stdin at which the process ends itself, even inside a library.
 GRACE_S = 10.0
 # NNCF's settings belong to the process, so a worker with many threads still runs one task at a time.
 _one_task = threading.Lock()
@@ -58,10 +58,10 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 def _make_set(task: dict[str, Any]) -> None:
     from ovcalib.calibration.make import make_set, resolve_calibration
     from ovcalib.models.load import load_model
-    from ovcalib.rundir import Workspace
+    from ovcalib.rundir import RunDir
 
     recipe, progress = make_recipe(**task["recipe"]), Progress()
-    with Workspace(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
+    with RunDir(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
         model = load_model(recipe.model)
         options, _ = resolve_calibration(recipe.calibration, model, progress)
         download = recipe.evaluation.download

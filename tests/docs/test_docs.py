@@ -166,6 +166,29 @@ def test_every_option_exists(block, words) -> None:
     command.make_context(command.name, list(words))
 
 
+def every_command(group):
+    for command in group.commands.values():
+        yield from every_command(command) if isinstance(command, click.Group) else [command]
+
+
+@pytest.mark.parametrize("command", [*every_command(cli.app)], ids=lambda command: command.name)
+def test_help_fits_80_columns(command) -> None:
+    text = command.get_help(click.Context(command, info_name=command.name, terminal_width=80))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_that_the_text_names_exists(page) -> None:
+    options = [
+        param for command in every_command(cli.app) for param in command.params if isinstance(param, click.Option)
+    ]
+    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
+    others = {"docs/adding-a-source.md": {"--arm"}, "docs/edge-devices.md": {"--index-url"}}
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+    assert named - others.get(page, set()) <= known
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with everything that the commands name: a factory and its weights, images, a result and a set."""

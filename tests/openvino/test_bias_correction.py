@@ -79,6 +79,19 @@ def test_it_is_the_mean_of_the_rounding_error_times_the_input(rng, images, biase
     np.testing.assert_allclose(errors["stem"], np.einsum("oikl,ikl->o", eps["stem"], windows), atol=1e-5)
 
 
+def test_the_channels_of_a_matrix_product_over_tokens_are_its_last_axis(rng) -> None:
+    x = ops.parameter([1, 6, 4], np.float32, "x")
+    weights = rng.normal(size=(5, 4)).astype(np.float32)
+    product = ops.matmul(x, ops.constant(weights), False, True)
+    product.set_friendly_name("tokens")
+    fp32 = ov.Model([product], [x], "tokens")
+    int8 = coarse(fp32, rng)
+    images = [1 + rng.normal(size=(1, 6, 4)).astype(np.float32) for _ in range(3)]
+    (rounded,) = (op.input_value(1).get_node().get_data() for op in int8.get_ops() if op.get_type_name() == "MatMul")
+    expected = (rounded - weights) @ np.concatenate(images).mean((0, 1))
+    np.testing.assert_allclose(weight_errors(fp32, int8, images)["tokens"], expected, atol=1e-5)
+
+
 def test_the_mean_error_of_every_channel_is_gone_behind_exact_inputs(rng, images) -> None:
     """Where only one layer is rounded, the outputs are right on average."""
     fp32 = network(rng)

@@ -368,6 +368,18 @@ def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networ
     assert after < 0.7 * before
 
 
+def test_a_quarter_of_the_images_decides_and_is_not_fitted(networks) -> None:
+    """Whatever biases were corrected before: they are solved from those of the float graph."""
+    fp32, plain, images, fresh = networks
+    corrected, expected = plain.clone(), plain.clone()
+    correct_biases(fp32, corrected, images)
+    round_weights(fp32, expected, images[:6], np.random.default_rng(rounding.SEED), held_out=images[6:8])
+    found = rounding.compensated(fp32, corrected, images[:8])
+    np.testing.assert_array_equal(outputs_of(found, fresh[:4]), outputs_of(expected, fresh[:4]))
+    alone = rounding.compensated(fp32, plain, images[:1])  # one image serves for both
+    assert np.isfinite(outputs_of(alone, fresh[:1])).all()
+
+
 def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks) -> None:
     fp32, plain, images, _ = networks
     rounded = plain.clone()

@@ -13,12 +13,14 @@ from ovcalib.measurement.benchmark import (
     distribution,
     machine_doubts,
     mean_interval,
+    proof_warnings,
     ratio_interval,
+    speedups,
     verdict,
 )
 from ovcalib.measurement.device_parity import likeness
 from ovcalib.measurement.worker import Session, is_steady
-from ovcalib.records.benchmark import Noise
+from ovcalib.records.benchmark import BenchmarkRun, Noise
 
 
 def test_percentiles_of_every_inference() -> None:
@@ -52,6 +54,43 @@ def test_pairing_by_round_cancels_drift() -> None:
 )
 def test_only_an_interval_on_one_side_of_one_says_anything(interval, words) -> None:
     assert words in verdict("int8", "CPU", *interval)
+
+
+def run_of(model, hint, p50_ms, fps, **fields):
+    return BenchmarkRun.model_construct(
+        model=model, kind=model, device="CPU", hint=hint, precision="default", batch=1, unreliable=(),
+        round_p50_ms=(p50_ms,) * ROUNDS, round_fps=(fps,) * ROUNDS, **fields,
+    )  # fmt: skip
+
+
+def test_half_the_latency_and_twice_the_throughput_are_twice_as_fast() -> None:
+    runs = [
+        run_of(model, hint, *speed)
+        for hint in ("latency", "throughput")
+        for model, speed in (("int8", (2.0, 600.0)), ("fp32", (4.0, 300.0)))
+    ]
+    found = speedups(runs)
+    assert [(s.model, s.against, s.hint) for s in found] == [
+        ("int8", "fp32", "latency"),
+        ("int8", "fp32", "throughput"),
+    ]
+    assert [s.speedup for s in found] == pytest.approx([2, 2])
+    assert speedups(runs[:1]) == ()  # nothing to compare with
+
+
+def test_a_quantized_model_that_ran_in_float_is_named_where_the_device_tells() -> None:
+    float_only, unknown, quantized = (
+        run_of(kind, "latency", 1.0, 1.0, compute_nodes=nodes, int8_nodes=count)
+        for kind, nodes, count in (("int8", {"f32": 3}, 0), ("int8", {}, 0), ("int8", {"i8": 2, "f32": 1}, 2))
+    )
+    (warning,) = proof_warnings([float_only])
+    assert "CPU ran none of its layers in INT8" in warning
+    assert (
+        proof_warnings(
+            [unknown, quantized, run_of("fp32", "latency", 1.0, 1.0, compute_nodes={"f32": 3}, int8_nodes=0)]
+        )
+        == ()
+    )
 
 
 def test_a_latency_is_steady_when_two_windows_agree() -> None:

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from ovcalib.cli.app import app
-from ovcalib.errors import DataError, DeviceError, ModelError, OvcalibError, UsageError
+from ovcalib.cli.guard import guarded, in_flags, message
+from ovcalib.errors import DataError, DeviceError, InvalidOptionError, ModelError, OvcalibError, UsageError
 from ovcalib.records.read import read_record
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -39,3 +40,34 @@ def test_an_error_is_an_exit_code(tmp_path, monkeypatch, error, code) -> None:
     assert "Traceback" not in found.stderr
     if issubclass(error, OvcalibError):
         assert found.stderr == "error: --max-drop 0.5 is it\n"
+
+
+def test_arguments_in_backquotes_become_flags() -> None:
+    flags = {"max_drop": "--max-drop", "guard": "--guard", "validate_on": "--validate"}
+    for text, expected in {
+        "`max_drop`": "--max-drop",
+        "`max_drop=0.5`": "--max-drop 0.5",
+        "`validate_on=a b`": "--validate a b",
+        "`guard=True`": "--guard",
+        "`guard=False`": "--no-guard",
+        "`ovcalib models`, `other=1`": "`ovcalib models`, `other=1`",
+    }.items():
+        assert in_flags(text, flags) == expected
+
+
+def test_a_value_of_a_file_is_named_with_the_file_and_not_as_a_flag() -> None:
+    flags = {"max_drop": "--max-drop", "models": "--models"}
+    assert message(InvalidOptionError("max_drop", 3, "too large"), flags) == "--max-drop 3: too large."
+    assert message(InvalidOptionError("models[0]", None, "expected a name"), flags) == "--models: expected a name."
+    assert (
+        message(InvalidOptionError("max_drop", 3, "too large", "r.yaml: "), flags) == "r.yaml: max_drop=3: too large."
+    )
+
+
+def test_a_reader_that_has_gone_is_left_to_the_group(capsys) -> None:
+    def gone() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        guarded(gone, {}, debug=False)
+    assert capsys.readouterr() == ("", "")

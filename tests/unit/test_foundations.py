@@ -1,5 +1,7 @@
 """Errors, the registry, output folders, benchmark arithmetic and results."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -119,6 +121,27 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_only_at_the_end(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_resume_folder_goes_when_the_run_is_done_and_stays_when_it_is_interrupted(tmp_path) -> None:
+    for error in (KeyboardInterrupt, None):
+        with contextlib.suppress(KeyboardInterrupt), RunDir(tmp_path / "out") as run:
+            run.resume.mkdir(exist_ok=True)
+            if error is not None:
+                raise error
+            run.finish()
+        assert run.resume.exists() == (error is not None)
+
+
+def test_without_a_target_nothing_stays() -> None:
+    with RunDir(None) as run:
+        (run.path / "model.xml").write_text("")
+        assert run.resume is None
+        assert run.finish() is None
+    assert not run.path.exists()
+    with pytest.raises(errors.UsageError, match="No space is left for temporary files"), RunDir(None) as run:
+        raise OSError(errno.ENOSPC, "full")
+    assert not run.path.exists()
+
+
 def test_other_peoples_files_are_never_overwritten(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(errors.UsageError, match="ovcalib did not write"):
@@ -131,9 +154,10 @@ def test_a_file_is_no_output_folder(tmp_path) -> None:
         RunDir(tmp_path / "f")
 
 
-def test_a_full_disk_is_said_plainly(tmp_path) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_plainly(tmp_path, code) -> None:
     with pytest.raises(errors.UsageError, match="No space is left"), RunDir(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, "the system's own words")
     assert not list(tmp_path.iterdir())
 
 

@@ -69,6 +69,14 @@ def test_the_best_so_far_is_given_when_iterations_run_out() -> None:
     assert found.metric == pytest.approx(1 - 13 * 0.05)
 
 
+def test_a_missed_goal_ends_with_the_best_metric_and_the_fewest_operations_that_have_it() -> None:
+    """Two operations give back all that can be had; further ones cost, as float operations may on a real metric."""
+    metrics = {0: 0.2, 1: 0.3, 2: 0.6, 4: 0.6}
+    found = restore_accuracy(OPERATIONS, len, lambda m: metrics.get(m, 0.1), lambda m: 0.0, 1.0, 0.01)
+    assert (found.outcome, found.metric, len(found.reverted)) == ("goal-missed", 0.6, 2)
+    assert found.model == 2
+
+
 def test_the_unrestored_model_is_given_when_time_runs_out_before_ranking() -> None:
     found, _ = search({"op1": 0.5}, out_of_time=lambda: True)
     assert (found.outcome, found.reverted) == ("budget", ())

@@ -39,6 +39,7 @@ def recipe(**changes):
         ({"models": [{"model": "a", "input_shape": [3, 32]}]}, ["models[0].input_shape=[3, 32]", "expected C,H,W"]),
         ({"models": ["a", "a"]}, ["'a' is there twice", "'name'"]),
         ({"sources": ["noise", {"calib": "noise", "name": "b"}]}, ["'noise' and 'b' are the same"]),
+        ({"models": ["a", {"model": "a", "name": "b", "command": "train b"}]}, ["'a' and 'b' are the same"]),
         ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples=0", "greater than or equal to 1"]),
         ({"modes": ["fast"]}, ["modes[0]='fast'", "'default' or 'accuracy-aware'"]),
         ({"seeds": [-1]}, ["seeds[0]=-1", "greater than or equal to 0"]),
@@ -68,6 +69,12 @@ def test_the_accuracy_aware_algorithm_alone_gets_its_fields() -> None:
     assert {(cell.mode, cell.recipe.quantization.metric) for cell in cells} == {
         ("default", None), ("accuracy-aware", "agreement"),
     }  # fmt: skip
+
+
+def test_latency_is_measured_on_devices_where_time_is_given_for_it() -> None:
+    assert recipe().timed_devices == ()
+    assert recipe(benchmark_time=1).timed_devices == ("CPU",)
+    assert recipe(benchmark_time=1, devices=["GPU", "CPU"]).timed_devices == ("GPU", "CPU")
 
 
 def test_options_are_text_whatever_yaml_made_of_them() -> None:

@@ -1,17 +1,24 @@
 """Tables, charts and records: what comes from outside stays text."""
 
+import fnmatch
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 from markupsafe import Markup
 
 from ovcalib.errors import UsageError
+from ovcalib.records.benchmark import Benchmark, BenchmarkRun, Speedup
+from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis
 from ovcalib.records.read import read_record, read_records
 from ovcalib.records.recipe import make_recipe
+from ovcalib.records.result import Accuracy, ClassAccuracy, Memory, Result
 from ovcalib.reports import charts
-from ovcalib.reports.result import quantize_command
+from ovcalib.reports.benchmark import benchmark_context, over_baseline
+from ovcalib.reports.diagnosis import diagnosis_verdict, ignore_options
+from ovcalib.reports.result import class_table, quantize_command
 from ovcalib.reports.tables import Table, shown
 
 HOSTILE = "<script>alert(1)</script>|`=1+1"
@@ -26,6 +33,65 @@ def test_markdown_and_csv_keep_a_hostile_name_as_text() -> None:
     assert "<script>" not in table.markdown()
     assert "\\|" in table.markdown()
     assert table.csv().splitlines()[2] == "'=cmd(),"
+
+
+def only(kind, **fields):
+    """A record with these fields alone."""
+    return kind.model_construct(**fields)
+
+
+def test_a_notebook_shows_a_hostile_name_as_text() -> None:
+    page = Table([HOSTILE], [[HOSTILE]]).html()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 2
+
+
+def test_the_classes_that_lose_most_come_first() -> None:
+    lost = {"a": (0.9, 0.9), "b": (0.8, 0.9), "c": (0.9, 0.5), "d": (0.9, 0.8)}
+    classes = [
+        ClassAccuracy(label=i, name=name, count=10, fp32_top1=before, int8_top1=after)
+        for i, (name, (before, after)) in enumerate(lost.items())
+    ]
+    table = class_table(only(Result, accuracy=only(Accuracy, per_class=tuple(classes))))
+    assert [row[0] for row in table["rows"]] == ["c", "d", "a", "b"]
+    assert table["rows"][0] == ["c", "10", "90", "50", "-40"]
+    assert table["note"] == "2 of 4 lose accuracy"
+
+
+@pytest.mark.parametrize(("metric", "worse", "css"), [("nmse", 0.05, "bad"), ("nmse", 0.005, "good"), ("top1", 0.85, "bad"),
+                                                       ("top1", 0.895, "good"), ("top1", None, "bad")])  # fmt: skip
+def test_a_diagnosis_is_bad_where_more_is_lost_than_allowed(metric, worse, css) -> None:
+    fp32 = only(Candidate, nmse=0.0, top1=0.9)
+    found = only(Diagnosis,
+        operations=(only(OperationDiagnosis, name="fc"),), metric=metric, max_drop=0.01, fp32=fp32,
+        int8=fp32.model_copy(update={metric: worse}),
+    )  # fmt: skip
+    assert diagnosis_verdict(found)["css"] == css
+
+
+def test_ignored_names_are_no_patterns() -> None:
+    """Names with brackets, as NNCF's, are matched as they are; the shell gets one word each."""
+    candidate = only(Candidate, in_float=("layer[0]", "a*b", "it's"))
+    words = shlex.split(ignore_options(candidate))
+    assert words[::2] == ["--ignore"] * 3
+    for name, pattern in zip(candidate.in_float, words[1::2], strict=True):
+        assert fnmatch.fnmatchcase(name, pattern)
+        assert not fnmatch.fnmatchcase("axb" if "*" in name else "layer0", pattern)
+
+
+@pytest.mark.parametrize(("interval", "doubts", "css"), [((1.1, 1.3), (), "good"), ((0.7, 0.9), (), "bad"),
+                                                         ((0.9, 1.2), (), "unsure"), ((1.1, 1.3), ("busy",), "unsure")])  # fmt: skip
+def test_a_speedup_is_good_or_bad_outside_its_interval_alone(interval, doubts, css) -> None:
+    speedup = only(Speedup, verdict="words", hint="latency", precision="default", ci95=interval, unreliable=doubts)
+    context = benchmark_context(only(Benchmark, runs=(), parity=(), speedups=(speedup,)))
+    assert [entry["css"] for entry in context["comparisons"]] == [css]
+
+
+def test_memory_is_shown_without_that_of_openvino() -> None:
+    memory = Memory(baseline=50_000_000, loaded=80_000_000, peak=90_000_000)
+    run = only(BenchmarkRun, memory_bytes=memory)
+    assert (over_baseline(run, "loaded"), over_baseline(run, "peak")) == (30, 40)
+    assert over_baseline(only(BenchmarkRun, memory_bytes=None), "peak") is None
 
 
 @pytest.mark.parametrize(

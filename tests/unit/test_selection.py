@@ -1,0 +1,118 @@
+"""Which candidate is chosen by given output errors."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ovcalib.kernels import SATURATED_NMSE
+from ovcalib.quantization import selection
+from ovcalib.quantization.expected_noise import Expected
+from ovcalib.quantization.selection import (
+    SUSPECT_NMSE,
+    OutputError,
+    QuantizedCandidate,
+    guard_warning,
+    select_activation_ranges,
+    select_bias_correction,
+    select_rounding,
+    select_settings,
+    select_weight_range,
+)
+from ovcalib.quantization.settings import Settings
+
+SETTINGS = Settings()
+CORRECTIONS: Any = SimpleNamespace(inputs=list)
+
+
+class GivenError(OutputError):
+    """Output errors by the name of a model, on kernels that do not saturate and on those of AVX2."""
+
+    def __init__(self, exact, avx2=None) -> None:
+        self.fp32, self.exact, self.avx2 = "fp32", exact, avx2 or {}
+
+    def nmse(self, int8):
+        return self.exact[int8]
+
+    def on(self, kernels, int8):
+        return {"vnni": self.exact, "avx2": self.avx2}[kernels][int8]
+
+
+@pytest.fixture(autouse=True)
+def models_are_names(monkeypatch) -> None:
+    monkeypatch.setattr(selection, "compensated", lambda fp32, int8, images: "compensated")
+    monkeypatch.setattr(selection, "restore_biases", lambda int8, fp32: "uncorrected")
+
+
+def candidate(name, errors, **settings):
+    return QuantizedCandidate(name, replace(SETTINGS, **settings), errors)
+
+
+def not_tried(settings):
+    pytest.fail("there was no need to try")
+
+
+def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_it_is_smaller() -> None:
+    found = select_activation_ranges(candidate("first", GivenError({"first": SUSPECT_NMSE})), not_tried)
+    assert (found[0].int8, found[1]) == ("first", None)
+    for mean, chosen in ((0.2, "first"), (0.05, "mean")):
+        errors = GivenError({"first": 0.1, "mean": mean})
+        best, tried = select_activation_ranges(
+            candidate("first", errors), partial(QuantizedCandidate, "mean", output=errors)
+        )
+        assert (best.int8, tried) == (chosen, (0.1, mean))
+        assert best.settings.activation_ranges == ("mean-min-max" if chosen == "mean" else "min-max")
+
+
+def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_error_is_smaller() -> None:
+    errors = GivenError({"full": 0.1}, {"full": 0.1 + SATURATED_NMSE / 2})
+    best, saturation = select_weight_range(candidate("full", errors), not_tried)
+    assert (best.int8, saturation.halved, saturation.avoided) == ("full", None, False)
+    for half, chosen in ((0.6, "full"), (0.2, "half")):
+        errors = GivenError({"full": 0.1, "half": half}, {"full": 0.5})
+        best, saturation = select_weight_range(
+            candidate("full", errors), partial(QuantizedCandidate, "half", output=errors)
+        )
+        assert (best.int8, saturation.avoided) == (chosen, chosen == "half")
+        assert (saturation.vnni, saturation.avx2, saturation.halved) == (0.1, 0.5, half)
+        assert best.settings.overflow_fix == ("enable" if chosen == "half" else SETTINGS.overflow_fix)
+
+
+@pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "compensated")])
+def test_compensated_rounding_has_to_be_better(other, chosen) -> None:
+    best, tried = select_rounding(candidate("first", GivenError({"first": 0.1, "compensated": other})), CORRECTIONS)
+    assert (best.int8, tried) == (chosen, (0.1, other))
+    assert best.settings.rounding == ("compensated" if chosen == "compensated" else "nearest")
+
+
+@pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "uncorrected")])
+def test_leaving_bias_correction_out_has_to_be_better(other, chosen) -> None:
+    best, tried = select_bias_correction(candidate("first", GivenError({"first": 0.1, "uncorrected": other})))
+    assert (best.int8, tried) == (chosen, (0.1, other))
+    assert best.settings.bias_correction == ("none" if chosen == "uncorrected" else "layerwise")
+
+
+@pytest.mark.parametrize(
+    ("compensated", "uncorrected", "chosen"), [(0.05, 0.01, "compensated"), (0.2, 0.05, "uncorrected")]
+)
+def test_compensated_rounding_solves_biases_so_they_are_not_chosen(compensated, uncorrected, chosen) -> None:
+    errors = GivenError({"first": 0.1, "compensated": compensated, "uncorrected": uncorrected})
+    found = select_settings(lambda settings: "first", SETTINGS, {"rounding", "bias_correction"}, errors, CORRECTIONS)
+    assert found.int8 == chosen
+    assert found.rounding_nmse == (0.1, compensated)
+    assert (found.bias_nmse is None) == (chosen == "compensated")
+    assert (found.ranges_nmse, found.saturation) == (None, None)
+
+
+def test_what_was_given_is_not_chosen() -> None:
+    found = select_settings(lambda settings: "first", SETTINGS, frozenset(), GivenError({}), CORRECTIONS)
+    assert (found.int8, found.settings) == ("first", SETTINGS)
+
+
+def test_the_warning_says_whether_weights_or_activations_are_spread() -> None:
+    text = guard_warning([Expected("conv/WithoutBiases", 1.4, 0.9), Expected("fc", 2.6, 0.1)])
+    assert "conv (1 dB, weights), fc (3 dB, activations). " in text
+    five = guard_warning([Expected(f"op{i}", i, 0.9) for i in range(5)])
+    assert "op3 (3 dB, weights) and 1 more. " in five
