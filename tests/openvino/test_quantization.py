@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -445,6 +446,24 @@ def test_settings_that_were_named_are_not_ours_to_choose(toy_graph) -> None:
     assert ours(model_type="transformer") == {"overflow_fix", "rounding", "bias_correction"}
     attentive = QuantizationOptions(model_type="transformer")
     assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
+
+
+def test_what_runs_is_what_nncf_makes_so_that_the_latency_is_the_same(toy, toy_graph) -> None:
+    calibration = toy.calibration()
+    bare = quantize_default(toy_graph, calibration, Settings(activation_ranges="mean-min-max", bias_correction="none"))
+    ours = quantize_default(
+        toy_graph, calibration, Settings(rounding="compensated", channel_headroom=1.5, overflow_fix="first-layer")
+    )
+    kinds, own = (Counter(op.get_type_name() for op in graph.get_ops()) for graph in (bare, ours))
+    assert own == kinds
+    assert ops_with_their_inputs(ours) == ops_with_their_inputs(bare)
+
+
+def ops_with_their_inputs(graph):
+    return sorted(
+        (op.get_type_name(), [value.get_node().get_type_name() for value in op.input_values()])
+        for op in graph.get_ops()
+    )
 
 
 def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating) -> None:
