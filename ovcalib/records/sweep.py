@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
-from ovcalib.records.base import Frozen, checked
-from ovcalib.records.options import shape
+from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, checked
+from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, shape
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
@@ -24,10 +24,10 @@ class SweepModel(Frozen):
     model: str
     name: str | None = None
     weights: str | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: ImageShape | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    short_side: int | None = Field(default=None, ge=0)
+    short_side: int | None = Field(default=None, ge=0, le=16384)
     trust_remote_code: bool = False
     command: str | None = None
 
@@ -56,7 +56,7 @@ class SweepSource(Frozen):
     calib: str
     name: str | None = None
     options: dict[str, str] = Field(default={})
-    num_samples: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
 
     @model_validator(mode="before")
     @classmethod
@@ -95,12 +95,12 @@ class SweepRecipe(Frozen):
     models: tuple[SweepModel, ...] = Field(min_length=1)
     sources: tuple[SweepSource, ...] = Field(min_length=1)
     modes: tuple[Literal["default", "accuracy-aware"], ...] = Field(default=("default",), min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_WHOLE)], ...] = Field(default=(0,), min_length=1)
     eval: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MAX_WHOLE)
     common: dict[str, Any] = Field(default={})
     devices: tuple[str, ...] | None = Field(default=None, min_length=1)
-    benchmark_time: float = Field(default=0.0, ge=0)
+    benchmark_time: float = Field(default=0.0, ge=0, le=MAX_SECONDS)
 
     @field_validator("modes", "seeds")
     @classmethod
