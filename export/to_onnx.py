@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovcalib.errors import ModelError, require
+from ovcalib.errors import ModelError, excerpt, require
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +38,7 @@ def to_onnx(module: nn.Module, input_shape: tuple[int, int, int], path: Path, dy
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # onnx raises several unrelated types
-        raise ModelError(f"The exported ONNX model is not valid: {str(error).splitlines()[0]}.") from error
+        raise ModelError(f"The exported ONNX model is not valid: {excerpt(error)}.") from error
     onnx.save(model, str(path))
 
 

@@ -30,7 +30,7 @@ from ovcalib.gan.sampling import (
     to_pixels,
     to_pixels_minmax,
 )
-from ovcalib.models.weights import apply_state_dict, load_state_dict
+from ovcalib.models.weights import apply_state_dict, class_names, load_state_dict, read_safetensors
 from ovcalib.rundir import write_atomically
 
 FORMAT = "ovcalib-distylegan"
@@ -184,12 +184,7 @@ class Student:
 def load_student(path: Path) -> Student:
     """A student from the published generator.pt or from our safetensors, in eval mode. Raises ModelError."""
     state = load_state_dict(path)
-    metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+    metadata = read_safetensors(path)[1] if path.suffix == ".safetensors" else {}
     config = infer_config(state, str(path))
     if max(asdict(config).values()) > 2**14 or config.c_dim < 1 or config.ngf < 8:
         raise ModelError(f"{str(path)!r} has impossible sizes: {config}.")
@@ -198,10 +193,10 @@ def load_student(path: Path) -> Student:
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise ModelError(f"{str(path)!r} holds values that are not finite. Train it again, or fetch it again.")
     try:
-        classes = json.loads(metadata.get("classes", "[]"))
+        classes = class_names(metadata)
     except ValueError as error:
-        raise ModelError(f"The class names in {str(path)!r} are damaged.") from error
-    return Student(generator.eval().requires_grad_(False), tuple(map(str, classes)), metadata.get("licence"))
+        raise ModelError(f"{str(path)!r} is damaged: {error}.") from error
+    return Student(generator.eval().requires_grad_(False), classes, metadata.get("licence"))
 
 
 def save_student(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from numpy.typing import NDArray
 
-from ovcalib.errors import DataError
+from ovcalib.data.arrays import Header, Npz, read_npy
+from ovcalib.data.sets import UNDECODABLE, decoded
+from ovcalib.errors import DataError, ModelError, excerpt
 from ovcalib.gan.sampling import Drawer, ZDistribution, draw_images, latent
 from ovcalib.rundir import write_atomically, write_json
 
 PAIRS = "pairs.npz"
 MAX_Z_DIM = 2**14
+MAX_CLASSES = 2**16
 
 
 @dataclass(frozen=True)
@@ -79,42 +80,50 @@ def load_pairs(path: Path) -> Pairs:
     raises   DataError that says what was found and what was expected
     """
     if path.is_dir() and not (path / PAIRS).is_file():
-        return _check(_from_folder(path), path)
+        return _checked(_from_folder(path), path)
     file = path / PAIRS if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"There are no pairs at {str(path)!r}. Make them with `ovcalib gan collect`.")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            missing = {"z", "labels", "images"} - set(archive.files)
-            if missing:
-                raise DataError(
-                    f"{str(file)!r} holds {', '.join(archive.files)}, but {', '.join(sorted(missing))} was expected."
-                )
-            classes = tuple(str(name) for name in archive["classes"]) if "classes" in archive.files else ()
-            return _check(Pairs(archive["z"], archive["labels"], archive["images"], classes), path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{str(file)!r} is not a readable npz file: {str(error).splitlines()[0]}") from error
+    with Npz(file) as archive:
+        missing = {"z", "labels", "images"} - set(archive.names)
+        if missing:
+            raise DataError(f"{str(file)!r} holds {archive.held()}, but {', '.join(sorted(missing))} was expected.")
+        _check({name: archive.header(name) for name in ("z", "labels", "images")}, path)
+        names = archive.read("classes") if "classes" in archive else np.array([], str)
+        z, labels, images = (archive.read(name) for name in ("z", "labels", "images"))
+    classes = tuple(map(str, names)) if names.ndim == 1 and names.dtype.kind in "US" else ()
+    return _checked(Pairs(z, labels, images, classes), path)
 
 
-def _check(pairs: Pairs, path: Path) -> Pairs:
-    n = len(pairs.images)
+def _check(arrays: Mapping[str, Header | NDArray[Any]], path: Path) -> None:
+    """Raise DataError where types and shapes are not those of pairs."""
+    z, labels, images = (arrays[name] for name in ("z", "labels", "images"))
+    n = images.shape[0] if images.shape else 0
     fits = {
-        "z": pairs.z.dtype.kind == "f" and pairs.z.ndim == 2 and len(pairs.z) == n and pairs.z.shape[1] <= MAX_Z_DIM,
-        "labels": pairs.labels.dtype.kind in "iu" and pairs.labels.shape == (n,) and n > 0 and pairs.labels.min() >= 0,
-        "images": pairs.images.dtype == np.uint8 and pairs.images.ndim == 4 and pairs.images.shape[3] == 3,
+        "z": z.dtype.kind == "f" and len(z.shape) == 2 and z.shape[0] == n and 0 < z.shape[1] <= MAX_Z_DIM,
+        "labels": labels.dtype.kind in "iu" and labels.shape == (n,) and n > 0,
+        "images": images.dtype == np.uint8
+        and len(images.shape) == 4
+        and images.shape[3] == 3
+        and min(images.shape) > 0,
     }
     for name, fine in fits.items():
         if not fine:
-            array = getattr(pairs, name)
             raise DataError(
-                f"{name!r} of the pairs in {str(path)!r} is {array.dtype} {list(array.shape)}. Expected "
+                f"{name!r} of the pairs in {str(path)!r} is {arrays[name].dtype} {list(arrays[name].shape)}. Expected "
                 "z float [N, D], labels int [N] and images uint8 [N, H, W, 3] with the same N."
             )
+
+
+def _checked(pairs: Pairs, path: Path) -> Pairs:
+    _check({"z": pairs.z, "labels": pairs.labels, "images": pairs.images}, path)
     if not np.isfinite(pairs.z).all():
         raise DataError(f"'z' of the pairs in {str(path)!r} is not finite.")
-    if pairs.classes and pairs.labels.max() >= len(pairs.classes):
+    low, high = pairs.labels.min(), pairs.labels.max()
+    if low < 0 or high >= (len(pairs.classes) or MAX_CLASSES):
         raise DataError(
-            f"The pairs in {str(path)!r} have the label {pairs.labels.max()}, but {len(pairs.classes)} classes."
+            f"The pairs in {str(path)!r} have labels from {low} to {high}, but "
+            f"{len(pairs.classes) or f'at most {MAX_CLASSES}'} classes."
         )
     return Pairs(pairs.z.astype(np.float32), pairs.labels.astype(np.int64), pairs.images, pairs.classes)
 
@@ -136,22 +145,24 @@ def _from_folder(root: Path) -> Pairs:
         )
     found.sort(key=lambda entry: entry[0])
     try:
-        images = np.stack([np.asarray(PIL.Image.open(image).convert("RGB")) for _, image, _ in found])
+        images = np.stack([np.asarray(decoded(image).convert("RGB")) for _, image, _ in found])
         z = np.stack([_read_latent(noise) for _, _, noise in found])
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"The pairs in {str(root)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except (*UNDECODABLE, ModelError) as error:
+        raise DataError(f"The pairs in {str(root)!r} cannot be read: {excerpt(error)}") from error
     return Pairs(z, np.array([label for label, _, _ in found], dtype=np.int64), images)
 
 
 def _read_latent(path: Path) -> NDArray[np.float32]:
     if path.suffix == ".npy":
-        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32).reshape(-1)
+        array = read_npy(path)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{path.name} holds {array.dtype}, not numbers")
+        return array.astype(np.float32).reshape(-1)
     import torch
 
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many unrelated types for damaged files
-        raise ValueError(f"{path.name} is no tensor that can be read safely") from error
+    from ovcalib.models.pickles import read_torch
+
+    value = read_torch(path)
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{path.name} holds a {type(value).__name__}, not a tensor")
     return value.float().reshape(-1).numpy()

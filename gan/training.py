@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ovcalib.data.sets import ImageData, open_data
-from ovcalib.errors import DataError, DeviceError, UsageError
+from ovcalib.errors import DataError, DeviceError, ModelError, UsageError
 from ovcalib.gan.pictures import curves, save_png
+from ovcalib.models.pickles import read_torch
 from ovcalib.rundir import REQUEST, write_atomically, write_json
 
 CHECKPOINT = "checkpoint.pt"
@@ -216,13 +217,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     if not path.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many unrelated types for damaged files
-        raise UsageError(
-            f"The checkpoint {str(path)!r} cannot be read ({str(error).splitlines()[0]}). "
-            "Remove it to start again, or choose another folder."
-        ) from error
-    return state
+        state = read_torch(path)
+    except ModelError as error:
+        raise UsageError(f"{error} Remove it to start again, or choose another folder.") from error
+    if not isinstance(state, dict):
+        raise UsageError(f"The checkpoint {str(path)!r} holds no state. Remove it to start again.")
+    moved: dict[str, Any] = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), state)
+    return moved
 
 
 class Log:

@@ -17,12 +17,55 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import reprlib
 from collections.abc import Iterable
 from types import ModuleType
+
+# No message is longer, whatever it quotes.
+MAX_MESSAGE = 4000
+
+
+class _Short(reprlib.Repr):
+    """Reprs whose cost does not grow with what they show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxset, self.maxfrozenset = 3, 4, 4, 4
+        self.maxtuple = self.maxlist = 8
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value[: self.maxstring])
+
+
+brief = _Short().repr
+
+
+def printable(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Text that a terminal shows and does not act upon: line breaks stay, other control characters are escaped."""
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def excerpt(value: object) -> str:
+    """What a message quotes of a file or a library: one short line without control characters.
+
+    value   text; an error, of which the first line counts; or anything else, of which the beginning of its repr does
+    """
+    if not isinstance(value, str | BaseException):
+        return printable(brief(value))
+    try:
+        text = str(value).strip()
+    except Exception:  # the class of the error is the user's
+        text = ""
+    return printable(text.splitlines()[0] if text else type(value).__name__, 300)
 
 
 class OvcalibError(Exception):
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(OvcalibError):
@@ -46,10 +89,10 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], origin: str = "") -> None:
         self.name, self.known = name, sorted(known)
-        near = difflib.get_close_matches(name.lower(), self.known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name[:80].lower(), self.known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         unknown = f"{origin}unknown" if origin else "Unknown"
-        super().__init__(f"{unknown} {kind} {name!r}.{hint} Available: {', '.join(self.known)}.")
+        super().__init__(f"{unknown} {kind} {brief(name)}.{hint} Available: {', '.join(self.known)}.")
 
 
 class InvalidOptionError(UsageError):
@@ -60,13 +103,8 @@ class InvalidOptionError(UsageError):
 
     def __init__(self, field: str, value: object, reason: str, origin: str = "") -> None:
         self.field, self.value, self.reason, self.origin = field, value, reason, origin
-        given = "" if value is None else f"={_short(value)}"
+        given = "" if value is None else f"={brief(value)}"
         super().__init__(f"{origin}{field}{given}: {reason}.")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class MissingDependencyError(UsageError):

@@ -69,6 +69,15 @@ def memory_gib() -> float | None:
         return None
 
 
+def free_memory_bytes() -> int | None:
+    """Memory that processes can still take; None where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
 # Noise and power ------------------------------------------------------------------------------
 
 RAPL = Path("/sys/class/powercap")

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sources import Generated, Request
-from ovcalib.errors import UsageError, require
+from ovcalib.errors import UsageError, excerpt, require
 
 if TYPE_CHECKING:
     from ovcalib.records.model import ModelSpec
@@ -346,9 +346,10 @@ def _smooth(values: Array, sigma: float) -> Array:
 
 
 def _channels(image: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.uint8]:
-    """Grey for one-channel networks, by the luma weights of ITU-R BT.601, as Pillow converts."""
-    if spec.input_shape[0] == 3:
-        return image
+    """Grey for one-channel networks, by the luma weights of ITU-R BT.601, as Pillow converts; else RGB, repeated."""
+    channels = spec.input_shape[0]
+    if channels > 1:
+        return image[..., np.arange(channels) % 3]
     luma: NDArray[np.float64] = image @ np.array([0.299, 0.587, 0.114])
     return (luma + 0.5).astype(np.uint8)[..., None]
 
@@ -398,9 +399,7 @@ class Colorizer:
             self.net: Any = cv2.dnn.readNetFromCaffe(prototxt, weights)
             centres = np.load(hull).transpose().reshape(2, 313, 1, 1).astype(np.float32)
         except Exception as error:  # cv2.error, and whatever a damaged array raises
-            raise UsageError(
-                f"-O colorizer={folder}: the files cannot be read: {str(error).splitlines()[0]}"
-            ) from error
+            raise UsageError(f"-O colorizer={folder}: the files cannot be read: {excerpt(error)}") from error
         self.net.getLayer(self.net.getLayerId("class8_ab")).blobs = [centres]
         self.net.getLayer(self.net.getLayerId("conv8_313_rh")).blobs = [np.full((1, 313), 2.606, np.float32)]
 

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from ovcalib.calibration.network_outputs import flat_outputs
 from ovcalib.calibration.parallel import Network, on_all_cores
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import ModelError
+from ovcalib.models.pickles import read_torch
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically
 
@@ -525,6 +525,11 @@ class Run:
                 continue  # one value has no spread
             slack = (0.0, 0.0) if self.margins is None else self.margins[layer]
             terms.append(alignment(o, mean, square, m.layer, counts * m.positions, slack))
+        if not terms:
+            raise ModelError(
+                f"Every BatchNorm layer of {self.request.spec.name!r} sees maps of 1x1, and one value has no spread to "
+                "compare. Use `-O scope=set`, or calibrate with fractal."
+            )
         stacked = torch.stack(terms, 1)  # [S, L]
         if o.enhance and o.scope == "sample":
             weights = losses.enhancement(stacked.shape[1], torch.tensor(batch.indices)).to(stacked)
@@ -535,8 +540,9 @@ class Run:
 
     def output_loss(self, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
         o = self.options
-        if o.output == "stretch":
-            last = next(m for m in reversed(self.moments) if m.positions > 1 and m.layer.name != INPUT)
+        maps = [m for m in self.moments if m.positions > 1 and m.layer.name != INPUT]
+        if o.output == "stretch" and maps:
+            last = maps[-1]
             std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
             std0 = losses.standard_deviation(last.layer.var0)
             values = sum(
@@ -643,17 +649,20 @@ class Run:
         if file is None or not file.is_file():
             return
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
-            return  # damaged: start again
-        if state["key"] != self.key():
-            return
-        self.finished = {number: images.cpu() for number, images in state["finished"].items()}
-        self.centres = state["centres"]
-        self.statistics.parts, self.statistics.sums = state["parts"], state["sums"]
-        for number, values in state["batches"].items():
-            tensors = {name: values[name] for name in Batch.tensor_names()}
-            self.batches[number] = Batch(self.groups[number], **tensors, step=values["step"])
+            state = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(self.device), read_torch(file))
+            if state["key"] != self.key():
+                return
+            finished = {number: images.cpu() for number, images in state["finished"].items()}
+            batches = {
+                number: Batch(self.groups[number], **{n: values[n] for n in Batch.tensor_names()}, step=values["step"])
+                for number, values in state["batches"].items()
+            }
+            centres, parts, sums = state["centres"], state["parts"], state["sums"]
+        except (ModelError, KeyError, IndexError, TypeError, AttributeError):
+            return  # damaged: begin again
+        self.finished, self.centres = finished, centres
+        self.statistics.parts, self.statistics.sums = parts, sums
+        self.batches.update(batches)
 
 
 def image_moments(images: Tensor) -> Moments:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ovcalib.calibration.sets import load_calibration
 from ovcalib.calibration.sources import DEFAULT_IMAGES, Generated, Request
-from ovcalib.errors import UsageError
+from ovcalib.data.arrays import Npz
+from ovcalib.errors import DataError, UsageError
 from ovcalib.records.model import ModelSpec
 
 NEEDS = frozenset({"argument"})
@@ -24,11 +22,9 @@ class Options:
 def images_wanted(spec: ModelSpec, argument: str) -> int:
     """All images of the file, as far as its header tells; reading it is what reports a broken one."""
     try:
-        with zipfile.ZipFile(argument) as archive, archive.open("images.npy") as file:
-            np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        return max(1, shape[0])
-    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
+        with Npz(Path(argument)) as archive:
+            return max(1, archive.header("images").shape[0])
+    except (DataError, KeyError, IndexError):
         return DEFAULT_IMAGES
 
 

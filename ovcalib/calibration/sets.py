@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +10,14 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.errors import DataError
+from ovcalib.data.arrays import Npz
+from ovcalib.data.sets import read_labels
+from ovcalib.errors import DataError, UsageError, excerpt
+from ovcalib.records.base import checked
 from ovcalib.records.calibration import Calibration, Domain, LabelOrigin, Provenance
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.preprocessing import Preprocessing
+from ovcalib.records.read import read_json
 from ovcalib.rundir import write_atomically, write_json
 
 # Beyond this many times the range of black to white, values cannot be normalised images.
@@ -120,16 +122,17 @@ def read_set(folder: Path) -> CalibrationSet:
     raises   DataError where the folder holds none
     """
     try:
-        description = json.loads((folder / "calibration.json").read_text())
-        with np.load(folder / "calibration.npz", allow_pickle=False) as archive:
-            return CalibrationSet(
-                images=archive["images"],
-                labels=archive["labels"] if "labels" in archive.files else None,
-                preprocessing=Preprocessing.model_validate(description["preprocessing"]),
-                provenance=Provenance.model_validate(description["provenance"]),
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        description = read_json(folder / "calibration.json")
+        preprocessing = checked(Preprocessing, description.get("preprocessing", {}))
+        provenance = checked(Provenance, description.get("provenance", {}))
+    except UsageError as error:
         raise DataError(f"{str(folder)!r} holds no readable calibration set: {error}") from error
+    shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    with Npz(folder / "calibration.npz") as archive:
+        images, domain = _read_images(archive, shape, "the model")
+        if domain != provenance.domain:
+            raise DataError(f"{str(folder)!r} holds images of the domain {domain!r}, but says {provenance.domain!r}.")
+        return CalibrationSet(images, read_labels(archive, len(images)), preprocessing, provenance)
 
 
 def clipped_share(calibration: CalibrationSet) -> float:
@@ -162,42 +165,49 @@ def load_calibration(
 
     raises   DataError that says what the file holds and what was expected
     """
-    c, h, w = spec.input_shape
-    if not path.is_file():
-        raise DataError(f"There is no file {str(path)!r}.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{str(path)!r} is not a readable npz file: {str(error).splitlines()[0]}") from error
-    images = arrays.get("images")
-    if images is None:
-        raise DataError(f"{str(path)!r} holds {', '.join(arrays) or 'nothing'}, but an array 'images' was expected.")
+    with Npz(path) as archive:
+        images, domain = _read_images(archive, spec.input_shape, spec.name)
+        real = "real" not in archive or _one_value(archive, "real", "b").item()
+        labels = read_labels(archive, len(images))
+        if labels is None:
+            return images, domain, None, None, real
+        origin = str(_one_value(archive, "label_origin", "U")) if "label_origin" in archive else "data"
+        if origin not in get_args(LabelOrigin):
+            raise DataError(
+                f"'label_origin' in {str(path)!r} is {excerpt(origin)!r}. Expected {', '.join(get_args(LabelOrigin))}."
+            )
+        return images, domain, labels, cast(LabelOrigin, origin), real
+
+
+def _read_images(archive: Npz, shape: tuple[int, int, int], model: str) -> tuple[NDArray[Any], Domain]:
+    """The array 'images' for a model of this input, and its domain. Raises DataError."""
+    c, h, w = shape
+    path = str(archive.path)
     expected = (
-        f"Expected uint8 [N, {h}, {w}, {c}] pixels in RGB, or float32 [N, {c}, {h}, {w}] normalised as {spec.name} "
-        "takes them."
+        f"Expected uint8 [N, {h}, {w}, {c}] pixels in RGB, or float32 [N, {c}, {h}, {w}] normalised as {model} takes "
+        "them."
     )
-    domain: Domain
-    if images.dtype == np.uint8 and images.shape[1:] == (h, w, c):
-        domain = "pixels"
-    elif images.dtype.kind == "f" and images.shape[1:] == (c, h, w):
-        domain, images = "network", images.astype(np.float32)
-    else:
-        raise DataError(f"'images' in {str(path)!r} is {images.dtype} {list(images.shape)}. {expected}")
-    if not len(images):
-        raise DataError(f"'images' in {str(path)!r} is empty. {expected}")
-    real = bool(arrays.get("real", np.array(True)).all())
-    labels = arrays.get("labels")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise DataError(
-            f"'labels' in {str(path)!r} is {labels.dtype} {list(labels.shape)}; expected integers [{len(images)}]."
-        )
-    if labels is None:
-        return images, domain, None, None, real
-    origin = str(arrays.get("label_origin", "data"))
-    if origin not in get_args(LabelOrigin):
-        raise DataError(f"'label_origin' in {str(path)!r} is {origin!r}. Expected data, method or pseudo.")
-    return images, domain, labels.astype(np.int64), cast(LabelOrigin, origin), real
+    if "images" not in archive:
+        raise DataError(f"{path!r} holds {archive.held()}, but an array 'images' was expected. {expected}")
+    header = archive.header("images")
+    pixels = header.dtype == np.uint8 and header.shape[1:] == (h, w, c)
+    if not pixels and not (header.dtype.kind == "f" and header.shape[1:] == (c, h, w)):
+        raise DataError(f"'images' in {path!r} is {header}. {expected}")
+    if not header.shape[0]:
+        raise DataError(f"'images' in {path!r} is empty. {expected}")
+    images = archive.read("images")
+    if pixels:
+        return images, "pixels"
+    with np.errstate(over="ignore"):  # values beyond float32 are refused as infinite
+        return images.astype(np.float32), "network"
+
+
+def _one_value(archive: Npz, name: str, kind: str) -> NDArray[Any]:
+    """An array of one value and a kind of numpy. Raises DataError."""
+    header = archive.header(name)
+    if header.dtype.kind != kind or header.shape:
+        raise DataError(f"{name!r} in {str(archive.path)!r} is {header}; expected one value. Leave it out.")
+    return archive.read(name)
 
 
 def preflight(calibration: CalibrationSet) -> list[str]:
@@ -261,7 +271,7 @@ def save_preview(calibration: CalibrationSet, path: Path) -> None:
     grid = Image.new("RGB", (columns * (side + 2) - 2, -(-count // columns) * (side + 2) - 2), "white")
     for i in range(count):
         pixels = calibration.pixels(i)
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., np.arange(3) % pixels.shape[-1]]))
         smooth = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
         tile = image.resize((side, side), smooth)
         grid.paste(tile, ((i % columns) * (side + 2), (i // columns) * (side + 2)))

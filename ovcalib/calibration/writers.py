@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,9 @@ def write_images(
 
 def class_name(spec: ModelSpec, label: int) -> str:
     """A folder name for a class; padded numbers where names are unknown, so that sorting keeps their order."""
-    if spec.classes is not None:
-        return spec.classes[label].replace("/", "_")
+    name = re.sub(r"[^\w ,.'()-]", "_", spec.classes[label]).strip(". ")[:100] if spec.classes is not None else ""
+    if name:
+        return name
     return f"class_{label:0{len(str(spec.num_classes or 1))}}"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from ovcalib.cli.options import Common, add_command
+from ovcalib.cli.options import Common, Option, add_command
 from ovcalib.cli.tables import print_table
-from ovcalib.errors import UnknownNameError, UsageError
+from ovcalib.errors import UnknownNameError, UsageError, printable
 
 
 def models(given: dict[str, Any], common: Common) -> None:
@@ -65,13 +65,23 @@ def sources(given: dict[str, Any], common: Common) -> None:
 def doctor(given: dict[str, Any], common: Common) -> None:
     """Show what this machine has, and what is missing for what.
 
-    Devices, instruction sets, versions of packages, and caches.
+    Devices, instruction sets, versions of packages, caches, and what killed runs have left here and in runs/.
     """
     from ovcalib.measurement.doctor import doctor as examine
-    from ovcalib.measurement.doctor import lines
+    from ovcalib.measurement.doctor import lines, places
+    from ovcalib.rundir import clean, leftovers
 
-    found = examine()
-    print(json.dumps(found, indent=2) if common.as_json else "\n".join(lines(found)))
+    if given.get("clean"):
+        found = leftovers(places())
+        clean(found)
+        removed = [str(entry.path) for entry in found]
+        if common.as_json:
+            print(json.dumps({"removed": removed}, indent=2))
+        else:
+            print(printable("\n".join([*(f"removed {path}" for path in removed), f"{len(removed)} removed"])))
+        return
+    state = examine()
+    print(json.dumps(state, indent=2) if common.as_json else "\n".join(lines(state)))
 
 
 def add_to(app: click.Group) -> None:
@@ -79,4 +89,8 @@ def add_to(app: click.Group) -> None:
     name = click.Argument(["name"], required=False, metavar="[SOURCE]")
     add_command(app, models, extra=[pattern], common=("json",))
     add_command(app, sources, extra=[name], common=("json",))
-    add_command(app, doctor, common=("json",))
+    clean = Option(
+        ["--clean"], is_flag=True, default=None,
+        help="Remove what killed runs have left here and in runs/, checkpoints included, and stop.",
+    )  # fmt: skip
+    add_command(app, doctor, extra=[clean], common=("json",))

@@ -6,11 +6,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ovcalib.errors import InvalidOptionError, OvcalibError
+from ovcalib.errors import InvalidOptionError, OvcalibError, UsageError, excerpt, printable
 
 INTERRUPTED = 130
 OUTCOME_CODES = {"done": 0, "goal-met": 0, "goal-missed": 5, "budget": 7}
@@ -31,18 +32,42 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
     except OvcalibError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {message(error, flags)}", file=sys.stderr)
+        print(f"error: {printable(message(error, flags))}", file=sys.stderr)
         return error.exit_code
+    except MemoryError:
+        if debug:
+            traceback.print_exc()
+        print("error: The memory of this machine is not enough. Use fewer images, or free some.", file=sys.stderr)
+        return OUTCOME_CODES["budget"]
     except Exception as error:
         if debug:
             traceback.print_exc()
-        reason = str(error).strip().splitlines()
+        full = full_disk(error)
+        if full is not None:
+            print(
+                f"error: No space is left for {printable(full)!r}. Free some, or use another disk: -o DIR for results, "
+                "TMPDIR for temporary files, OVCALIB_CACHE for downloads.",
+                file=sys.stderr,
+            )
+            return UsageError.exit_code
         print(
-            f"error: {type(error).__name__}: {reason[0] if reason else ''}\n"
+            f"error: {type(error).__name__}: {excerpt(error)}\n"
             "This is a fault of ovcalib, not yours. Run again with --debug and report what it prints.",
             file=sys.stderr,
         )
         return 1
+
+
+def full_disk(error: Exception) -> str | None:
+    """The file or folder without space that is behind an error; None where none is."""
+    import tempfile
+
+    from ovcalib.rundir import no_space_left
+
+    if isinstance(error, OSError) and no_space_left(error, Path()):
+        return str(error.filename or tempfile.gettempdir())
+    folders = (Path(tempfile.gettempdir()), Path.cwd())
+    return next((str(folder) for folder in folders if no_space_left(error, folder)), None)
 
 
 def message(error: OvcalibError, flags: Mapping[str, str]) -> str:

@@ -14,7 +14,10 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import os
-import zipfile
+import struct
+import threading
+import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +30,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.errors import DataError, UnknownNameError, UsageError, require
+from ovcalib.data.arrays import Npz
+from ovcalib.errors import DataError, UnknownNameError, UsageError, excerpt, require
 from ovcalib.records.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ Split = Literal["train", "test"]
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # With a larger share of unreadable files the folder is refused.
 MAX_UNREADABLE = 0.1
+MAX_LABEL = 2**31 - 1
 
 
 class ImageData(ABC):
@@ -61,6 +66,27 @@ class ImageData(ABC):
 
     def name(self, index: int) -> str:
         return str(index)
+
+
+# What Pillow raises for a file that it cannot decode, or that claims to be too large.
+UNDECODABLE = (OSError, ValueError, SyntaxError, OverflowError, MemoryError, EOFError, struct.error, zlib.error)
+_opening = threading.Lock()
+
+
+def decoded(path: Path) -> Image:
+    """The image of a file, of at most PIL.Image.MAX_IMAGE_PIXELS. Raises one of UNDECODABLE."""
+    import PIL.Image
+
+    # Filters of warnings belong to the process, but images are decoded on threads.
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        try:
+            image = PIL.Image.open(path)
+        except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(excerpt(error)) from error
+    with image:
+        image.load()
+        return image
 
 
 class FolderData(ImageData):
@@ -91,11 +117,7 @@ class FolderData(ImageData):
         return len(self.files)
 
     def image(self, index: int) -> Image:
-        import PIL.Image
-
-        with PIL.Image.open(self.files[index]) as image:
-            image.load()
-            return image
+        return decoded(self.files[index])
 
     def name(self, index: int) -> str:
         return str(self.files[index])
@@ -138,7 +160,7 @@ class DatumaroData(ImageData):
             dataset = dm.Dataset.import_from(str(folder), form)
             self.items = [item for item in dataset if item.media is not None]
         except Exception as error:  # Datumaro raises many unrelated types
-            raise DataError(f"Datumaro cannot read {str(folder)!r} as {form!r}: {_first_line(error)}") from error
+            raise DataError(f"Datumaro cannot read {str(folder)!r} as {form!r}: {excerpt(error)}") from error
         if not self.items:
             raise DataError(f"Datumaro finds no images in {str(folder)!r} read as {form!r}.")
         labels = [
@@ -212,32 +234,36 @@ def _cifar10(reference: str, root: Path, split: Split, download: bool) -> ImageD
             "or pass `download=True` to fetch it (170 MB)."
         ) from error
     except OSError as error:
-        raise DataError(f"CIFAR-10 could not be downloaded to {str(root)!r}: {_first_line(error)}") from error
+        raise DataError(f"CIFAR-10 could not be downloaded to {str(root)!r}: {excerpt(error)}") from error
     return ArrayData(reference, data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes))
 
 
 def _npz(reference: str, path: Path) -> ImageData:
-    if not path.is_file():
-        raise DataError(f"There is no file {str(path)!r}.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{str(path)!r} is not a readable npz file: {_first_line(error)}") from error
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None:
-        raise DataError(f"{str(path)!r} holds {', '.join(arrays) or 'nothing'}, but an array 'images' was expected.")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise DataError(
-            f"'images' in {str(path)!r} is {images.dtype} {list(images.shape)}, "
-            "but uint8 [N, H, W, 3] (RGB) or [N, H, W, 1] was expected."
-        )
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise DataError(
-            f"'labels' in {str(path)!r} is {labels.dtype} {list(labels.shape)}, "
-            f"but non-negative integers [{len(images)}] were expected."
-        )
-    return ArrayData(reference, images, None if labels is None else labels.astype(np.int64))
+    with Npz(path) as archive:
+        if "images" not in archive:
+            raise DataError(f"{str(path)!r} holds {archive.held()}, but an array 'images' was expected.")
+        header = archive.header("images")
+        if (
+            header.dtype != np.uint8
+            or len(header.shape) != 4
+            or header.shape[-1] not in (1, 3)
+            or not min(header.shape)
+        ):
+            raise DataError(
+                f"'images' in {str(path)!r} is {header}, but uint8 [N, H, W, 3] (RGB) or [N, H, W, 1] was expected."
+            )
+        return ArrayData(reference, archive.read("images"), read_labels(archive, header.shape[0]))
+
+
+def read_labels(archive: Npz, count: int) -> NDArray[np.int64] | None:
+    """The array 'labels', int64 [count]; None where there is none. Raises DataError."""
+    if "labels" not in archive:
+        return None
+    header = archive.header("labels")
+    labels = archive.read("labels") if header.dtype.kind in "iu" and header.shape == (count,) else None
+    if labels is None or labels.min() < 0 or labels.max() > MAX_LABEL:
+        raise DataError(f"'labels' in {str(archive.path)!r} is {header}; expected integers [{count}] of at least 0.")
+    return labels.astype(np.int64)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -251,10 +277,6 @@ def _refuse_splits(folder: Path, classes: list[str]) -> None:
             f"{str(folder)!r} holds the splits {', '.join(splits)}, not classes. "
             f"Name one of them, for example imagefolder:{folder / splits[0]}."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Labels ---------------------------------------------------------------------------------------
@@ -364,7 +386,7 @@ class Reader:
     def _read(self, index: int) -> Sample | str:
         try:
             pixels = self.spec.preprocessing.fit(self.data.image(index))
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises for a damaged file
+        except UNDECODABLE:
             return self.data.name(index)
         label = None if self.labels is None else int(self.labels[index])
         return Sample(pixels, label, self.data.name(index))

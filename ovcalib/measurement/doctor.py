@@ -8,7 +8,9 @@ from typing import Any
 
 from ovcalib import machine
 from ovcalib.data.sets import cache_dir
+from ovcalib.errors import printable
 from ovcalib.measurement.environment import environment
+from ovcalib.rundir import leftovers
 
 # Feature -> (packages it needs, the extra that brings them).
 FEATURES = {
@@ -61,6 +63,10 @@ def doctor() -> dict[str, Any]:
         for package in packages
         if machine.package_version(package) is None
     }
+    found["leftovers"] = [
+        {"path": str(entry.path), "bytes": folder_bytes(entry.path), "resumable": entry.resumable}
+        for entry in leftovers(places())
+    ]
     found["caches"] = {name: {"path": str(path), "bytes": folder_bytes(path)} for name, path in caches().items()}
     return found
 
@@ -89,9 +95,16 @@ def caches() -> dict[str, Path]:
     }
 
 
+def places() -> list[Path]:
+    """Where runs leave things when they are killed: beside results in the current folder and in runs/, and caches."""
+    here, cache = Path(), cache_dir()
+    sweeps = [*here.glob("*/sets"), *here.glob("*/cells"), *here.glob("runs/*/sets"), *here.glob("runs/*/cells")]
+    return [here, here / "runs", *sweeps, cache, cache / "weights", cache / "stylegan2-ada"]
+
+
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; links are not followed, and 0 stands for a folder that is not there."""
-    total = 0
+    """Bytes of all files below a folder, or of a file; links are not followed, and 0 stands for what is not there."""
+    total = folder.lstat().st_size if folder.is_file() else 0
     for root, _, files in os.walk(folder):
         for name in files:
             try:
@@ -118,5 +131,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         state = "ready" if feature["ready"] else f"missing: {', '.join(feature['missing'])}; {feature['how']}"
         shown.append(f"{name + ':':40}{state}")
     shown.append("")
+    for entry in found["leftovers"]:
+        note = "the command that made it goes on from there" if entry["resumable"] else "of a run that was killed"
+        shown.append(f"left over    {printable(entry['path'])}, {entry['bytes'] / 1e6:.1f} MB, {note}")
+    if found["leftovers"]:
+        shown += ["             `ovcalib doctor --clean` removes these", ""]
     shown += [f"cache {name:12}{c['path']}, {c['bytes'] / 1e6:.1f} MB" for name, c in found["caches"].items()]
     return shown

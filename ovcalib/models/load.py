@@ -6,15 +6,16 @@ import fnmatch
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import TracebackException
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, require
+from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, brief, excerpt, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
 from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 # `weights` in place of a file: what the constructor made, from a fixed seed.
 RANDOM = "random"
 UNTRAINED = ". Neither agreement nor speed of such a network says what a trained one does; pass trained `weights`."
+REFERENCES = (
+    "Expected package.module:factory, importable from here; or torchvision:, timm:, hub:, FILE.onnx, FILE.xml or a "
+    "name of `ovcalib models`."
+)
+EXPECTED_OUTPUTS = (
+    "Expected floating-point tensors [N, ...], such as logits before softmax or argmax; let the network return those."
+)
+MAX_REFERENCE = 300
+MAX_FRAMES = 12
 
 
 @dataclass
@@ -224,35 +234,57 @@ def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> M
 
 def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Model:
     reference = f"{module_name}:{attribute}"
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)) or len(reference) > MAX_REFERENCE:
+        raise UsageError(f"{brief(reference)} is not a model reference. {REFERENCES}")
     require("torch", "quantize", f"The model {reference!r}")
-    sys.path.insert(0, "")  # a factory.py in the current folder, as `python -m` would find it
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise ModelError(f"{reference!r} needs the package {error.name!r}, which is not installed.") from error
-        raise UsageError(
-            f"There is no module {module_name!r} for the model {reference!r}. Expected package.module:factory, "
-            f"importable from here; or torchvision:, timm:, hub:, FILE.onnx, FILE.xml or a name of `ovcalib models`."
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"The module {module_name!r} has no {attribute!r}.") from error
-    finally:
-        sys.path.remove("")
+    with users_code(reference):
+        module = _imported(module_name, reference)
+        if not hasattr(module, attribute):
+            raise UsageError(f"The module {module_name!r} has no {attribute!r}.")
+    factory = getattr(module, attribute)
 
     def make() -> Any:
-        try:
+        with users_code(reference):
             return factory()
-        except OvcalibError:
-            raise
-        except Exception as error:  # the factory is the user's code
-            raise ModelError(f"{reference!r} failed with {type(error).__name__}: {error}") from error
 
     if options.weights is None:
-        module, weights = make(), Weights(origin="factory")
+        made, weights = make(), Weights(origin="factory")
     else:
-        module, weights = _with_file(make, reference, options)
-    return _from_module(module, reference, weights, options)
+        made, weights = _with_file(make, reference, options)
+    return _from_module(made, reference, weights, options)
+
+
+def _imported(name: str, reference: str) -> Any:
+    sys.path.insert(0, "")  # a factory.py in the current folder, as `python -m` would find it
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and not name.startswith(error.name):
+            raise ModelError(f"{reference!r} needs the package {error.name!r}, which is not installed.") from error
+        raise UsageError(f"There is no module {name!r} for the model {reference!r}. {REFERENCES}") from error
+    finally:
+        with suppress(ValueError):  # the module may have changed the path
+            sys.path.remove("")
+
+
+@contextmanager
+def users_code(reference: str) -> Iterator[None]:
+    """Run code of the user's: what it prints goes to stderr, and what it raises becomes a ModelError.
+
+    Its message ends with the traceback of the user's lines, which is where the mistake is.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (OvcalibError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # also SystemExit
+        trace = TracebackException.from_exception(error, limit=-MAX_FRAMES)
+        ours = (str(Path(__file__).parents[1]), "<frozen importlib", importlib.__file__)
+        trace.stack[:] = [frame for frame in trace.stack if not frame.filename.startswith(ours)]
+        raise ModelError(
+            f"{reference!r} failed with {type(error).__name__}: {excerpt(error)}.\n{''.join(trace.format(chain=False))}"
+        ) from error
 
 
 def _from_file(reference: str, options: ModelOptions) -> Model:
@@ -284,6 +316,12 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
             f"{reference!r} does not take inputs of shape {list(shape)} (its input is {partial}). "
             "Pass the right `input_shape`."
         ) from error
+    if not graph.outputs:
+        raise ModelError(f"{reference!r} has no outputs. {EXPECTED_OUTPUTS}")
+    for port in graph.outputs:
+        outside = port.get_partial_shape()
+        if not port.get_element_type().is_real() or outside.rank == ov.Dimension(0) or 0 in outside:
+            raise ModelError(f"{reference!r} returns {port.get_element_type()} {outside}. {EXPECTED_OUTPUTS}")
     preprocessing, warnings = _preprocessing(shape, options, spec.preprocessing if spec else None)
     output = graph.outputs[0].get_partial_shape()
     classes = output[1].get_length() if len(graph.outputs) == 1 and output.is_static and len(output) == 2 else None
@@ -312,15 +350,17 @@ def _from_module(
     if shape is None:
         raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example `input_shape=3,224,224`.")
     c, h, w = shape
-    module.cpu().float().eval()
     preprocessing, warnings = _preprocessing((c, h, w), options, published)
-    num_classes = _count_classes(module, name, (c, h, w))
+    with users_code(name):
+        module.cpu().float().eval()
+        num_classes = _count_classes(module, name, (c, h, w))
+        digest = state_sha256(module)
     spec = ModelSpec(
         name=name, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
         classes=classes if len(classes) == num_classes else None, weights=weights,
         dataset="imagenet" if num_classes in (1000, 1001) else None,
     )  # fmt: skip
-    return Model(spec, module=module, sha256=state_sha256(module), warnings=warnings)
+    return Model(spec, module=module, sha256=digest, warnings=warnings)
 
 
 # Shared pieces --------------------------------------------------------------------------------
@@ -361,9 +401,9 @@ def _downloading(reference: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # hubs raise many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{reference!r} cannot be loaded: {reason}. Without a network, give the weights with `weights=FILE`."
+            f"{reference!r} cannot be loaded: {excerpt(error)}. Without a network, give the weights with "
+            "`weights=FILE`."
         ) from error
 
 
@@ -411,17 +451,31 @@ def _preprocessing(
 
 
 def _count_classes(module: nn.Module, name: str, shape: tuple[int, int, int]) -> int | None:
-    """The width of the logits, from one forward pass in eval mode; None for any other kind of output."""
+    """The width of the logits, from forward passes in eval mode; None for any other kind of output.
+
+    raises   ModelError where the outputs are nothing that can be compared
+    """
     import torch
 
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            output = module(torch.zeros(1, *shape))
+            output, again = module(image), module(image)
     except Exception as error:  # the network is the user's code
         raise ModelError(
-            f"{name!r} does not take an input of shape {[1, *shape]}: {str(error).splitlines()[0]}. "
-            "Pass the right `input_shape`."
+            f"{name!r} does not take an input of shape {[1, *shape]}: {excerpt(error)}. Pass the right `input_shape`."
         ) from error
-    if isinstance(output, torch.Tensor) and output.ndim == 2:
-        return int(output.shape[1])
-    return None
+    leaves, repeated = (torch.utils._pytree.tree_leaves(value) for value in (output, again))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise ModelError(f"{name!r} returns a {type(output).__name__} without tensors. {EXPECTED_OUTPUTS}")
+    for tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.ndim or not tensor.numel():
+            raise ModelError(f"{name!r} returns {tensor.dtype} {list(tensor.shape)}. {EXPECTED_OUTPUTS}")
+    others = [leaf for leaf in repeated if isinstance(leaf, torch.Tensor)]
+    if not all(torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(tensors, others, strict=True)):
+        raise ModelError(
+            f"{name!r} gives other outputs each time for the same input, so that INT8 cannot be compared with it. Let "
+            "dropout and noise depend on `self.training`; the network runs in eval mode."
+        )
+    return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 else None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovcalib.data.sets import cache_dir
-from ovcalib.errors import ModelError
+from ovcalib.errors import ModelError, excerpt
+from ovcalib.models.pickles import MAX_NAME, read_torch, refuse_larger_than_memory
 from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TIMEOUT_S = 60
+# Of a safetensors file: a hundred thousand tensors take a few megabytes.
+MAX_HEADER_BYTES = 16 * 2**20
 
 
 def statistics_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -51,36 +54,58 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
     partial.replace(path)
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises ModelError."""
+    from safetensors import safe_open
+
+    try:
+        refuse_larger_than_memory(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header of {length} bytes is longer than {MAX_HEADER_BYTES}")
+        with safe_open(path, "pt") as archive:
+            return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata() or {}  # noqa: SIM118
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors raises its own type, and torch's for types that it lacks
+        raise ModelError(f"{str(path)!r} is not a readable safetensors file: {excerpt(error)}.") from error
+
+
+def class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of the classes in the metadata of a generator; none where it has none. Raises ValueError."""
+    try:
+        names = json.loads(metadata.get("classes", "[]"))
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+            raise ValueError("expected a list of names")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its class names are damaged: {excerpt(error)}") from error
+    return tuple(names)
+
+
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from anything that torch.load reads with weights_only=True.
+    """A state dict from .safetensors, or from a file of torch.save.
 
     A `state_dict` or `model` entry around it and a `module.` prefix (DataParallel) are taken off; half
     precision becomes float32.
-    raises   ModelError for a file that is missing, damaged, no state dict, or that wants to run code
+    raises   ModelError for a file that is missing, damaged, no state dict, or that holds more than data
     """
     import torch
 
     if not path.is_file():
         raise ModelError(f"There is no weights file {str(path)!r}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{str(path)!r} holds more than tensors and was not loaded, because loading it could run code. "
-            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
-        ) from error
-    except Exception as error:  # torch and safetensors raise many unrelated types for damaged files
-        raise ModelError(f"{str(path)!r} is not a readable weights file: {str(error).splitlines()[0]}") from error
+    state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state:
         raise ModelError(f"{str(path)!r} holds no state dict: expected a mapping of names to tensors.")
+    for name, value in state.items():
+        if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(value, torch.Tensor):
+            raise ModelError(
+                f"{str(path)!r} holds no state dict: expected a mapping of names to tensors, but {excerpt(name)!r} "
+                f"is a {type(value).__name__}."
+            )
     half = (torch.float16, torch.bfloat16)
     return {
         name.removeprefix("module."): tensor.float() if tensor.dtype in half else tensor
@@ -100,7 +125,7 @@ def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, n
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = [f"{k}: {given[k]} for {own[k]}" for k in own.keys() & given.keys() if own[k] != given[k]]
     problems = [
-        f"{len(found)} {what} ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
+        f"{len(found)} {what} ({', '.join(map(excerpt, sorted(found)[:3]))}{', ...' if len(found) > 3 else ''})"
         for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
         if found
     ]
@@ -109,6 +134,17 @@ def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, n
             f"The weights of {source!r} are not those of {name}: tensors {'; '.join(problems)}. "
             "Give the checkpoint of this very network."
         )
+    for key, value in module.state_dict().items():
+        given_value = state[key]
+        if value.is_floating_point() and not given_value.is_floating_point():
+            raise ModelError(
+                f"The weights of {source!r} hold {given_value.dtype} for {key}; expected floating-point numbers. Give "
+                "the weights of the float network, before it was quantized."
+            )
+        if given_value.is_floating_point() and given_value.isnan().any():
+            raise ModelError(
+                f"The weights of {source!r} hold NaN in {key}. Train the network again, or fetch it again."
+            )
     module.load_state_dict(state)
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ovcalib.errors import InvalidOptionError, UnknownNameError, UsageError
+from ovcalib.errors import InvalidOptionError, UnknownNameError, UsageError, excerpt
 
 T = TypeVar("T", bound=BaseModel)
 
+# What numpy, torch and a JSON reader in any language take.
+MAX_WHOLE = 2**63 - 1
+MAX_CHANNELS = 4096
+Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+# (C, H, W) of one image.
+ImageShape = tuple[Channels, Pixels, Pixels]
+
 
 class Frozen(BaseModel):
-    """An immutable, comparable value; unknown fields are refused."""
+    """An immutable, comparable value; unknown fields are refused, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ def invalid(kind: type[BaseModel], error: ValidationError, origin: str, grouped:
             owner, own = nested or owner, nested is not None and nested is field.annotation  # type: ignore[union-attr]
         else:
             own = nested is not None
-    named = path(place[1:] if grouped and len(place) > 1 else place)
-    reason = str(first["msg"]).removeprefix("Value error, ").removesuffix(".")
+    named = excerpt(path(place[1:] if grouped and len(place) > 1 else place))
+    reason = excerpt(first["msg"]).removeprefix("Value error, ").removesuffix(".")
     if first["type"] == "extra_forbidden":
         return UnknownNameError("field", named, owner.model_fields, origin)
     if first["type"] == "missing":

@@ -11,7 +11,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -72,7 +72,9 @@ def annotation_of(field: FieldInfo) -> str:
 
 def _texts(annotation: Any) -> Iterator[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
+    if origin is Annotated:
+        yield from _texts(arguments[0])
+    elif origin in (Union, types.UnionType):
         for argument in arguments:
             yield from _texts(argument)
     elif origin is Literal:

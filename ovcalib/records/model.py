@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ovcalib.records.base import Frozen
+from ovcalib.records.base import Frozen, ImageShape
 from ovcalib.records.preprocessing import Preprocessing
 
 
@@ -36,7 +36,7 @@ class ModelSpec(Frozen):
 
     name: str
     dataset: str | None = None
-    input_shape: tuple[int, int, int]
+    input_shape: ImageShape
     num_classes: int | None = Field(gt=0)
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing
@@ -64,8 +64,8 @@ class ModelRecord(Frozen):
     """
 
     name: str
-    input_shape: tuple[int, int, int]
-    parameters: int
+    input_shape: ImageShape
+    parameters: int = Field(ge=0)
     sha256: str
     weights: Weights
     input: ModelInput | None = None

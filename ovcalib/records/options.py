@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ovcalib.records.base import Frozen, Shown
+from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, Shown
 from ovcalib.records.preprocessing import ChannelOrder
 
 GoalMetric = Literal["top1", "agreement", "expected-top1"]
@@ -23,6 +23,11 @@ DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"
 ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
 RoundingMode = Literal["nearest", "compensated"]
+
+# More calibration images than any method has use for; a typing error rather than a wish.
+MAX_IMAGES = 1_000_000
+# A month.
+MAX_SECONDS = 31 * 86_400
 
 # `validate_on` in place of a data reference: the calibration images, with the labels that came with them.
 CALIBRATION = "calibration"
@@ -47,7 +52,9 @@ def numbers(value: Any) -> Any:
 def shape(value: Any) -> Any:
     """The shape of an image as a tuple of three whole numbers, or None."""
     sizes = numbers(value)
-    whole = isinstance(sizes, list | tuple) and all(isinstance(s, int | float) and s == int(s) >= 1 for s in sizes)
+    whole = isinstance(sizes, list | tuple) and all(
+        isinstance(s, int | float) and s % 1 == 0 and s >= 1 for s in sizes
+    )  # infinity % 1 is not a number
     if sizes is not None and not (whole and len(sizes) == 3):
         raise ValueError("expected C,H,W, such as 3,224,224")
     return sizes
@@ -66,7 +73,7 @@ def names(value: Any) -> Any:
 
 
 Numbers = Annotated[tuple[float, ...] | None, BeforeValidator(numbers)]
-Shape = Annotated[tuple[int, int, int] | None, BeforeValidator(shape)]
+Shape = Annotated[ImageShape | None, BeforeValidator(shape)]
 TextValues = Annotated[dict[str, str], BeforeValidator(text_values)]
 
 
@@ -87,7 +94,7 @@ class ModelOptions(Frozen):
         default=None, description="Standard deviation of each channel on the 0..1 scale."
     )
     short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
-        default=None, ge=0, description="Short side before the centre crop; 0 scales the whole image."
+        default=None, ge=0, le=16384, description="Short side before the centre crop; 0 scales the whole image."
     )
     channel_order: Annotated[ChannelOrder | None, Shown(default="the model's, else RGB")] = Field(
         default=None, description="Order of the colour channels that the model takes."
@@ -104,9 +111,11 @@ class CalibrationOptions(Frozen):
         Shown(metavar="SOURCE", default="bn-inversion, or fractal where the model has no BatchNorm"),
     ] = Field(default=None, description="Calibration source; see `ovcalib sources`.")
     num_samples: Annotated[int | None, Shown(metavar="N", default="300; fewer for expensive sources")] = Field(
-        default=None, ge=1, description="Calibration images (never batches)."
+        default=None, ge=1, le=MAX_IMAGES, description="Calibration images (never batches)."
     )
-    seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of everything random.")
+    seed: Annotated[int, Shown(metavar="N")] = Field(
+        default=0, ge=0, le=MAX_WHOLE, description="Seed of everything random."
+    )
     options: Annotated[TextValues, Shown(("-O",), metavar="KEY=VALUE", default="none", repeat=True)] = Field(
         default={}, description="An option of the source; see `ovcalib sources NAME`. Repeatable."
     )
@@ -186,10 +195,13 @@ class QuantizationOptions(Frozen):
         "with them.",
     )
     max_time: Annotated[float | None, Shown(metavar="SECONDS", default="none")] = Field(
-        default=None, gt=0, description="Time after which accuracy-aware quantization ends with the best so far."
+        default=None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Time after which accuracy-aware quantization ends with the best so far.",
     )
     max_iterations: Annotated[int | None, Shown(metavar="N", default="none")] = Field(
-        default=None, ge=1, description="Candidates that accuracy-aware quantization measures at most."
+        default=None, ge=1, le=MAX_WHOLE, description="Candidates that accuracy-aware quantization measures at most."
     )
 
     @model_validator(mode="after")
@@ -221,7 +233,7 @@ class EvaluationOptions(Frozen):
         default=None, description=f"Images that prove the result: {DATA}."
     )
     limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
-        default=None, ge=1, description="Evaluate on at most N images, chosen class by class."
+        default=None, ge=1, le=MAX_WHOLE, description="Evaluate on at most N images, chosen class by class."
     )
     allow_overlap: bool = Field(default=False, description="Evaluate even on images of the calibration set.")
     download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
@@ -234,7 +246,7 @@ class MeasurementOptions(Frozen):
         default="CPU", description="OpenVINO device on which latency is measured."
     )
     benchmark_time: Annotated[float, Shown(metavar="SECONDS")] = Field(
-        default=2.0, ge=0, description="Latency measurement of each model; 0 leaves it out."
+        default=2.0, ge=0, le=MAX_SECONDS, description="Latency measurement of each model; 0 leaves it out."
     )
 
 
@@ -256,26 +268,28 @@ class BenchmarkOptions(Frozen):
         Shown(metavar="default,f32,f16,bf16", default="default"),
     ] = Field(default=("default",), min_length=1, description="Inference precision hints, with commas.")
     seconds: Annotated[float, Shown(("-t", "--time"), metavar="SECONDS")] = Field(
-        default=10.0, gt=0, description="Measurement of each model under each setting."
+        default=10.0, gt=0, le=MAX_SECONDS, description="Measurement of each model under each setting."
     )
-    batch: Annotated[int, Shown(metavar="N")] = Field(default=1, ge=1, description="Images in one inference.")
+    batch: Annotated[int, Shown(metavar="N")] = Field(
+        default=1, ge=1, le=MAX_IMAGES, description="Images in one inference."
+    )
     api: Annotated[Literal["sync", "async"] | None, Shown(default="sync for latency, else async")] = Field(
         default=None, description="Inference API."
     )
     streams: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
-        default=None, ge=1, description="Streams of the device."
+        default=None, ge=1, le=2**16, description="Streams of the device."
     )
     threads: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
-        default=None, ge=1, description="Threads on CPU."
+        default=None, ge=1, le=2**16, description="Threads on CPU."
     )
     requests: Annotated[int | None, Shown(metavar="N", default="the device's")] = Field(
-        default=None, ge=1, description="Requests in flight (async)."
+        default=None, ge=1, le=2**16, description="Requests in flight (async)."
     )
     data: Annotated[str | None, Shown(metavar="DATA", default="none")] = Field(
         default=None, description="Images on which devices and precisions must agree with CPU f32."
     )
     limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
-        default=None, ge=1, description="Use at most N of them, chosen class by class."
+        default=None, ge=1, le=MAX_WHOLE, description="Use at most N of them, chosen class by class."
     )
     min_agreement: Annotated[float, Shown(metavar="SHARE")] = Field(
         default=0.98,
@@ -307,10 +321,10 @@ class DiagnosisOptions(Frozen):
         description="Calibration source, such as npz:calibration.npz, whose ranges are compared. Repeatable.",
     )
     num_samples: Annotated[int, Shown(metavar="N")] = Field(
-        default=32, ge=1, description="Images of each set for signals and ranges."
+        default=32, ge=1, le=MAX_IMAGES, description="Images of each set for signals and ranges."
     )
     limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
-        default=None, ge=1, description="Measure the metric on at most N images."
+        default=None, ge=1, le=MAX_WHOLE, description="Measure the metric on at most N images."
     )
     max_drop: Annotated[float, Shown(metavar="FRACTION")] = Field(
         default=0.01, ge=0, le=1, description="Drop of the metric that the suggested scope may leave."
@@ -319,9 +333,11 @@ class DiagnosisOptions(Frozen):
         default="CPU", description="OpenVINO device on which latency is measured."
     )
     benchmark_time: Annotated[float, Shown(metavar="SECONDS")] = Field(
-        default=1.0, ge=0, description="Latency measurement of each candidate; 0 leaves it out."
+        default=1.0, ge=0, le=MAX_SECONDS, description="Latency measurement of each candidate; 0 leaves it out."
     )
-    seed: Annotated[int, Shown(metavar="N")] = Field(default=0, ge=0, description="Seed of the calibration sources.")
+    seed: Annotated[int, Shown(metavar="N")] = Field(
+        default=0, ge=0, le=MAX_WHOLE, description="Seed of the calibration sources."
+    )
 
     @model_validator(mode="after")
     def _has_images(self) -> DiagnosisOptions:
@@ -335,7 +351,7 @@ class EvaluateOptions(Frozen):
 
     data: Annotated[str, Shown(metavar="DATA")] = Field(description=f"Labelled images: {DATA}.")
     limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
-        default=None, ge=1, description="Evaluate on at most N images, chosen class by class."
+        default=None, ge=1, le=MAX_WHOLE, description="Evaluate on at most N images, chosen class by class."
     )
     download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")
     device: Annotated[str, Shown(("-d", "--device"), metavar="DEVICE")] = Field(
@@ -351,7 +367,7 @@ class GenerateOptions(CalibrationOptions):
 
     calib: Annotated[str, Shown(("SOURCE",))] = Field(description="A calibration source; see `ovcalib sources`.")
     num_samples: Annotated[int | None, Shown(("--count",), metavar="N", default="300; fewer for expensive sources")] = (
-        Field(default=None, ge=1, description="Images.")
+        Field(default=None, ge=1, le=MAX_IMAGES, description="Images.")
     )
     score: bool = Field(default=False, description="Compare the set with the model's BatchNorm statistics.")
     format: Literal["npz", "imagefolder", "datumaro"] = Field(

@@ -6,11 +6,14 @@ Calibration, evaluation, benchmark and the IR's metadata all use `Preprocessing`
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+
+from ovcalib.errors import DataError
+from ovcalib.records.base import MAX_CHANNELS, Frozen, Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +23,8 @@ IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 # The share of the resized short side that the usual centre crop keeps (224 of 256).
 USUAL_CROP = 0.875
 
+# A longer image would take a large multiple of its memory when its short side is scaled up.
+MAX_ASPECT = 100
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
@@ -35,7 +40,7 @@ def scale_and_offset(
     return (1 / (255.0 * stds)).astype(np.float32), (means / stds).astype(np.float32)
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Frozen):
     """How an image becomes a network input.
 
     height, width   of the network input, pixels
@@ -45,24 +50,37 @@ class Preprocessing(BaseModel):
     channel_order   of the network input; images are always decoded as RGB
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    short_side: int | None = None
+    height: Pixels
+    width: Pixels
+    mean: tuple[float, ...] = Field(default=(0.0, 0.0, 0.0), min_length=1, max_length=MAX_CHANNELS)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0, 1.0, 1.0), max_length=MAX_CHANNELS)
+    short_side: Pixels | None = None
     interpolation: Interpolation = "bilinear"
     channel_order: ChannelOrder = "RGB"
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> Preprocessing:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"`mean` has {len(self.mean)} values, `std` {len(self.std)}")
+        return self
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
     def fit(self, image: Image) -> NDArray[np.uint8]:
-        """Scale and crop a decoded image: uint8 [H, W, 3], RGB (or [H, W, 1] for a one-channel network)."""
+        """Scale and crop a decoded image: uint8 [H, W, 3], RGB (or [H, W, 1] for a one-channel network).
+
+        raises   DataError where the network takes other channels; ValueError for an image more than MAX_ASPECT times as
+                 long as wide, where the short side counts
+        """
         import PIL.Image
 
+        if self.channels not in (1, 3):
+            raise DataError(
+                f"An image has 1 or 3 channels, but the model takes {self.channels}. Calibrate with a source that "
+                "makes images, such as fractal, or with npz:FILE of float32 [N, C, H, W]."
+            )
         image = image.convert("RGB" if self.channels == 3 else "L")
         resample = PIL.Image.Resampling[self.interpolation.upper()]
         if self.short_side is None:
@@ -70,6 +88,8 @@ class Preprocessing(BaseModel):
                 image = image.resize((self.width, self.height), resample)
         else:
             w, h = image.size
+            if max(w, h) > MAX_ASPECT * min(w, h):
+                raise ValueError(f"an image of {w} x {h} pixels is a line")
             scale = self.short_side / min(w, h)
             # Truncation and rounding follow torchvision's Resize and CenterCrop.
             size = (self.short_side, int(scale * h)) if w <= h else (int(scale * w), self.short_side)

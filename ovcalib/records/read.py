@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ovcalib.errors import UsageError
+from ovcalib.errors import UsageError, brief, excerpt
+from ovcalib.records.base import path as path_of
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.diagnosis import Diagnosis
 from ovcalib.records.options import STEERING_FIELDS
 from ovcalib.records.result import Result
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 32
+MAX_YAML_BYTES = 2**18
+MAX_YAML_VALUES = 20_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Record = Result | Benchmark | Diagnosis
 KINDS: dict[str, type[Record]] = {"result.json": Result, "benchmark.json": Benchmark, "diagnosis.json": Diagnosis}
@@ -30,6 +39,68 @@ class Source:
     @property
     def folder(self) -> Path:
         return self.path.parent
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file: plain data of bounded size, depth and numbers.
+
+    raises   UsageError that names the file and the place
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UsageError(
+                f"{str(path)!r} has {path.stat().st_size} bytes; what ovcalib writes has at most {MAX_JSON_BYTES}."
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error.strerror or excerpt(error)}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{str(path)!r} is damaged: {excerpt(error)}. It may have been cut off while it was copied; copy it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{str(path)!r} holds no object. Expected what ovcalib wrote.")
+    refuse_strange_data(content, f"{str(path)!r}")
+    return content
+
+
+def refuse_strange_data(content: Any, origin: str) -> None:
+    """Refuse what no record can hold, and what would break whatever prints or copies it.
+
+    raises   UsageError that names the place: keys that are no text, numbers that are not finite or of more than 64
+             bits, text that no file can hold, and containers that are too deep
+    """
+    stack: list[tuple[Any, tuple[int | str, ...]]] = [(content, ())]
+    while stack:
+        value, place = stack.pop()
+        reason = _strange(value) or ("is nested too deep" if len(place) > MAX_JSON_DEPTH else None)
+        if reason is not None:
+            raise UsageError(f"{origin}: `{excerpt(path_of(place))}` {reason}. Expected plain data.")
+        if isinstance(value, dict):
+            stack.extend(
+                (entry, (*place, key if isinstance(key, str) else excerpt(key))) for key, entry in value.items()
+            )
+        elif isinstance(value, list):
+            stack.extend((entry, (*place, i)) for i, entry in enumerate(value))
+
+
+def _strange(value: Any) -> str | None:
+    match value:
+        case None | bool():
+            return None
+        case int():
+            return None if abs(value) < 2**63 else "is a whole number of more than 64 bits"
+        case float():
+            return None if math.isfinite(value) else f"is {value}"
+        case str():
+            return "is a text with half a character" if _SURROGATE.search(value) else None
+        case dict():
+            keys = [key for key in value if not isinstance(key, str) or _SURROGATE.search(key)]
+            return f"has the key {excerpt(keys[0])!r}, which is no text" if keys else None
+        case list():
+            return None
+        case _:
+            return f"is a {type(value).__name__}"
 
 
 def read_records(paths: Sequence[Path]) -> list[Source]:
@@ -54,21 +125,13 @@ def read_record(path: Path) -> Record:
     if path.name not in KINDS:
         raise UsageError(f"{str(path)!r} is no result file. Expected {', '.join(KINDS)}, or a folder with one.")
     kind = KINDS[path.name]
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{str(path)!r} is damaged: {error}. It may have been cut off while it was copied; copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{str(path)!r} holds no object. Expected what ovcalib wrote.")
+    content = read_json(path)
     expected = kind.model_fields["schema_version"].default
     if content.get("schema_version") != expected:
         raise UsageError(
-            f"{str(path)!r} has schema_version {content.get('schema_version')!r}, but this ovcalib reads {expected}. "
-            f"It was written by ovcalib {content.get('ovcalib', 'unknown')}: use that version, or make it again."
+            f"{str(path)!r} has schema_version {brief(content.get('schema_version'))}, but this ovcalib reads "
+            f"{expected}. It was written by ovcalib {excerpt(content.get('ovcalib', 'unknown'))}: use that version, or "
+            "make it again."
         )
     if kind is Result and isinstance(content.get("recipe"), dict):
         content["recipe"] = without_idle_fields(content["recipe"])
@@ -76,8 +139,8 @@ def read_record(path: Path) -> Record:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{str(path)!r} does not keep its schema at {where!r}: {first['msg']}.") from error
+        where = excerpt(".".join(map(str, first["loc"])))
+        raise UsageError(f"{str(path)!r} does not keep its schema at {where!r}: {excerpt(first['msg'])}.") from error
 
 
 def without_idle_fields(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -99,9 +162,9 @@ def refuse_other_machines(results: Sequence[Source]) -> None:
             environment = source.record.environment
             machines[f"{environment.cpu}, {environment.cpus} CPUs"] = source.path
     if len(machines) > 1:
-        shown = "; ".join(f"{path}: {name}" for name, path in machines.items())
+        excerpt = "; ".join(f"{path}: {name}" for name, path in machines.items())
         raise UsageError(
-            f"The results come from different machines, so their latencies cannot be compared ({shown}). "
+            f"The results come from different machines, so their latencies cannot be compared ({excerpt}). "
             "Measure again on one machine, or pass `latency=False` to compare the rest."
         )
 
@@ -118,17 +181,46 @@ def refuse_other_model(result: Result, other: Benchmark | Diagnosis, path: Path)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The fields of a recipe file; result.json is understood as well."""
-    import yaml
+    """The fields of a recipe file, YAML or JSON; result.json is understood as well.
 
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {str(path)!r} is not YAML: {str(error).splitlines()[0]}.") from error
+    raises   UsageError, also for aliases that stand for too much
+    """
+    content = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
         content = content["recipe"]
     if not isinstance(content, dict):
         raise UsageError(f"The recipe {str(path)!r} holds no fields. Expected lines such as `model: resnet20-cifar10`.")
     return without_idle_fields(content)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    name = f"The recipe {str(path)!r}"
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UsageError(f"{name} has {path.stat().st_size} bytes. Expected at most {MAX_YAML_BYTES}.")
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is None:
+            return None
+        if _expanded(node, {}) > MAX_YAML_VALUES:
+            raise UsageError(f"{name}: its aliases stand for more than {MAX_YAML_VALUES} values.")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror or excerpt(error)}.") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        # PyYAML raises unrelated types for scalars that are not what their tag says.
+        raise UsageError(f"{name} is not YAML: {excerpt(error)}.") from error
+    refuse_strange_data(content, name)
+    return content
+
+
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for when every alias is written out; infinite where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MAX_YAML_VALUES + 1  # for a node within itself
+        children = node.value if isinstance(node.value, list) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]

@@ -59,7 +59,7 @@ def by_stage(fields: Mapping[str, Any]) -> dict[str, Any]:
             groups.setdefault("model", {})["reference"] = value
         elif name in STAGES and isinstance(value, Mapping):
             groups.setdefault(name, {}).update(value)
-        elif name in STAGE_OF and not isinstance(groups.get(STAGE_OF[name]), STAGES[STAGE_OF[name]]):
+        elif name in STAGE_OF and isinstance(groups.get(STAGE_OF[name], {}), dict):
             groups.setdefault(STAGE_OF[name], {})[name] = value
         else:
             groups[name] = value

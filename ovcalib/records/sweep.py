@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
-from ovcalib.records.base import Frozen, checked
-from ovcalib.records.options import Shape, TextValues
+from ovcalib.records.base import MAX_WHOLE, Frozen, checked
+from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, Shape, TextValues
 from ovcalib.records.preprocessing import ChannelOrder
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
@@ -37,7 +37,7 @@ class SweepModel(SweepEntry):
     input_shape: Shape = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    short_side: int | None = Field(default=None, ge=0)
+    short_side: int | None = Field(default=None, ge=0, le=16384)
     channel_order: ChannelOrder | None = None
     trust_remote_code: bool = False
     command: str | None = None
@@ -57,7 +57,7 @@ class SweepSource(SweepEntry):
     calib: str
     name: str | None = None
     options: TextValues = Field(default={})
-    num_samples: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
 
     @property
     def label(self) -> str:
@@ -86,12 +86,12 @@ class SweepRecipe(Frozen):
     models: tuple[SweepModel, ...] = Field(min_length=1)
     sources: tuple[SweepSource, ...] = Field(min_length=1)
     modes: tuple[Literal["default", "accuracy-aware"], ...] = Field(default=("default",), min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_WHOLE)], ...] = Field(default=(0,), min_length=1)
     eval: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MAX_WHOLE)
     common: dict[str, Any] = Field(default={})
     devices: tuple[str, ...] | None = Field(default=None, min_length=1)
-    benchmark_time: float = Field(default=0.0, ge=0)
+    benchmark_time: float = Field(default=0.0, ge=0, le=MAX_SECONDS)
 
     @field_validator("modes", "seeds")
     @classmethod

@@ -17,8 +17,9 @@ import torch
 
 from ovcalib.errors import ModelError
 from ovcalib.gan import snapshot
-from ovcalib.gan.snapshot import RefusedError, generator_of, load_teacher, read_snapshot
+from ovcalib.gan.snapshot import generator_of, load_teacher, read_snapshot
 from ovcalib.gan.stylegan2 import Generator
+from ovcalib.models.pickles import RefusedError
 from tests.gan.snapshots import Call, Persistent, dumps, generator_kwargs, record, tiny_config
 
 FORBIDDEN = {
