@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from ovcalib.errors import printable
+
 # Work that is over sooner shows nothing.
 DELAY_S = 2.0
 PLAIN_EVERY_S = 10.0
@@ -67,6 +69,7 @@ class Terminal(Progress):
         self.status: object = None
 
     def say(self, line: str) -> None:
+        line = printable(line)
         print(line, file=sys.stderr, flush=True) if self.plain else self.console.print(line, markup=False)
 
     def _update(self, task: Task, done: int, note: str) -> None:
