@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ovcalib.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -72,6 +74,7 @@ class Terminal(Progress):
         self.bar: _StatusBar | _NotebookBar | None = None
 
     def say(self, line: str) -> None:
+        line = printable(line)
         print(line, file=sys.stderr, flush=True) if self.plain else self.console.print(line, markup=False)
 
     def _update(self, task: Task, done: int, note: str) -> None:

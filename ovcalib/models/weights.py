@@ -142,9 +142,7 @@ def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, n
                 "the weights of the float network, before it was quantized."
             )
         if given_value.is_floating_point() and given_value.isnan().any():
-            raise ModelError(
-                f"The weights of {source!r} hold NaN in {key}. Train the network again, or fetch it again."
-            )
+            raise ModelError(f"The weights of {source!r} are not finite: NaN in {key}. Train or fetch them again.")
     module.load_state_dict(state)
 
 

@@ -19,8 +19,9 @@ from ovcalib.records.diagnosis import Diagnosis
 from ovcalib.records.options import STEERING_FIELDS
 from ovcalib.records.result import Result
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 32
+MAX_JSON_VALUES = 1_000_000
 MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 20_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -70,18 +71,20 @@ def refuse_strange_data(content: Any, origin: str) -> None:
     raises   UsageError that names the place: keys that are no text, numbers that are not finite or of more than 64
              bits, text that no file can hold, and containers that are too deep
     """
-    stack: list[tuple[Any, tuple[int | str, ...]]] = [(content, ())]
+    values = 0
+    stack: list[tuple[Any, tuple[int | str, ...]]] = [({"": content}, ())]
     while stack:
-        value, place = stack.pop()
-        reason = _strange(value) or ("is nested too deep" if len(place) > MAX_JSON_DEPTH else None)
-        if reason is not None:
-            raise UsageError(f"{origin}: `{excerpt(path_of(place))}` {reason}. Expected plain data.")
-        if isinstance(value, dict):
-            stack.extend(
-                (entry, (*place, key if isinstance(key, str) else excerpt(key))) for key, entry in value.items()
-            )
-        elif isinstance(value, list):
-            stack.extend((entry, (*place, i)) for i, entry in enumerate(value))
+        container, place = stack.pop()
+        values += len(container)
+        if len(place) > MAX_JSON_DEPTH or values > MAX_JSON_VALUES:
+            raise UsageError(f"{origin}: `{excerpt(path_of(place))}` is nested too deep, or holds too much.")
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            reason = _strange(value)
+            if reason is not None:
+                where = excerpt(path_of(tuple(part for part in (*place, key) if part != "")))
+                raise UsageError(f"{origin}: `{where}` {reason}. Expected plain data.")
+            if isinstance(value, dict | list):
+                stack.append((value, (*place, key) if key != "" else place))
 
 
 def _strange(value: Any) -> str | None:

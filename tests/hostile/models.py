@@ -270,8 +270,6 @@ FACTORIES = {
     "eval raises": (HEAD + "class make(nn.Module):\n    def train(self, mode=True): raise RuntimeError('no')", "make"),
     "state_dict raises": (HEAD + "class make(nn.Module):\n    def state_dict(self, *a, **k): raise RuntimeError('no')\n    def forward(self, x): return x.mean((2, 3))", "make"),
     "parameters on meta": (HEAD + "def make():\n    with torch.device('meta'): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())", "make"),
-    "complex parameters": (HEAD + "class make(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.p = nn.Parameter(torch.zeros(3, dtype=torch.complex64))\n    def forward(self, x): return x.mean((2, 3))", "make"),
-    "lazy parameters": (HEAD + "def make(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))", "make"),
     "prints": (HEAD + "print('\x1b[31mhello')\ndef make():\n    print('x')\n    raise ValueError('y')", "make"),
 }  # fmt: skip
 
