@@ -15,7 +15,6 @@ class QuantizeKeywords(TypedDict, total=False):
     channel_order: Literal["RGB", "BGR"] | None
     trust_remote_code: bool
     dynamic_batch: bool
-    calib: str | None
     num_samples: int | None
     seed: int
     options: Mapping[str, object]
@@ -37,7 +36,6 @@ class QuantizeKeywords(TypedDict, total=False):
     validate_on: str | None
     max_time: float | None
     max_iterations: int | None
-    eval: str | None
     limit: int | None
     allow_overlap: bool
     download: bool

@@ -28,7 +28,7 @@ class Task:
 
 
 class Progress:
-    """The default shows nothing; `Terminal` does."""
+    """Shows nothing; `Terminal` does."""
 
     def say(self, line: str) -> None:
         """A line for the user."""
@@ -54,6 +54,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
+
+
+def usual_progress() -> Progress:
+    """Progress where somebody looks on: on a terminal or in a notebook; nothing elsewhere."""
+    shell = sys.modules.get("IPython")
+    kernel = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    return Terminal() if kernel or sys.stderr.isatty() else Progress()
 
 
 class Terminal(Progress):

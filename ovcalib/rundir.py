@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ovcalib.errors import UsageError
+from ovcalib.errors import Interrupted, UsageError
 
 # Written first into every output folder: what was asked for.
 REQUEST = "request.json"
+# The end of the hidden folder beside an output folder in which an interrupted run keeps its state.
+RESUME = ".resume"
 # A disk with less than this is full: a library keeps what it could write of its last block.
 NO_SPACE_BYTES = 1 << 20
 
@@ -34,6 +36,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
+
+
+def resume_folder(target: Path) -> Path:
+    """Where an interrupted run into an output folder keeps its state."""
+    return target.parent / f".{target.name}{RESUME}"
 
 
 class RunDir:
@@ -62,7 +69,7 @@ class RunDir:
                 )
         self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
         # Where a source keeps what it has made, so that an interrupted run goes on; gone when the run is done.
-        self.checkpoint = target.parent / f".{target.name}.checkpoint"
+        self.resume = resume_folder(target)
         # Parents that this run makes go with it if it fails.
         self.made = [parent for parent in target.parents if not parent.exists()]
         try:
@@ -81,6 +88,8 @@ class RunDir:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for parent in self.made:
                     parent.rmdir()
+        if isinstance(error, KeyboardInterrupt) and self.resume.is_dir():
+            raise Interrupted(f"the images so far are kept in {str(self.resume)!r}") from error
         if full:
             raise UsageError(
                 f"No space is left for the output folder {str(self.target)!r}. Free some, or use another disk."
@@ -101,7 +110,7 @@ class RunDir:
             shutil.rmtree(old)
         else:
             self.path.rename(self.target)
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        shutil.rmtree(self.resume, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -126,7 +135,7 @@ class Workspace:
             self.resume = None
         else:
             self.stack.enter_context(self.run)
-            self.path, self.resume = self.run.path, self.run.checkpoint
+            self.path, self.resume = self.run.path, self.run.resume
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:

@@ -42,7 +42,7 @@ from ovcalib.errors import ModelError
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically
 
-CHECKPOINT_EVERY_S = 20.0
+SAVE_EVERY_S = 20.0
 INPUT = "(input)"
 # Function systems of the fractals that images start from. Finding one takes as long as four pictures, and the pixels
 # change anyway.
@@ -360,14 +360,14 @@ class Run:
         self.statistics = SetStatistics(self.request.count)
         self.margins = self.noise_margins() if o.slack > 0 else None
         self.centres: dict[int, tuple[Tensor, int]] = {}
-        self.save_at = time.monotonic() + CHECKPOINT_EVERY_S
+        self.save_at = time.monotonic() + SAVE_EVERY_S
         self.made, self.ended_early = 0, False
 
     def all_steps(self) -> Tensor:
         """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
         o = self.options
         assert o.steps is not None
-        self.load_checkpoint()
+        self.load_state()
         self.made = o.steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
         try:
             if o.scope == "set":
@@ -377,7 +377,7 @@ class Run:
                     if number not in self.finished and not (number and self.out_of_time()):
                         self.steps_alone(number, o.steps)
         except KeyboardInterrupt:
-            self.save_checkpoint()
+            self.save_state()
             raise
         return torch.cat([self.finished[number] for number in sorted(self.finished)])
 
@@ -425,7 +425,7 @@ class Run:
             self.statistics.put(number, self.moments)
 
     def open(self, number: int) -> None:
-        if number in self.batches:  # from a checkpoint
+        if number in self.batches:  # taken up again
             return
         images = start(self.options, self.request, self.groups[number]).to(self.device)
         if self.device.type == "cpu":
@@ -471,7 +471,7 @@ class Run:
         self.check(value, batch.step)
         self.report(float(value.detach().mean()))
         if time.monotonic() > self.save_at:
-            self.save_checkpoint()
+            self.save_state()
 
     def check(self, loss: Tensor, step: int) -> None:
         if not torch.isfinite(loss).all():
@@ -606,7 +606,7 @@ class Run:
     # Interruptions
 
     def key(self) -> str:
-        """What a checkpoint must agree on to be continued."""
+        """What a state must agree on to be continued."""
         spec = self.request.spec
         parts = {
             "options": dataclasses.asdict(self.options),
@@ -618,9 +618,9 @@ class Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def file(self) -> Path | None:
-        return None if self.request.checkpoint is None else self.request.checkpoint / "inversion.pt"
+        return None if self.request.resume is None else self.request.resume / "inversion.pt"
 
-    def save_checkpoint(self) -> None:
+    def save_state(self) -> None:
         file = self.file()
         if file is None:
             return
@@ -637,9 +637,9 @@ class Run:
         write_atomically(file, lambda partial: torch.save(state, partial))
         now = time.monotonic()
         # Large sets take long to write: at most a twentieth of the time goes into it.
-        self.save_at = now + max(CHECKPOINT_EVERY_S, 20 * (now - began))
+        self.save_at = now + max(SAVE_EVERY_S, 20 * (now - began))
 
-    def load_checkpoint(self) -> None:
+    def load_state(self) -> None:
         file = self.file()
         if file is None or not file.is_file():
             return

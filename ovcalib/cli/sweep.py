@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ovcalib.cli.guard import INTERRUPTED, OUTCOME_CODES
 from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.errors import Interrupted, OvcalibError
 
 
 def sweep(given: dict[str, Any], common: Common) -> int:
@@ -29,8 +29,8 @@ def sweep(given: dict[str, Any], common: Common) -> int:
             resume=bool(given.get("resume")), progress=common.progress,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"interrupted; finished cells are kept in {target}, and the same sweep goes on there", file=sys.stderr)
-        return INTERRUPTED
+        more = () if common.output else ("-o", str(target))
+        raise Interrupted(f"finished cells are kept in {str(target)!r}", more) from None
     print(found.model_dump_json(indent=2) if common.as_json else (target / "report.md").read_text())
     if not common.as_json:
         print(f"wrote {target / 'report.html' if len(found.failed) < len(found.cells) else target / 'report.md'}")
@@ -39,7 +39,7 @@ def sweep(given: dict[str, Any], common: Common) -> int:
             f"error: {len(found.failed)} of {len(found.cells)} cells failed; the same sweep tries them again",
             file=sys.stderr,
         )
-        return OUTCOME_CODES["goal-missed"]
+        return max(cell.exit_code or OvcalibError.exit_code for cell in found.failed)
     return 0
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ovcalib.data.objects import refuse_reference
 from ovcalib.errors import DataError, UnknownNameError, UsageError, require
 from ovcalib.records.model import ModelSpec
 
@@ -91,14 +92,26 @@ class FolderData(ImageData):
         return len(self.files)
 
     def image(self, index: int) -> Image:
-        import PIL.Image
-
-        with PIL.Image.open(self.files[index]) as image:
-            image.load()
-            return image
+        return _decoded(self.files[index])
 
     def name(self, index: int) -> str:
         return str(self.files[index])
+
+
+def _decoded(file: Path) -> Image:
+    import PIL.Image
+
+    with PIL.Image.open(file) as image:
+        image.load()
+        return image
+
+
+def open_image(file: Path) -> Image:
+    """The image in a file. Raises DataError where there is none."""
+    try:
+        return _decoded(file)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{str(file)!r} is no image that can be decoded: {_first_line(error)}") from error
 
 
 class ArrayData(ImageData):
@@ -173,6 +186,7 @@ def open_data(reference: str, split: Split = "test", download: bool = False) -> 
     download    allow CIFAR-10 to be fetched when it is not there
     raises      UsageError for a malformed reference, DataError for data that is not there
     """
+    refuse_reference(reference)
     kind, _, rest = reference.partition(":")
     if kind == "imagefolder" and rest:
         return FolderData(reference, Path(rest))
@@ -264,6 +278,15 @@ def _first_line(error: BaseException) -> str:
 def imagenet_wnids() -> tuple[str, ...]:
     """The WordNet ids of the 1,000 ImageNet classes, in class order."""
     return tuple(importlib.resources.files(__package__).joinpath("imagenet_wnids.txt").read_text().split())
+
+
+def class_names(data: ImageData, spec: ModelSpec) -> tuple[str, ...] | None:
+    """Names of the model's classes, for people: its own, or those of ImageNet where the folders are WordNet ids."""
+    if spec.classes is not None or not data.class_names or not set(data.class_names) <= set(imagenet_wnids()):
+        return spec.classes
+    text = importlib.resources.files(__package__).joinpath("imagenet_classes.txt").read_text()
+    names = tuple(text.splitlines())
+    return {1000: names, 1001: ("background", *names)}.get(spec.num_classes or 0)
 
 
 def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:

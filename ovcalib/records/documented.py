@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[type[Frozen], ...]] = {
     "LoadKeywords": (ModelOptions,),
 }  # fmt: skip
 POSITIONAL = {
+    "QuantizeKeywords": {"calib", "eval"},
     "GenerateKeywords": {"calib", "num_samples", "dynamic_batch", "keep_images"},
     "EvaluateKeywords": {"data", "dynamic_batch"},
     # Finished files bring their weights.

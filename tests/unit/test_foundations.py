@@ -182,3 +182,20 @@ def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys):
         "training 911/1000, 4 min 27 s left",
         "training 921/1000, 3 min 57 s left",
     ]
+
+
+def test_progress_is_shown_where_somebody_looks_on(monkeypatch):
+    import sys
+    import types
+
+    from ovcalib.progress import Progress, Terminal, usual_progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert type(usual_progress()) is Progress
+    notebook = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    assert isinstance(usual_progress(), Terminal)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert type(usual_progress()) is Progress
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(usual_progress(), Terminal)
