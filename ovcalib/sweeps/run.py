@@ -154,7 +154,12 @@ class _Run:
         if error is None and not self.result(cell).is_file():
             error = f"The worker wrote where this machine does not look: {str(self.folder)!r} must be on a shared disk."
         done = self.states[cell.key].model_copy(
-            update={"state": "failed" if error else "done", "error": error, "seconds": answer["seconds"]}
+            update={
+                "state": "failed" if error else "done",
+                "error": error,
+                "exit_code": answer.get("exit_code", OvcalibError.exit_code) if error else None,
+                "seconds": answer["seconds"],
+            }
         )
         self.states[cell.key] = done
         count = sum(state.state != "pending" for state in self.states.values())
@@ -178,7 +183,7 @@ def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
         return future.result()
     except OvcalibError as error:
-        return {"seconds": None, "error": str(error)}
+        return {"seconds": None, "error": str(error), "exit_code": error.exit_code}
     except (Exception, CancelledError) as error:  # clusters have errors of their own
         return {"seconds": None, "error": f"The task was lost: {type(error).__name__}: {error}"}
 
