@@ -22,6 +22,7 @@ from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.classification import accuracy
 from ovcalib.evaluation.dataset import DataSet, ObjectSet, open_dataset
 from ovcalib.evaluation.outputs import collect
+from ovcalib.evaluation.proof import SHORTER
 from ovcalib.export.convert import export
 from ovcalib.graph.files import batch_one
 from ovcalib.keywords import (
@@ -250,7 +251,7 @@ def evaluate(
         graph = loaded.graph if loaded.graph is not None else export(loaded, Path(folder), progress).graph
         precision = None if asked.precision == "default" else asked.precision
         runner = OpenVINORunner(batch_one(graph, loaded.spec), asked.device, precision)
-    with progress.task(f"evaluating on {asked.device}", len(dataset)) as tick:
+    with progress.task(f"evaluating on {asked.device}", len(dataset), SHORTER) as tick:
         outputs = collect(runner, dataset.images().items, tick)
     assert outputs.labels is not None
     return Evaluated(

@@ -143,13 +143,13 @@ def quantize(
     began = time.monotonic()
     out_of_time = deadline(recipe.quantization.max_time)
     check_device(recipe.measurement.device)
-    require_installed(("nncf", "scipy"), "Quantization")
     with ExitStack() as stack:
         work = stack.enter_context(Workspace(output, overwrite, recipe.model_dump(mode="json")))
         log = stack.enter_context(work.log())
 
         # Everything that can be refused is refused before images are made.
         model = load_model(recipe.model, module, progress.say)
+        require_installed(("nncf", "scipy"), "Quantization")
         fallback: tuple[str, ...] = ()
         if calibration is None:
             options, fallback = resolve_calibration(recipe.calibration, model, progress)

@@ -369,6 +369,8 @@ class Run:
         assert o.steps is not None
         self.load_state()
         self.made = o.steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
+        if self.made:
+            self.request.tick(self.request.count * self.made / (len(self.groups) * o.steps), "taken up again")
         try:
             if o.scope == "set":
                 self.joint_steps(o.steps)
@@ -485,7 +487,7 @@ class Run:
         assert self.options.steps is not None
         self.made += 1
         total = len(self.groups) * self.options.steps
-        self.request.tick(self.request.count * self.made // total, f"loss {loss:.4g}")
+        self.request.tick(self.request.count * self.made / total, f"loss {loss:.4g}")
 
     def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """What the network sees of the images at a step."""

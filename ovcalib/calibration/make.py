@@ -21,6 +21,8 @@ from ovcalib.progress import Progress
 from ovcalib.records.calibration import Provenance, SetScore
 from ovcalib.records.options import CalibrationOptions
 
+SHORTER = "fewer images (`num_samples`), or fewer optimisation steps (-O steps=N, -O budget=quick)."
+
 
 def resolve_calibration(
     options: CalibrationOptions, model: Model, progress: Progress
@@ -83,7 +85,7 @@ def make_set(
     """
     assert options.calib is not None
     assert options.num_samples is not None
-    with progress.task(f"making {options.calib} images", options.num_samples) as tick:
+    with progress.task(f"making {options.calib} images", options.num_samples, SHORTER) as tick:
         calibration = generate(
             options.calib,
             Request(

@@ -46,7 +46,7 @@ class Request:
     spec: ModelSpec
     module: nn.Module | None = None
     argument: str = ""
-    tick: Callable[[int, str], None] = lambda done, note: None
+    tick: Callable[[float, str], None] = lambda done, note: None
     resume: Path | None = None
     download: bool = False
     out_of_time: Callable[[], bool] = lambda: False

@@ -103,7 +103,7 @@ def add_command(
             output=None if own_output else values.pop("output", None),
             overwrite=bool(values.pop("overwrite", False)),
             as_json=bool(values.pop("as_json", False)),
-            progress=Terminal(),
+            progress=Terminal(lambda text: in_flags(text, flags)),
         )
         values.pop("debug")
         given = {key: value for key, value in values.items() if value is not None and value != ()}

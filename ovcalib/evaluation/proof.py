@@ -16,6 +16,7 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.result import Accuracy, Agreement, Kernels
 from ovcalib.runtime import OpenVINORunner
 
+SHORTER = "evaluate on a part of the images (`limit`)."
 # Below this agreement with FP32 the INT8 model is another model.
 COLLAPSED_AGREEMENT = 0.8
 
@@ -32,7 +33,7 @@ class Proof:
 
 def reference_outputs(fp32: ov.Model, images: Images, progress: Progress) -> Outputs:
     """The outputs of the FP32 model (batch 1). Raises DataError where an image is in the calibration set too."""
-    with progress.task("evaluating FP32", images.count) as tick:
+    with progress.task("evaluating FP32", images.count, SHORTER) as tick:
         return collect(OpenVINORunner(fp32), images.items, tick)
 
 
@@ -50,7 +51,7 @@ def prove(
     evaluation   the data set that the images are of; None for calibration images, which say nothing of accuracy
     kernels      on which INT8 runs, or is emulated
     """
-    with progress.task("evaluating INT8", images.count) as tick:
+    with progress.task("evaluating INT8", images.count, SHORTER) as tick:
         outputs = collect(runner_for(int8, kernels), images.items, tick)
     if outputs.digest != reference.digest:
         raise DataError(

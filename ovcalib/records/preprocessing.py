@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from ovcalib.records.options import ChannelOrder
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,9 +24,6 @@ IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 USUAL_CROP = 0.875
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-
-
-ChannelOrder = Literal["RGB", "BGR"]
 
 
 @functools.cache

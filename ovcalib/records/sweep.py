@@ -10,8 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
 from ovcalib.records.base import Frozen, checked
-from ovcalib.records.options import shape
-from ovcalib.records.preprocessing import ChannelOrder
+from ovcalib.records.options import ChannelOrder, shape
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 

@@ -73,6 +73,9 @@ def run_sweep(
     return sweep
 
 
+SHORTER = "fewer cells, `limit`, or more `jobs`; stop at any time, what is done is kept."
+
+
 class _Run:
     """The loop over tasks: a calibration set, then the cells that it is for."""
 
@@ -114,7 +117,7 @@ class _Run:
         ready: deque[Cell | str] = deque(waiting)  # a set by its key
         running: dict[Future[dict[str, Any]], Cell | str] = {}
         total, done = len(waiting) + left, 0
-        with self.progress.task("sweep: sets and cells", total) as tick:
+        with self.progress.task("sweep: sets and cells", total, SHORTER) as tick:
             while ready or running:
                 while ready and len(running) < self.engine.slots():
                     work = ready.popleft()

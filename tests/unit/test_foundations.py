@@ -184,6 +184,26 @@ def test_the_time_left_counts_from_where_work_was_taken_up(monkeypatch, capsys):
     ]
 
 
+def test_the_time_left_is_honest_from_the_first_report(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    terminal = progress.Terminal(lambda text: text.replace("`limit`", "--limit"))
+    with terminal.task("evaluating", 100, "a part (`limit`).") as tick:
+        now[0] = 20.0  # the first of a hundred took that long
+        tick(1)
+        now[0] = 40.0
+        tick(2.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating takes about 33 min 20 s. Shorter: a part (--limit).",
+        "evaluating 1/100, 33 min 00 s left",
+        "evaluating 2/100, 26 min 00 s left",
+    ]
+    with terminal.task("evaluating", 10, "a part (`limit`).") as tick:
+        now[0] += 20.0
+        tick(1)
+    assert "Shorter" not in capsys.readouterr().err  # three minutes are not long
+
+
 def test_progress_is_shown_where_somebody_looks_on(monkeypatch):
     import sys
     import types
