@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.cli.tables import print_table
 from ovcalib.errors import Interrupted, OvcalibError
 
 
@@ -22,6 +24,8 @@ def sweep(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
 
     file = given["recipe"]
+    if given.get("dry_run"):
+        return show_cells(file, common)
     target = common.target(f"sweep-{file.stem}")
     try:
         found = api.sweep(
@@ -43,6 +47,20 @@ def sweep(given: dict[str, Any], common: Common) -> int:
     return 0
 
 
+def show_cells(file: Path, common: Common) -> int:
+    """The cells that a recipe makes, and how many calibration sets they need, without any work."""
+    from ovcalib.sweeps.plan import plan, read_sweep_recipe
+
+    cells = plan(read_sweep_recipe(file))
+    rows = [{"model": c.model, "source": c.source, "mode": c.mode, "seed": str(c.seed), "folder": c.key} for c in cells]
+    if common.as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print_table(rows)
+    print(f"\n{len(cells)} cells, {len({cell.set_key for cell in cells})} calibration sets")
+    return 0
+
+
 def add_to(app: click.Group) -> None:
     add_command(
         app,
@@ -59,6 +77,12 @@ def add_to(app: click.Group) -> None:
                 ["--engine"],
                 metavar="local|dask:ADDRESS",
                 help="Processes here, or workers of a cluster.  [default: local]",
+            ),
+            Option(
+                ["--dry-run"],
+                is_flag=True,
+                default=None,
+                help="Show the cells, and stop.",
             ),
             Option(
                 ["--resume"],

@@ -1,10 +1,14 @@
 """What a user wrote, and what was meant."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
+from click.testing import CliRunner
 
 from ovcalib.calibration.sources import open_source
+from ovcalib.cli.app import app
 from ovcalib.data.sets import class_names, imagenet_wnids, open_data
 from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.dataset import open_dataset, refuse_same_images
@@ -80,6 +84,20 @@ def test_classes_of_imagenet_have_names_where_folders_are_wordnet_ids(tmp_path):
     assert class_names(data, spec(num_classes=1001))[:2] == ("background", "tench")
     assert class_names(data, spec())[0] == "red"  # the model's own
     assert class_names(data, spec(num_classes=12)) is None
+
+
+def test_a_sweep_shows_its_cells_and_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(
+        "models: [resnet20-cifar10]\nsources: [noise, fractal]\nmodes: [default, accuracy-aware]\n"
+    )
+    found = CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run"])
+    assert found.exit_code == 0, found.stderr
+    assert "4 cells, 2 calibration sets" in found.stdout
+    assert found.stdout.count("resnet20-cifar10") == 4
+    cells = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    assert [(cell["source"], cell["mode"]) for cell in cells][:2] == [("noise", "default"), ("noise", "accuracy-aware")]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
 
 
 def test_the_images_of_a_sweep_may_stand_under_common():
