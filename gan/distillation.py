@@ -304,7 +304,9 @@ def distil(
     path = folder / "distylegan.safetensors"
     saved = clock.seconds
     sums: dict[str, list[float]] = {}
-    with progress.task("distilling", training.total) as tick:
+    with progress.task("distilling", training.total, "a smaller `preset`, or fewer `epochs`.") as tick:
+        if earlier is not None:
+            tick(training.steps)
         while training.steps < training.total:
             for name, value in training.step().items():
                 sums.setdefault(name, []).append(value)

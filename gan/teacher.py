@@ -372,7 +372,9 @@ def train_teacher(
         report_steps, score_steps = (max(1, round(k * 1000 / recipe.batch)) for k in (report_every, score_every))
         saved = clock.seconds
         sums: dict[str, list[float]] = {}
-        with progress.task("training the teacher", total) as tick:
+        with progress.task("training the teacher", total, "a smaller `preset`, or fewer `kimg`.") as tick:
+            if earlier is not None:
+                tick(training.steps)
             while training.steps < total:
                 for name, value in training.step().items():
                     sums.setdefault(name, []).append(value)

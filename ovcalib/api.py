@@ -11,16 +11,18 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 from ovcalib.calibration import SOURCES
 from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import usage
+from ovcalib.data.objects import reference_of
 from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.classification import accuracy
-from ovcalib.evaluation.dataset import open_dataset
+from ovcalib.evaluation.dataset import DataSet, ObjectSet, open_dataset
 from ovcalib.evaluation.outputs import collect
+from ovcalib.evaluation.proof import SHORTER
 from ovcalib.export.convert import export
 from ovcalib.graph.files import batch_one
 from ovcalib.keywords import (
@@ -37,7 +39,7 @@ from ovcalib.models.load import Model, list_models
 from ovcalib.models.load import load_model as _load_model
 from ovcalib.pipeline import QuantizationResult
 from ovcalib.pipeline import quantize as _quantize
-from ovcalib.progress import Progress
+from ovcalib.progress import Progress, usual_progress
 from ovcalib.records.base import checked
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.diagnosis import Diagnosis
@@ -79,11 +81,24 @@ __all__ = [
 Folder = str | Path
 
 
+# An array, a torch Dataset or DataLoader, or a list of images; labels go in as (images, labels). What it must hold is
+# in ovcalib.data.objects.
+class Indexed(Protocol):
+    """A map-style data set, such as torch's."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+Images = Sequence[Any] | Iterable[Any] | Indexed
+
+
 @documented(QuantizeKeywords)
 def quantize(
     model: str | nn.Module,
     output: Folder | None = None,
     *,
+    calib: str | CalibrationSet | Images | None = None,
+    eval: str | Images | None = None,  # noqa: A002 (as the recipe calls it)
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Unpack[QuantizeKeywords],
@@ -93,13 +108,24 @@ def quantize(
     model       a reference (`resnet20-cifar10`, `torchvision:NAME`, `FILE.onnx`, `package.module:factory`, ...) or a
                 torch module, which stays as it is
     output      folder, written when all is done; None writes nothing
+    calib       a calibration source (`ovcalib.sources()`); or the images: a calibration set, an array, a torch Dataset
+                or DataLoader, see ovcalib.data.objects. None: bn-inversion, or fractal without BatchNorm
+    eval        images that the result is measured on: imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE;
+                or the images, with their labels. None: agreement on calibration images
     overwrite   replace an earlier result in that folder
-    progress    `ovcalib.progress.Terminal()` shows bars, also in a notebook; None shows nothing
+    progress    None shows bars on a terminal and in a notebook; `ovcalib.Progress()` shows nothing
     returns     the record (`result.json`), both OpenVINO graphs and the calibration set
     """
     reference, module = _reference(model)
+    made = calib.provenance.source if isinstance(calib, CalibrationSet) else _named(calib)
     return run_recipe(
-        make_recipe(model=reference, **options), output, module=module, overwrite=overwrite, progress=progress
+        make_recipe(model=reference, calib=made, eval=_named(eval), **options),
+        output,
+        module=module,
+        calibration=None if isinstance(calib, str) else calib,
+        evaluation=None if isinstance(eval, str) else eval,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 
@@ -108,17 +134,25 @@ def run_recipe(
     output: Folder | None = None,
     *,
     module: nn.Module | None = None,
-    calibration: CalibrationSet | None = None,
+    calibration: CalibrationSet | Images | None = None,
+    evaluation: Images | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationResult:
     """Run a recipe, as `quantize` does.
 
     module        the torch module itself, instead of the one that the recipe's reference names
-    calibration   the set itself, where it was made before from the recipe's calibration options
+    calibration   the set itself, where it was made before from the recipe's calibration options, or its images
+    evaluation    the evaluation images, instead of those that the recipe names
     """
     return _quantize(
-        recipe, _path(output), module=module, calibration=calibration, overwrite=overwrite, progress=progress
+        recipe,
+        _path(output),
+        module=module,
+        calibration=calibration,
+        evaluation=evaluation,
+        overwrite=overwrite,
+        progress=progress or usual_progress(),
     )
 
 
@@ -141,7 +175,7 @@ def generate(
               nothing
     returns   the set; its `provenance` says how it was made, and holds the score
     """
-    progress = progress or Progress()
+    progress = progress or usual_progress()
     reference, module = _reference(model)
     about, rest = _model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
@@ -177,7 +211,7 @@ def convert(
     output    folder for model.onnx, model.xml and model.bin
     returns   the largest differences between torch, ONNX and IR
     """
-    progress = progress or Progress()
+    progress = progress or usual_progress()
     reference, module = _reference(model)
     about, rest = _model_options(reference, options)
     to = checked(ConvertOptions, rest).to
@@ -197,28 +231,35 @@ def convert(
 @documented(EvaluateKeywords)
 def evaluate(
     model: str | nn.Module,
-    data: str,
+    data: str | Images,
     *,
     progress: Progress | None = None,
     **options: Unpack[EvaluateKeywords],
 ) -> Evaluated:
     """Accuracy of a model on labelled images, on a device.
 
-    data   imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE
+    data   imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE; or the images with their labels, as `eval`
+           of `quantize`
     """
-    progress = progress or Progress()
+    progress = progress or usual_progress()
     reference, module = _reference(model)
     about, rest = _model_options(reference, options)
-    asked = checked(EvaluateOptions, {"data": data, **rest})
+    asked = checked(EvaluateOptions, {"data": _named(data), **rest})
     loaded = _load_model(about, module, progress.say)
-    dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
+    dataset: DataSet | ObjectSet
+    if isinstance(data, str):
+        dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
+    else:
+        dataset = ObjectSet(data, loaded.spec, asked.limit)
     if dataset.labels is None:
-        raise DataError(f"{data!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure.")
+        raise DataError(
+            f"{dataset.reference!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure."
+        )
     with tempfile.TemporaryDirectory() as folder:
         graph = loaded.graph if loaded.graph is not None else export(loaded, Path(folder), progress).graph
         precision = None if asked.precision == "default" else asked.precision
         runner = OpenVINORunner(batch_one(graph, loaded.spec), asked.device, precision)
-    with progress.task(f"evaluating on {asked.device}", len(dataset)) as tick:
+    with progress.task(f"evaluating on {asked.device}", len(dataset), SHORTER) as tick:
         outputs = collect(runner, dataset.images().items, tick)
     assert outputs.labels is not None
     return Evaluated(
@@ -251,7 +292,7 @@ def benchmark(
     from ovcalib.reports.benchmark import write_benchmark_report
     from ovcalib.rundir import write_json
 
-    progress = progress or Progress()
+    progress = progress or usual_progress()
     paths = _paths(models)
     about, rest = _model_options("", options)
     asked = checked(BenchmarkOptions, rest)
@@ -291,7 +332,7 @@ def diagnose(
     asked = checked(DiagnosisOptions, rest)
     request = {"model": about.model_dump(mode="json"), "int8": str(int8), **asked.model_dump(mode="json")}
     with RunDir(_path(output), overwrite, request) as work:
-        found = compare(about, str(int8), asked, progress or Progress())
+        found = compare(about, str(int8), asked, progress or usual_progress())
         if output is not None:
             write_json(work.path / "diagnosis.json", found.model_dump(mode="json"))
             write_diagnosis_report(found, work.path)
@@ -340,7 +381,9 @@ def sweep(
     from ovcalib.sweeps.run import run_sweep
 
     content = recipe if isinstance(recipe, SweepRecipe) else read_sweep_recipe(Path(recipe))
-    return run_sweep(content, Path(output), jobs=jobs, engine=engine, resume=resume, progress=progress)
+    return run_sweep(
+        content, Path(output), jobs=jobs, engine=engine, resume=resume, progress=progress or usual_progress()
+    )
 
 
 @documented(LoadKeywords)
@@ -380,6 +423,11 @@ def _model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str
     own = {name: value for name, value in options.items() if name in ModelOptions.model_fields}
     rest = {name: value for name, value in options.items() if name not in own}
     return checked(ModelOptions, {"reference": reference, **own}), rest
+
+
+def _named(images: Any) -> str | None:
+    """How a recipe names images: by their reference, or as an object that it cannot hold."""
+    return images if images is None or isinstance(images, str) else reference_of(images)
 
 
 def _path(folder: Folder | None) -> Path | None:

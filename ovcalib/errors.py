@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 # No message is longer, whatever it quotes.
@@ -68,6 +69,18 @@ class OvcalibError(Exception):
         super().__init__(printable(message))
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after which something is kept.
+
+    kept     what, and where
+    more     options that the same command needs to go on from there
+    """
+
+    def __init__(self, kept: str, more: Sequence[str] = ()) -> None:
+        self.kept, self.more = kept, more
+        super().__init__(kept)
+
+
 class UsageError(OvcalibError):
     exit_code = 2
 
@@ -113,6 +126,29 @@ class MissingDependencyError(UsageError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'ovcalib[{extra}]'"
         )
+
+
+# The extra that brings each optional package.
+EXTRAS = {
+    **dict.fromkeys(
+        ("datumaro", "nncf", "onnx", "onnxscript", "safetensors", "scipy", "torch", "torchvision"), "quantize"
+    ),
+    "timm": "timm",
+    "onnxruntime": "parity",
+    **dict.fromkeys(("sklearn", "torch_fidelity"), "gan"),
+    **dict.fromkeys(("dask", "distributed"), "dask"),
+}
+
+
+def require_installed(packages: Iterable[str], purpose: str) -> None:
+    """Raise MissingDependencyError for the first optional package that is not installed, without importing any."""
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package)
+        except ImportError:
+            found = None
+        if found is None:
+            raise MissingDependencyError(package, EXTRAS[package], purpose)
 
 
 def require(package: str, extra: str, purpose: str) -> ModuleType:

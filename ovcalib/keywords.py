@@ -21,7 +21,6 @@ class LoadKeywords(InputKeywords, total=False):
 
 class QuantizeKeywords(LoadKeywords, total=False):
     dynamic_batch: bool
-    calib: str | None
     num_samples: int | None
     seed: int
     options: Mapping[str, object]
@@ -43,7 +42,6 @@ class QuantizeKeywords(LoadKeywords, total=False):
     validate_on: str | None
     max_time: float | None
     max_iterations: int | None
-    eval: str | None
     limit: int | None
     allow_overlap: bool
     download: bool

@@ -6,19 +6,32 @@ import datetime
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import openvino as ov
 
 from ovcalib import __version__
-from ovcalib.calibration.make import make_set, resolve_calibration
+from ovcalib.calibration.make import make_set, resolve_calibration, set_of_object
 from ovcalib.calibration.sets import CalibrationSet
-from ovcalib.evaluation.dataset import Images, calibration_images, open_evaluation, open_validation, proof_images
+from ovcalib.data.objects import ObjectImages
+from ovcalib.data.sets import open_image
+from ovcalib.errors import UsageError, require_installed
+from ovcalib.evaluation.dataset import (
+    Images,
+    calibration_images,
+    open_evaluation,
+    open_validation,
+    proof_images,
+    refuse_same_images,
+)
+from ovcalib.evaluation.metrics import probabilities
 from ovcalib.evaluation.proof import prove, reference_outputs
 from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import export
-from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, write_ir
+from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, stored_spec, write_ir
 from ovcalib.kernels import proof_kernels
 from ovcalib.measurement.benchmark import measure_pair
 from ovcalib.measurement.environment import environment
@@ -27,6 +40,7 @@ from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import deadline
 from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.quantization.settings import resolve_settings
+from ovcalib.records.model import ModelSpec
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
 from ovcalib.reports.result import write_result_report
@@ -40,6 +54,14 @@ STEERED_BY_EVALUATION = (
     "The evaluation images also steered the accuracy-aware algorithm, so the accuracy is flattered; name others with "
     "`validate_on`."
 )
+
+
+class Prediction(NamedTuple):
+    """A class by its index, its name where it is known, and its probability."""
+
+    label: int
+    name: str | None
+    probability: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +79,32 @@ class QuantizationResult:
     fp32: ov.Model
     calibration: CalibrationSet
     folder: Path | None
+
+    def predict(self, image: Any, top: int = 5) -> tuple[Prediction, ...]:
+        """The classes that INT8 names for an image, most likely first.
+
+        image    a file, a PIL image, uint8 pixels [H, W, C] or [C, H, W] in RGB of any size, or a network input, float
+                 [C, H, W]
+        top      how many classes
+        raises   DataError for what is no image; UsageError for a model without class logits: run `int8` itself
+        """
+        spec = self._spec
+        if spec is None or spec.num_classes is None:
+            raise UsageError(f"{self.record.model.name} has no class logits to predict from. Run `int8` with OpenVINO.")
+        if isinstance(image, str | Path):
+            image = open_image(Path(image))
+        (found,) = ObjectImages([image], spec).read()
+        scores = probabilities(np.stack(list(self._runner.run([found.input[None]]))))[0]
+        best = np.argsort(-scores, kind="stable")[:top]
+        return tuple(Prediction(int(i), spec.classes[i] if spec.classes else None, float(scores[i])) for i in best)
+
+    @cached_property
+    def _spec(self) -> ModelSpec | None:
+        return stored_spec(self.int8)
+
+    @cached_property
+    def _runner(self) -> OpenVINORunner:
+        return OpenVINORunner(self.int8)
 
     def __repr__(self) -> str:
         from ovcalib.reports.markdown import summary
@@ -77,7 +125,8 @@ def quantize(
     output: Path | None = None,
     *,
     module: nn.Module | None = None,
-    calibration: CalibrationSet | None = None,
+    calibration: CalibrationSet | Any = None,
+    evaluation: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationResult:
@@ -85,7 +134,9 @@ def quantize(
 
     output        a folder that appears whole when all is done; None keeps nothing but the returned value
     module        the torch module itself, instead of the one that the recipe's reference names
-    calibration   the set itself, where it was made before by the recipe's source, options, count and seed
+    calibration   the set itself, where it was made before by the recipe's source, options, count and seed; or a Python
+                  object that holds the images, see ovcalib.data.objects
+    evaluation    a Python object that holds the evaluation images
     raises        OvcalibError
     """
     progress = progress or Progress()
@@ -98,10 +149,19 @@ def quantize(
 
         # Everything that can be refused is refused before images are made.
         model = load_model(recipe.model, module, progress.say)
-        options, fallback = resolve_calibration(recipe.calibration, model, progress)
+        require_installed(("nncf", "scipy"), "Quantization")
+        fallback: tuple[str, ...] = ()
+        if calibration is None:
+            options, fallback = resolve_calibration(recipe.calibration, model, progress)
+        else:
+            if not isinstance(calibration, CalibrationSet):
+                calibration = set_of_object(calibration, recipe.calibration, model)
+            calibration.refuse_other_shape(model.spec)
+            options = recipe.calibration.model_copy(update={"num_samples": len(calibration)})
         recipe = recipe.model_copy(update={"calibration": options})
-        evaluation = open_evaluation(recipe.evaluation, model.spec)
-        validation = open_validation(recipe.quantization, recipe.evaluation, evaluation, model.spec)
+        proven_on = open_evaluation(recipe.evaluation, model.spec, evaluation)
+        refuse_same_images(options.calib, proven_on, recipe.evaluation)
+        validation = open_validation(recipe.quantization, recipe.evaluation, proven_on, model.spec)
         exported = export(model, work.path / "fp32", progress, recipe.model.dynamic_batch)
         settings = resolve_settings(recipe.quantization, exported.graph)
 
@@ -113,11 +173,11 @@ def quantize(
         calibration.save(work.path, options.keep_images, options.preview)
         warnings = [*model.warnings, *fallback, *calibration.provenance.warnings]
 
-        images = proof_images(evaluation, calibration, recipe.evaluation.allow_overlap)
+        images = proof_images(proven_on, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)
         fault = None
-        if evaluation is not None:
-            fault = fp32_fault(OpenVINORunner(exported.graph), evaluation, reference, progress)
+        if proven_on is not None:
+            fault = fp32_fault(OpenVINORunner(exported.graph), proven_on, reference, progress)
         elif validation is not None:
             steered = reference_outputs(exported.graph, validation.images(), progress)
             fault = fp32_fault(OpenVINORunner(exported.graph), validation, steered, progress)
@@ -127,7 +187,7 @@ def quantize(
         steering: Images | None = None
         if recipe.quantization.mode == "accuracy-aware":
             steering = validation.images() if validation is not None else calibration_images(calibration)
-            if validation is not None and validation is evaluation:
+            if validation is not None and validation is proven_on:
                 warnings.append(STEERED_BY_EVALUATION)
         quantized = quantize_graph(
             recipe.quantization, settings, exported.graph, calibration, steering, model.spec.num_classes is not None,
@@ -144,7 +204,7 @@ def quantize(
         # What is measured from here on is the file, not the graph that it was written from.
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
         kernels = proof_kernels(recipe.quantization.deploy_isa)
-        proof = prove(reference, int8, images, evaluation, model.spec, kernels, progress)
+        proof = prove(reference, int8, images, proven_on, model.spec, kernels, progress)
         latency, latency_reason = measure_pair(recipe.measurement, work.path, progress)
 
         record = Result(

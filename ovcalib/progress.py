@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,37 +18,54 @@ if TYPE_CHECKING:
 DELAY_S = 2.0
 PLAIN_EVERY_S = 10.0
 BAR_WIDTH = 24
+# Work that takes longer says how to make it shorter.
+LONG_S = 300.0
 
 
 class Task:
     """One piece of work of `total` steps."""
 
-    def __init__(self, owner: Progress, name: str, total: int) -> None:
-        self.owner, self.name, self.total = owner, name, total
+    def __init__(self, owner: Progress, name: str, total: int, shorter: str = "") -> None:
+        self.owner, self.name, self.total, self.shorter = owner, name, total, shorter
         self.began = self.printed = time.monotonic()
-        # Time and steps of the first report: resumed work starts with some steps done.
-        self.first: tuple[float, int] | None = None
+        # From when and which step the time left is reckoned.
+        self.start: tuple[float, float] | None = None
 
-    def __call__(self, done: int, note: str = "") -> None:
-        """Report `done` steps, and a note."""
+    def __call__(self, done: float, note: str = "") -> None:
+        """Report `done` steps, and a word on how it goes.
+
+        Work that is taken up again reports the steps behind it before it makes another.
+        """
         self.owner._update(self, done, note)
+
+    def left(self, now: float, done: float) -> float | None:
+        """Seconds to the end; None where nothing has been done yet."""
+        if self.start is None:
+            at_once = now - self.began < DELAY_S
+            self.start = (now, done) if at_once else (self.began, 0.0)
+        began, before = self.start
+        return (now - began) * (self.total - done) / (done - before) if done > before else None
 
 
 class Progress:
-    """The default shows nothing; `Terminal` does."""
+    """Shows nothing; `Terminal` does."""
 
     def say(self, line: str) -> None:
         """A line for the user."""
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Task]:
-        task = Task(self, name, total)
+    def task(self, name: str, total: int, shorter: str = "") -> Iterator[Task]:
+        """A piece of work.
+
+        shorter   how to make it shorter, said once where it takes longer than LONG_S
+        """
+        task = Task(self, name, total, shorter)
         try:
             yield task
         finally:
             self._end(task)
 
-    def _update(self, task: Task, done: int, note: str) -> None:
+    def _update(self, task: Task, done: float, note: str) -> None:
         pass
 
     def _end(self, task: Task) -> None:
@@ -63,29 +80,44 @@ class Progress:
         pass
 
 
-class Terminal(Progress):
-    """Bars where stderr is a terminal and in a notebook, else a line every ten seconds."""
+def usual_progress() -> Progress:
+    """Progress where somebody looks on: on a terminal or in a notebook; nothing elsewhere."""
+    shell = sys.modules.get("IPython")
+    kernel = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    return Terminal() if kernel or sys.stderr.isatty() else Progress()
 
-    def __init__(self) -> None:
+
+class Terminal(Progress):
+    """Bars where stderr is a terminal and in a notebook, else a line every ten seconds.
+
+    words   turns arguments in backquotes into what the user calls them
+    """
+
+    def __init__(self, words: Callable[[str], str] = lambda text: text) -> None:
         from rich.console import Console
+
+        self.words = words
 
         self.console = Console(stderr=True, highlight=False)
         self.plain = not self.console.is_terminal and not self.console.is_jupyter
         self.bar: _StatusBar | _NotebookBar | None = None
 
     def say(self, line: str) -> None:
-        line = printable(line)
+        line = printable(self.words(line))
         print(line, file=sys.stderr, flush=True) if self.plain else self.console.print(line, markup=False)
 
-    def _update(self, task: Task, done: int, note: str) -> None:
+    def _update(self, task: Task, done: float, note: str) -> None:
         now = time.monotonic()
-        began, before = task.first = task.first or (now, done)
+        left = task.left(now, done)
         if now - task.began < DELAY_S or now - task.printed < (PLAIN_EVERY_S if self.plain else 0.1):
             return
         task.printed = now
-        text = f"{task.name} {done}/{task.total}{f', {note}' if note else ''}"
-        if done > before:
-            text += f", {_duration((now - began) * (task.total - done) / (done - before))} left"
+        text = f"{task.name} {int(done)}/{task.total}{f', {note}' if note else ''}"
+        if left is not None:
+            text += f", {_duration(left)} left"
+            if task.shorter and now - task.began + left > LONG_S:
+                self.say(f"{task.name} takes about {_duration(now - task.began + left)}. Shorter: {task.shorter}")
+                task.shorter = ""
         if self.plain:
             print(text, file=sys.stderr, flush=True)
             return

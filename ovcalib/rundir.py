@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ovcalib.errors import OvcalibError, UsageError, excerpt
+from ovcalib.errors import Interrupted, OvcalibError, UsageError, excerpt
 
 # Written first into every output folder: what was asked for.
 REQUEST = "request.json"
+# The end of the hidden folder beside an output folder in which an interrupted run keeps its state.
+RESUME = ".resume"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A disk with less than this is full: a library keeps what it could write of its last block.
 NO_SPACE_BYTES = 1 << 20
@@ -59,6 +61,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
 
+def resume_folder(target: Path) -> Path:
+    """Where an interrupted run into an output folder keeps its state."""
+    return target.parent / f".{target.name}{RESUME}"
+
+
 class RunDir:
     """The folder of a run: a hidden sibling of `target`, which `finish` moves into place; temporary where that is None.
 
@@ -82,7 +89,7 @@ class RunDir:
             if target.is_dir() and any(target.iterdir()):
                 self._refuse_to_replace(target)
             self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-            self.resume = target.parent / f".{target.name}.checkpoint"
+            self.resume = resume_folder(target)
             # Parents that this run makes go with it if it fails.
             self.made = [parent for parent in target.parents if not parent.exists()]
             self.path.mkdir(parents=True)
@@ -116,6 +123,8 @@ class RunDir:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for parent in self.made:
                     parent.rmdir()
+        if isinstance(error, KeyboardInterrupt) and self.resume is not None and self.resume.is_dir():
+            raise Interrupted(f"the images so far are kept in {str(self.resume)!r}") from error
         if full:
             place = "temporary files" if self.target is None else f"the output folder {str(self.target)!r}"
             raise UsageError(f"No space is left for {place}. Free some, or use another disk.") from error
@@ -212,7 +221,7 @@ class Leftover:
     resumable: bool
 
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{8}\.(?:partial|old)|\d+\.partial|(?P<resumable>checkpoint))")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{8}\.(?:partial|old)|\d+\.partial|(?P<resumable>resume))")
 
 
 def leftovers(folders: Iterable[Path]) -> list[Leftover]:

@@ -42,7 +42,7 @@ from ovcalib.models.pickles import read_torch
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.rundir import write_atomically
 
-CHECKPOINT_EVERY_S = 20.0
+SAVE_EVERY_S = 20.0
 INPUT = "(input)"
 # Function systems of the fractals that images start from: few, because finding one takes as long as four images.
 SYSTEMS = 32
@@ -359,15 +359,17 @@ class Run:
         self.statistics = SetStatistics(self.request.count)
         self.margins = self.noise_margins() if o.slack > 0 else None
         self.centres: dict[int, tuple[Tensor, int]] = {}
-        self.save_at = time.monotonic() + CHECKPOINT_EVERY_S
+        self.save_at = time.monotonic() + SAVE_EVERY_S
         self.made, self.ended_early = 0, False
 
     def all_steps(self) -> Tensor:
         """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
         o = self.options
         assert o.steps is not None
-        self.load_checkpoint()
+        self.load_state()
         self.made = o.steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
+        if self.made:
+            self.request.tick(self.request.count * self.made / (len(self.groups) * o.steps), "taken up again")
         try:
             if o.scope == "set":
                 self.joint_steps(o.steps)
@@ -376,7 +378,7 @@ class Run:
                     if number not in self.finished and not (number and self.out_of_time()):
                         self.steps_alone(number, o.steps)
         except KeyboardInterrupt:
-            self.save_checkpoint()
+            self.save_state()
             raise
         return torch.cat([self.finished[number] for number in sorted(self.finished)])
 
@@ -470,7 +472,7 @@ class Run:
         self.check(value, batch.step)
         self.report(float(value.detach().mean()))
         if time.monotonic() > self.save_at:
-            self.save_checkpoint()
+            self.save_state()
 
     def check(self, loss: Tensor, step: int) -> None:
         if not torch.isfinite(loss).all():
@@ -484,7 +486,7 @@ class Run:
         assert self.options.steps is not None
         self.made += 1
         total = len(self.groups) * self.options.steps
-        self.request.tick(self.request.count * self.made // total, f"loss {loss:.4g}")
+        self.request.tick(self.request.count * self.made / total, f"loss {loss:.4g}")
 
     def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """What the network sees of the images at a step."""
@@ -611,7 +613,7 @@ class Run:
     # Interruptions
 
     def key(self) -> str:
-        """What a checkpoint must agree on to be continued."""
+        """What a state must agree on to be continued."""
         spec = self.request.spec
         parts = {
             "options": dataclasses.asdict(self.options),
@@ -623,9 +625,9 @@ class Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def file(self) -> Path | None:
-        return None if self.request.checkpoint is None else self.request.checkpoint / "inversion.pt"
+        return None if self.request.resume is None else self.request.resume / "inversion.pt"
 
-    def save_checkpoint(self) -> None:
+    def save_state(self) -> None:
         file = self.file()
         if file is None:
             return
@@ -642,9 +644,9 @@ class Run:
         write_atomically(file, lambda partial: torch.save(state, partial))
         now = time.monotonic()
         # Large sets take long to write: at most a twentieth of the time goes into it.
-        self.save_at = now + max(CHECKPOINT_EVERY_S, 20 * (now - began))
+        self.save_at = now + max(SAVE_EVERY_S, 20 * (now - began))
 
-    def load_checkpoint(self) -> None:
+    def load_state(self) -> None:
         file = self.file()
         if file is None or not file.is_file():
             return

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ovcalib.calibration.sets import CalibrationSet, preflight
-from ovcalib.calibration.sources import Request, generate, images_wanted, open_source
+from ovcalib.calibration.sources import DEFAULT_IMAGES, Request, generate, images_wanted, open_source
+from ovcalib.data.objects import ObjectImages
+from ovcalib.data.sets import choose
 from ovcalib.errors import ModelError, UsageError
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
-from ovcalib.records.calibration import SetScore
+from ovcalib.records.calibration import Provenance, SetScore
 from ovcalib.records.options import CalibrationOptions
+
+SHORTER = "fewer images (`num_samples`), or fewer optimisation steps (-O steps=N, -O budget=quick)."
 
 
 def resolve_calibration(
@@ -77,26 +85,59 @@ def make_set(
     """
     assert options.calib is not None
     assert options.num_samples is not None
-    with progress.task(f"making {options.calib} images", options.num_samples) as tick:
-        try:
-            calibration = generate(
-                options.calib,
-                Request(
-                    count=options.num_samples,
-                    seed=options.seed,
-                    spec=model.spec,
-                    module=model.module,
-                    tick=tick,
-                    checkpoint=resume,
-                    download=download,
-                    out_of_time=out_of_time,
-                ),
-                options.options,
-            )
-        except KeyboardInterrupt:
-            if resume is not None and resume.is_dir():
-                progress.say(f"the images so far are kept in {resume}; the same command goes on from there")
-            raise
+    with progress.task(f"making {options.calib} images", options.num_samples, SHORTER) as tick:
+        calibration = generate(
+            options.calib,
+            Request(
+                count=options.num_samples,
+                seed=options.seed,
+                spec=model.spec,
+                module=model.module,
+                tick=tick,
+                resume=resume,
+                download=download,
+                out_of_time=out_of_time,
+            ),
+            options.options,
+        )
+    return _checked(calibration, model, score)
+
+
+def set_of_object(source: Any, options: CalibrationOptions, model: Model) -> CalibrationSet:
+    """The calibration set of the images that a Python object holds, see ovcalib.data.objects.
+
+    Without a number, as many as other sources make; of what can be indexed a seeded choice, of a loader the first.
+    raises   UsageError, DataError
+    """
+    if options.options:
+        raise UsageError("`options` are those of a source, and images were given instead of one.")
+    began = time.perf_counter()
+    images = ObjectImages(source, model.spec)
+    count = options.num_samples if options.num_samples is not None else min(DEFAULT_IMAGES, len(images))
+    if count > len(images):
+        raise UsageError(f"`num_samples={count}` is more than the {len(images)} images of {images.reference}.")
+    order = choose(images.labels, len(images), options.seed)[:count]
+    found = list(islice(images.read(order), count))
+    fitted = [image.pixels for image in found if image.pixels is not None]
+    whole = len(fitted) == len(found)
+    labels = [image.label for image in found if image.label is not None]
+    labelled = len(labels) == len(found)
+    provenance = Provenance(
+        source=images.reference, options={}, num_samples=len(found), requested=count, seed=options.seed,
+        seconds=round(time.perf_counter() - began, 3), domain="pixels" if whole else "network", real=True,
+        labels="data" if labelled else None,
+    )  # fmt: skip
+    calibration = CalibrationSet(
+        images=np.stack(fitted) if whole else np.stack([image.input for image in found]),
+        labels=np.array(labels, np.int64) if labelled else None,
+        preprocessing=model.spec.preprocessing,
+        provenance=provenance,
+    )
+    return _checked(calibration, model, score=True)
+
+
+def _checked(calibration: CalibrationSet, model: Model, score: bool) -> CalibrationSet:
+    """A set whose values are those of network inputs, scored where that is asked for."""
     found: dict[str, Any] = {"warnings": (*calibration.provenance.warnings, *preflight(calibration))}
     if score:
         found["score"], found["score_reason"] = score_calibration(model, calibration)

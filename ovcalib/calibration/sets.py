@@ -71,6 +71,14 @@ class CalibrationSet:
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return (self[i] for i in range(len(self)))
 
+    def refuse_other_shape(self, spec: ModelSpec) -> None:
+        """Raise DataError where the images are not of the shape that a model takes."""
+        if self[0].shape[1:] != spec.input_shape:
+            raise DataError(
+                f"The calibration set holds images of {list(self[0].shape[1:])}, but {spec.name} takes "
+                f"{list(spec.input_shape)}. Make the set for this model."
+            )
+
     def subset(self, indices: range) -> CalibrationSet:
         """Some of the images, with their labels."""
         part = slice(indices.start, indices.stop)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.data.objects import refuse_reference
 from ovcalib.errors import UnknownNameError, UsageError
 from ovcalib.records.calibration import Domain, LabelOrigin, Provenance
 from ovcalib.records.model import ModelSpec
@@ -35,7 +36,7 @@ class Request:
     module       the torch module itself, where there is one
     argument     what follows the colon in the reference
     tick         receives the number of finished images, and a word on how it goes
-    checkpoint   the resume folder, with the state of an interrupted run, or None
+    resume       the resume folder, with the state of an interrupted run, or None
     download     whether a data set may be fetched
     out_of_time  whether to end with the images so far; sources that optimise ask before every step
     """
@@ -45,8 +46,8 @@ class Request:
     spec: ModelSpec
     module: nn.Module | None = None
     argument: str = ""
-    tick: Callable[[int, str], None] = lambda done, note: None
-    checkpoint: Path | None = None
+    tick: Callable[[float, str], None] = lambda done, note: None
+    resume: Path | None = None
     download: bool = False
     out_of_time: Callable[[], bool] = lambda: False
 
@@ -89,7 +90,10 @@ def open_source(
     """
     from ovcalib.calibration import SOURCES
 
+    refuse_reference(reference)
     name, _, argument = reference.partition(":")
+    if name not in SOURCES and (images := images_behind(reference)) is not None:
+        raise UsageError(f"{reference!r} is no calibration source, but names images. Did you mean {images!r}?")
     source: Source = SOURCES[name]
     options = parse_options(source.Options, overrides or {}, name)
     if "argument" in source.NEEDS and not argument:
@@ -102,6 +106,15 @@ def open_source(
             "BatchNorm layers are folded away. Pass the PyTorch model, or calibrate with fractal or real:DATA."
         )
     return source, argument, options
+
+
+def images_behind(reference: str) -> str | None:
+    """The source that takes the images of a folder, a file or a data reference; None for anything else."""
+    if reference.partition(":")[0] in ("imagefolder", "cifar10", "datumaro"):
+        return f"real:{reference}"
+    if Path(reference).is_dir():
+        return f"real:imagefolder:{reference}"
+    return f"npz:{reference}" if reference.endswith(".npz") and Path(reference).is_file() else None
 
 
 def generate(reference: str, request: Request, overrides: Mapping[str, str] | None = None) -> CalibrationSet:

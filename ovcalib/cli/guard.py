@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -11,7 +12,16 @@ from typing import Any
 
 import click
 
-from ovcalib.errors import InvalidOptionError, OvcalibError, UsageError, excerpt, printable
+from ovcalib.errors import (
+    EXTRAS,
+    Interrupted,
+    InvalidOptionError,
+    MissingDependencyError,
+    OvcalibError,
+    UsageError,
+    excerpt,
+    printable,
+)
 
 INTERRUPTED = 130
 OUTCOME_CODES = {"done": 0, "goal-met": 0, "goal-missed": 5, "budget": 7}
@@ -26,6 +36,10 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
         return run()
     except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
         raise
+    except Interrupted as stopped:
+        again = shlex.join(["ovcalib", *sys.argv[1:], *stopped.more])
+        print(f"interrupted; {stopped.kept}. Go on with: {again}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
@@ -42,6 +56,10 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
     except Exception as error:
         if debug:
             traceback.print_exc()
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if package in EXTRAS:
+            print(f"error: {MissingDependencyError(package, EXTRAS[package], 'This command')}", file=sys.stderr)
+            return MissingDependencyError.exit_code
         full = full_disk(error)
         if full is not None:
             print(

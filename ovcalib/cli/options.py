@@ -17,6 +17,7 @@ from ovcalib.errors import UsageError
 from ovcalib.progress import Progress
 from ovcalib.records.base import Frozen, Shown, flags_of, shown
 from ovcalib.records.options import ModelOptions
+from ovcalib.rundir import RESUME, resume_folder
 
 COMMON = "Common"
 
@@ -106,7 +107,7 @@ def add_command(
             output=None if own_output else values.pop("output", None),
             overwrite=bool(values.pop("overwrite", False)),
             as_json=bool(values.pop("as_json", False)),
-            progress=Terminal(),
+            progress=Terminal(lambda text: in_flags(text, flags)),
         )
         values.pop("debug")
         given = {key: value for key, value in values.items() if value is not None and value != ()}
@@ -200,7 +201,14 @@ def key_values(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def next_folder(root: Path, description: str) -> Path:
-    """runs/0007-description, with the next free number."""
+    """runs/0007-description, with the next free number.
+
+    An interrupted run of the same description gave up its number, and its state moves on to the new one.
+    """
     taken = [int(m[1]) for p in (root.iterdir() if root.is_dir() else ()) if (m := re.match(r"(\d{4,})-", p.name))]
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(description).name).strip("-.")
-    return root / f"{max(taken, default=0) + 1:04}-{plain}"
+    target = root / f"{max(taken, default=0) + 1:04}-{plain}"
+    kept = [path for path in root.glob(f".*-{plain}{RESUME}") if re.match(r"\.\d{4,}-", path.name)]
+    if kept and resume_folder(target) not in kept:
+        max(kept, key=lambda path: path.stat().st_mtime).rename(resume_folder(target))
+    return target

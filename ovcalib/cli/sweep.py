@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ovcalib.cli.guard import INTERRUPTED, OUTCOME_CODES
 from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.cli.tables import print_table
+from ovcalib.errors import Interrupted, OvcalibError
 
 
 def sweep(given: dict[str, Any], common: Common) -> int:
@@ -22,6 +24,8 @@ def sweep(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
 
     file = given["recipe"]
+    if given.get("dry_run"):
+        return show_cells(file, common)
     target = common.target(f"sweep-{file.stem}")
     try:
         found = api.sweep(
@@ -29,8 +33,8 @@ def sweep(given: dict[str, Any], common: Common) -> int:
             resume=bool(given.get("resume")), progress=common.progress,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"interrupted; finished cells are kept in {target}, and the same sweep goes on there", file=sys.stderr)
-        return INTERRUPTED
+        more = () if common.output else ("-o", str(target))
+        raise Interrupted(f"finished cells are kept in {str(target)!r}", more) from None
     print(found.model_dump_json(indent=2) if common.as_json else (target / "report.md").read_text())
     if not common.as_json:
         print(f"wrote {target / 'report.html' if len(found.failed) < len(found.cells) else target / 'report.md'}")
@@ -39,7 +43,21 @@ def sweep(given: dict[str, Any], common: Common) -> int:
             f"error: {len(found.failed)} of {len(found.cells)} cells failed; the same sweep tries them again",
             file=sys.stderr,
         )
-        return OUTCOME_CODES["goal-missed"]
+        return max(cell.exit_code or OvcalibError.exit_code for cell in found.failed)
+    return 0
+
+
+def show_cells(file: Path, common: Common) -> int:
+    """The cells that a recipe makes, and how many calibration sets they need, without any work."""
+    from ovcalib.sweeps.plan import plan, read_sweep_recipe
+
+    cells = plan(read_sweep_recipe(file))
+    rows = [{"model": c.model, "source": c.source, "mode": c.mode, "seed": str(c.seed), "folder": c.key} for c in cells]
+    if common.as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print_table(rows)
+    print(f"\n{len(cells)} cells, {len({cell.set_key for cell in cells})} calibration sets")
     return 0
 
 
@@ -59,6 +77,12 @@ def add_to(app: click.Group) -> None:
                 ["--engine"],
                 metavar="local|dask:ADDRESS",
                 help="Processes here, or workers of a cluster.  [default: local]",
+            ),
+            Option(
+                ["--dry-run"],
+                is_flag=True,
+                default=None,
+                help="Show the cells, and stop.",
             ),
             Option(
                 ["--resume"],

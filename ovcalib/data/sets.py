@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.data.arrays import Npz
+from ovcalib.data.objects import refuse_reference
 from ovcalib.errors import DataError, UnknownNameError, UsageError, excerpt, require
 from ovcalib.records.model import ModelSpec
 
@@ -123,6 +124,14 @@ class FolderData(ImageData):
         return str(self.files[index])
 
 
+def open_image(file: Path) -> Image:
+    """The image in a file. Raises DataError where there is none."""
+    try:
+        return decoded(file)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{str(file)!r} is no image that can be decoded: {excerpt(error)}") from error
+
+
 class ArrayData(ImageData):
     """Images in memory, uint8 [N, H, W, C]."""
 
@@ -195,6 +204,7 @@ def open_data(reference: str, split: Split = "test", download: bool = False) -> 
     download    allow CIFAR-10 to be fetched when it is not there
     raises      UsageError for a malformed reference, DataError for data that is not there
     """
+    refuse_reference(reference)
     kind, _, rest = reference.partition(":")
     if kind == "imagefolder" and rest:
         return FolderData(reference, Path(rest))
@@ -286,6 +296,15 @@ def _refuse_splits(folder: Path, classes: list[str]) -> None:
 def imagenet_wnids() -> tuple[str, ...]:
     """The WordNet ids of the 1,000 ImageNet classes, in class order."""
     return tuple(importlib.resources.files(__package__).joinpath("imagenet_wnids.txt").read_text().split())
+
+
+def class_names(data: ImageData, spec: ModelSpec) -> tuple[str, ...] | None:
+    """Names of the model's classes, for people: its own, or those of ImageNet where the folders are WordNet ids."""
+    if spec.classes is not None or not data.class_names or not set(data.class_names) <= set(imagenet_wnids()):
+        return spec.classes
+    text = importlib.resources.files(__package__).joinpath("imagenet_classes.txt").read_text()
+    names = tuple(text.splitlines())
+    return {1000: names, 1001: ("background", *names)}.get(spec.num_classes or 0)
 
 
 def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ovcalib.calibration.sets import CalibrationSet
-from ovcalib.data.sets import ImageData, Reader, choose, model_labels, open_data
+from ovcalib.data.objects import ObjectImages, refuse_shuffling
+from ovcalib.data.sets import ImageData, Reader, choose, class_names, model_labels, open_data
 from ovcalib.errors import DataError, UnknownNameError
-from ovcalib.evaluation.outputs import Items, calibration_items, items_of, pixel_hash
+from ovcalib.evaluation.outputs import Items, calibration_items, items_of, object_items, pixel_hash
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import CALIBRATION, EvaluationOptions, QuantizationOptions
 
@@ -50,6 +52,10 @@ class DataSet:
         return self.data.reference
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return class_names(self.data, self.spec)
+
+    @property
     def protocol(self) -> str:
         """The data, the number of its images, and their preprocessing."""
         pre = self.spec.preprocessing
@@ -63,6 +69,42 @@ class DataSet:
         """forbidden   pixel hashes of images that must not turn up, else DataError"""
         items = Items(lambda: items_of(Reader(self.data, self.spec, self.labels, self.order), forbidden))
         return Images(self.reference, len(self), items)
+
+
+class ObjectSet:
+    """The images of a Python object, in place of a `DataSet`.
+
+    labels   None where the first image has none
+    """
+
+    def __init__(self, source: Any, spec: ModelSpec, limit: int | None = None) -> None:
+        refuse_shuffling(source)
+        self.spec, self.found = spec, ObjectImages(source, spec)
+        self.total = len(self.found)
+        self.count = self.total if limit is None else min(limit, self.total)
+        self.order = None if limit is None else choose(self.found.labels, self.total, ORDER_SEED)[:limit]
+        first = next(iter(self.found.read()), None)
+        self.labels = None if first is None or first.label is None or spec.num_classes is None else (first.label,)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def reference(self) -> str:
+        return self.found.reference
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.spec.classes
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.count} of {self.total} images of {self.reference}"
+
+    def images(self, forbidden: frozenset[bytes] = frozenset()) -> Images:
+        """As of a `DataSet`."""
+        items = Items(lambda: object_items(islice(self.found.read(self.order), self.count), forbidden))
+        return Images(self.reference, self.count, items)
 
 
 def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, download: bool = False) -> DataSet:
@@ -86,14 +128,22 @@ def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, down
     return DataSet(data, spec, labels, order)
 
 
-def open_evaluation(options: EvaluationOptions, spec: ModelSpec) -> DataSet | None:
-    """The images that the result is measured on; None without `eval`."""
+def open_evaluation(options: EvaluationOptions, spec: ModelSpec, source: Any = None) -> DataSet | ObjectSet | None:
+    """The images that the result is measured on; None without `eval`.
+
+    source   a Python object that holds them
+    """
+    if source is not None:
+        return ObjectSet(source, spec, options.limit)
     return None if options.eval is None else open_dataset(options.eval, spec, options.limit, options.download)
 
 
 def open_validation(
-    quantization: QuantizationOptions, options: EvaluationOptions, evaluation: DataSet | None, spec: ModelSpec
-) -> DataSet | None:
+    quantization: QuantizationOptions,
+    options: EvaluationOptions,
+    evaluation: DataSet | ObjectSet | None,
+    spec: ModelSpec,
+) -> DataSet | ObjectSet | None:
     """The images that steer accuracy-aware quantization; None where there are none but those of the calibration set.
 
     raises   DataError also where they have no labels, and the metric needs some
@@ -133,7 +183,29 @@ def calibration_images(calibration: CalibrationSet, limit: int | None = None) ->
     return Images(on, count, Items(lambda: islice(calibration_items(calibration), count)))
 
 
-def proof_images(evaluation: DataSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
+def refuse_same_images(calib: str | None, evaluation: DataSet | ObjectSet | None, options: EvaluationOptions) -> None:
+    """Raise DataError where calibration takes its images from the very set that all of is evaluated.
+
+    Images that two sets have in common show only when they are read; this is known before anything is made.
+    """
+    if calib is None or options.allow_overlap or not isinstance(evaluation, DataSet) or options.limit is not None:
+        return
+    source, _, data = calib.partition(":")
+    plain = [reference.removeprefix("imagefolder:").removeprefix("npz:") for reference in (data, evaluation.reference)]
+    # CIFAR-10 has a half for each.
+    same = (
+        source in ("real", "npz")
+        and not data.startswith("cifar10")
+        and Path(plain[0]).resolve() == Path(plain[1]).resolve()
+    )
+    if same:
+        raise DataError(
+            f"The calibration images come out of the evaluation set ({evaluation.reference}), so the accuracy would be "
+            "flattered. Use separate images, or pass `allow_overlap=True`."
+        )
+
+
+def proof_images(evaluation: DataSet | ObjectSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
     """The images that the result is proven on: without others, the first of the calibration set itself."""
     if evaluation is None:
         return calibration_images(calibration, AGREEMENT_IMAGES)

@@ -56,6 +56,15 @@ def same_class(reference: NDArray[np.float32], values: NDArray[np.float32]) -> N
     return np.asarray((reference.argmax(1) == values.argmax(1)) & finite)
 
 
+def probabilities(outputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The softmax of logits, float64 [N, K]; outputs that are probabilities already stay as they are."""
+    scores = outputs.astype(np.float64)
+    if scores.min() < 0 or np.abs(scores.sum(1) - 1).max() > 1e-3:
+        scores = np.exp(scores - scores.max(1, keepdims=True))
+        scores /= scores.sum(1, keepdims=True)
+    return scores
+
+
 def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
     """The probability that FP32 gives to the class that a model names for each item, float64 [N].
 
@@ -66,10 +75,7 @@ def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -
     reference   outputs of FP32, float32 [N, K]: logits, or probabilities
     values      outputs of the model; one that is not finite expects 0
     """
-    scores = reference.astype(np.float64)
-    if scores.min() < 0 or np.abs(scores.sum(1) - 1).max() > 1e-3:
-        scores = np.exp(scores - scores.max(1, keepdims=True))
-        scores /= scores.sum(1, keepdims=True)
+    scores = probabilities(reference)
     named = scores[np.arange(len(scores)), values.argmax(1)]
     return np.asarray(np.where(np.isfinite(values).all(1), named, 0.0))
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.data.objects import ObjectImage
 from ovcalib.data.sets import Reader
 from ovcalib.errors import DataError
 from ovcalib.runtime import Runner
@@ -35,7 +36,7 @@ class Outputs:
         return len(self.values)
 
 
-def pixel_hash(pixels: NDArray[np.uint8]) -> bytes:
+def pixel_hash(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> bytes:
     """A content hash of one image, the same whatever file it came from."""
     return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=16).digest()
 
@@ -57,12 +58,24 @@ def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Itera
     """
     for sample in reader:
         digest = pixel_hash(sample.pixels)
-        if digest in forbidden:
-            raise DataError(
-                f"{sample.name!r} is in the calibration set and in the evaluation set, so the accuracy would be "
-                "flattered. Use separate images, or pass `allow_overlap=True`."
-            )
+        _refuse_overlap(repr(sample.name), digest, forbidden)
         yield Item(reader.spec.preprocessing.normalise(sample.pixels)[None], sample.label, digest)
+
+
+def object_items(images: Iterable[ObjectImage], forbidden: frozenset[bytes] = frozenset()) -> Iterator[Item]:
+    """Items of a Python object; otherwise as `items_of`."""
+    for i, image in enumerate(images):
+        digest = pixel_hash(image.input if image.pixels is None else image.pixels)
+        _refuse_overlap(f"Image {i}", digest, forbidden)
+        yield Item(image.input[None], image.label, digest)
+
+
+def _refuse_overlap(name: str, digest: bytes, forbidden: frozenset[bytes]) -> None:
+    if digest in forbidden:
+        raise DataError(
+            f"{name} is in the calibration set and in the evaluation set, so the accuracy would be flattered. Use "
+            "separate images, or pass `allow_overlap=True`."
+        )
 
 
 def calibration_items(calibration: CalibrationSet) -> Iterator[Item]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import openvino as ov
 
+from ovcalib.errors import DataError
 from ovcalib.evaluation.classification import agreement, compare
-from ovcalib.evaluation.dataset import DataSet, Images
+from ovcalib.evaluation.dataset import DataSet, Images, ObjectSet
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
@@ -15,6 +16,7 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.result import Accuracy, Agreement, Kernels
 from ovcalib.runtime import OpenVINORunner
 
+SHORTER = "evaluate on a part of the images (`limit`)."
 # Below this agreement with FP32 the INT8 model is another model.
 COLLAPSED_AGREEMENT = 0.8
 
@@ -31,7 +33,7 @@ class Proof:
 
 def reference_outputs(fp32: ov.Model, images: Images, progress: Progress) -> Outputs:
     """The outputs of the FP32 model (batch 1). Raises DataError where an image is in the calibration set too."""
-    with progress.task("evaluating FP32", images.count) as tick:
+    with progress.task("evaluating FP32", images.count, SHORTER) as tick:
         return collect(OpenVINORunner(fp32), images.items, tick)
 
 
@@ -39,7 +41,7 @@ def prove(
     reference: Outputs,
     int8: ov.Model,
     images: Images,
-    evaluation: DataSet | None,
+    evaluation: DataSet | ObjectSet | None,
     spec: ModelSpec,
     kernels: Kernels,
     progress: Progress,
@@ -49,8 +51,13 @@ def prove(
     evaluation   the data set that the images are of; None for calibration images, which say nothing of accuracy
     kernels      on which INT8 runs, or is emulated
     """
-    with progress.task("evaluating INT8", images.count) as tick:
+    with progress.task("evaluating INT8", images.count, SHORTER) as tick:
         outputs = collect(runner_for(int8, kernels), images.items, tick)
+    if outputs.digest != reference.digest:
+        raise DataError(
+            f"{images.on} gave other images, or another order, the second time, so the models cannot be compared. "
+            "Leave out random transforms and shuffling."
+        )
     where = {"kernels": kernels, "emulated": is_emulated(kernels)}
     agreed = agreement(reference, outputs, images.on, spec.num_classes is not None).model_copy(update=where)
     warnings = []
@@ -63,7 +70,7 @@ def prove(
         warnings.append("The INT8 model gives non-finite outputs.")
     if evaluation is None:
         return Proof(None, "no evaluation images were given (`eval`)", agreed, tuple(warnings))
-    accuracy = compare(reference, outputs, evaluation.protocol, spec.classes)
+    accuracy = compare(reference, outputs, evaluation.protocol, evaluation.class_names)
     if accuracy is None:
         return Proof(None, f"{evaluation.reference} has no labels", agreed, tuple(warnings))
     return Proof(accuracy.model_copy(update=where), None, agreed, tuple(warnings))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.data.sets import choose
-from ovcalib.evaluation.dataset import ORDER_SEED, DataSet
+from ovcalib.evaluation.dataset import ORDER_SEED, DataSet, ObjectSet
 from ovcalib.evaluation.metrics import hits
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.progress import Progress
@@ -44,7 +44,7 @@ def works_from(spec: ModelSpec) -> float:
     return max(least, PUBLISHED_SHARE * (spec.weights.top1 or 0.0))
 
 
-def fp32_fault(runner: Runner, dataset: DataSet, outputs: Outputs, progress: Progress) -> str | None:
+def fp32_fault(runner: Runner, dataset: DataSet | ObjectSet, outputs: Outputs, progress: Progress) -> str | None:
     """What is wrong with FP32 on labelled images, in words; None where it works, or there are too few to tell.
 
     runner    the FP32 model
@@ -62,9 +62,13 @@ def fp32_fault(runner: Runner, dataset: DataSet, outputs: Outputs, progress: Pro
     named = outputs.values.argmax(1)
     cause = (
         class_order(labels, named, spec)
-        or preprocessing_cause(runner, dataset, least, progress)
-        or "None of the usual normalisations, channel orders and sizes helps: are the weights trained, and on these "
-        "classes?"
+        or (preprocessing_cause(runner, dataset, least, progress) if isinstance(dataset, DataSet) else None)
+        or (
+            "None of the usual normalisations, channel orders and sizes helps: are the weights trained, and on these "
+            "classes?"
+            if isinstance(dataset, DataSet)
+            else "Are the images normalised as in training, and the weights trained on these classes?"
+        )
     )
     return f"FP32 itself is at {top1:.2%} top-1 ({against}): preprocessing or classes are wrong. {cause}"
 

@@ -7,6 +7,7 @@ An IR has its metadata twice: in `model_info`, with the names that OpenVINO's Mo
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.preprocessing import Preprocessing
 
 SPEC_PATH = ["ovcalib", "spec"]
+# OpenVINO takes minutes for an opset far beyond those that there are, and twice as long for each level of an If.
+MAX_OPSET = 1000
+MAX_SUBGRAPHS = 4
 
 
 def read_graph(path: Path) -> ov.Model:
@@ -29,6 +33,8 @@ def read_graph(path: Path) -> ov.Model:
         raise ModelError(f"There is no model file {str(path)!r}.")
     if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
         raise ModelError(f"{str(path)!r} has no weights beside it: {str(path.with_suffix('.bin'))!r} is missing.")
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnx"):
+        _refuse_endless(path)
     try:
         # The front end is named, because probing all of them prints errors.
         name = {".onnx": "onnx", ".xml": "ir"}[path.suffix]
@@ -100,6 +106,35 @@ def write_ir(graph: ov.Model, path: Path, fp16: bool = False) -> None:
 def ir_bytes(folder: Path) -> int:
     """Bytes of model.xml and model.bin in a folder."""
     return sum((folder / name).stat().st_size for name in ("model.xml", "model.bin"))
+
+
+def _refuse_endless(path: Path) -> None:
+    """Refuse an ONNX file that OpenVINO would read for ever; a damaged one is left to OpenVINO."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model(str(path), load_external_data=False)
+    except (DecodeError, OSError, ValueError):
+        return
+    opset = max((entry.version for entry in model.opset_import), default=0)
+    if opset > MAX_OPSET:
+        raise ModelError(f"{str(path)!r} cannot be read as ONNX: it asks for opset {opset}. Export the model again.")
+    level, depth = [model.graph], 0
+    while level:
+        level = [
+            inner
+            for graph in level
+            for node in graph.node
+            for attribute in node.attribute
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else []))
+        ]
+        depth += bool(level)
+        if depth > MAX_SUBGRAPHS:
+            raise ModelError(
+                f"{str(path)!r} cannot be read as ONNX: its control flow is nested more than {MAX_SUBGRAPHS} levels "
+                "deep. Export the model without it, for example by tracing."
+            )
 
 
 def ensure_names(graph: ov.Model) -> None:

@@ -217,7 +217,7 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
     if missing:
         raise DeviceError(" ".join(missing))
     files = model_files(models)
-    with progress.task("benchmarking", len(settings) * ROUNDS) as tick:
+    with progress.task("benchmarking", len(settings) * ROUNDS, "less time (`seconds`), or fewer settings.") as tick:
         runs, noise = measured(files, settings, seconds, tick)
     return Benchmark(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,

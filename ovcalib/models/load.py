@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import openvino as ov
     from torch import nn
 
+# Of the mean and the spread of pixels on the 0..1 scale; a std of 1 leaves them as they are.
+LARGEST = {"mean": 1.0, "std": 2.0}
+
 # `weights` in place of a file: what the constructor made, from a fixed seed.
 RANDOM = "random"
 UNTRAINED = ". Neither agreement nor speed of such a network says what a trained one does; pass trained `weights`."
@@ -123,6 +126,24 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in builtin.NAMES if fnmatch.fnmatch(name, pattern)]
 
 
+def _torchvision_has(name: str) -> bool:
+    try:
+        import torchvision
+    except ImportError:
+        return False
+    return name in torchvision.models.list_models()
+
+
+def _timm_has(name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(name.split(".")[0]))
+
+
+LIBRARIES: dict[str, Callable[[str], bool]] = {"torchvision": _torchvision_has, "timm": _timm_has}
+
 # One function a kind of reference -------------------------------------------------------------
 
 
@@ -132,6 +153,12 @@ def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) 
             raise UsageError(
                 f"{name!r} is a file of an unknown kind. Expected FILE.onnx or FILE.xml; weights of a network of "
                 "your own go in with package.module:factory and `weights=FILE`."
+            )
+        near = [f"{library}:{name}" for library, has in LIBRARIES.items() if has(name)]
+        if near:
+            raise UsageError(
+                f"{name!r} is no built-in model. Did you mean {' or '.join(map(repr, near))}? `ovcalib models` lists "
+                "those that are built in."
             )
         raise UnknownNameError("model", name, builtin.NAMES)
     require("torch", "quantize", f"The model {name!r}")
@@ -431,6 +458,13 @@ def _preprocessing(
     for name, values in (("`mean`", options.mean), ("`std`", options.std)):
         if values is not None and len(values) != c:
             raise UsageError(f"{name} has {len(values)} values, but the input has {c} channels.")
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if values is not None and max(values) > LARGEST[name]:
+            given, divided = (",".join(f"{v:.4g}" for v in numbers) for numbers in (values, [v / 255 for v in values]))
+            raise UsageError(
+                f"`{name}={given}` looks like the 0..255 scale, but 0..1 was expected. Divide `mean` and `std` by 255, "
+                f"for example `{name}={divided}`."
+            )
     if options.std is not None and min(options.std) <= 0:
         given = ",".join(f"{value:g}" for value in options.std)
         raise UsageError(f"`std={given}` has a value that is not positive.")

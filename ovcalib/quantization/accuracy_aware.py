@@ -22,6 +22,7 @@ from ovcalib.records.options import GoalMetric, QuantizationOptions
 from ovcalib.records.result import Restored
 from ovcalib.runtime import OpenVINORunner
 
+SHORTER = "a limit (`max_time`, `max_iterations`), or a part of the images (`limit`)."
 # Items on which candidates of accuracy-aware quantization are ranked.
 RANKING_ITEMS = 100
 
@@ -64,7 +65,7 @@ def restore_to_goal(
 
         def say(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                tasks[step] = stack.enter_context(progress.task(step, total))
+                tasks[step] = stack.enter_context(progress.task(step, total, SHORTER))
             tasks[step](done)
 
         found = restore_accuracy(

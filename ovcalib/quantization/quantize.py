@@ -110,7 +110,7 @@ def quantize_graph(
         kept = operations_to_guard(expected, settings)
         ignored = *settings.ignored, *(operation.name for operation in kept)
         output = OutputError(source, parts.choices)
-        with progress.task("calibrating", len(parts.ranges)) as tick:
+        with progress.task("calibrating", len(parts.ranges), "fewer images (`num_samples`).") as tick:
             make = functools.partial(
                 quantize_default, source, parts.ranges, corrections=parts.corrections, tick=tick, log=log
             )

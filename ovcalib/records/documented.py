@@ -50,6 +50,7 @@ OF_FILES = {"weights", "trust_remote_code", "dynamic_batch"}
 LEFT_OUT = {
     "InputKeywords": OF_FILES,
     "LoadKeywords": {"dynamic_batch"},
+    "QuantizeKeywords": {"calib", "eval"},
     "GenerateKeywords": {"calib", "num_samples", "dynamic_batch", "keep_images"},
     "EvaluateKeywords": {"data", "dynamic_batch"},
     "BenchmarkKeywords": OF_FILES,

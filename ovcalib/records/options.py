@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, Shown
-from ovcalib.records.preprocessing import ChannelOrder
 
 GoalMetric = Literal["top1", "agreement", "expected-top1"]
 Mode = Literal["default", "accuracy-aware"]
@@ -23,6 +22,7 @@ DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"
 ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
 RoundingMode = Literal["nearest", "compensated"]
+ChannelOrder = Literal["RGB", "BGR"]
 
 # More calibration images than any method has use for; a typing error rather than a wish.
 MAX_IMAGES = 1_000_000

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from ovcalib.errors import DataError
 from ovcalib.records.base import MAX_CHANNELS, Frozen, Pixels
+from ovcalib.records.options import ChannelOrder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,9 +27,6 @@ USUAL_CROP = 0.875
 # A longer image would take a large multiple of its memory when its short side is scaled up.
 MAX_ASPECT = 100
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-
-
-ChannelOrder = Literal["RGB", "BGR"]
 
 
 @functools.cache

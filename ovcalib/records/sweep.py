@@ -10,8 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
 from ovcalib.records.base import MAX_WHOLE, Frozen, checked
-from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, Shape, TextValues
-from ovcalib.records.preprocessing import ChannelOrder
+from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, ChannelOrder, Shape, TextValues
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
@@ -93,6 +92,16 @@ class SweepRecipe(Frozen):
     devices: tuple[str, ...] | None = Field(default=None, min_length=1)
     benchmark_time: float = Field(default=0.0, ge=0, le=MAX_SECONDS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _images_may_stand_under_common(cls, value: Any) -> Any:
+        """Lift what a recipe calls the same and a sweep has at the top, where it is not there already."""
+        if not isinstance(value, dict) or not isinstance(value.get("common"), dict):
+            return value
+        common = flat_fields(value["common"])
+        lifted = {name: common.pop(name) for name in ("eval", "limit") if name in common and name not in value}
+        return {**value, **lifted, "common": common}
+
     @field_validator("modes", "seeds")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -158,7 +167,7 @@ class SweepCell(Frozen):
     """One cell as `sweep.json` has it.
 
     state     pending: not reached yet
-    error     of a failed cell
+    error     of a failed cell, with the exit code that it would have alone
     seconds   that this sweep took for it, without its calibration set; None where it was done before
     """
 
@@ -170,6 +179,7 @@ class SweepCell(Frozen):
     set_key: str
     state: Literal["done", "failed", "pending"] = "pending"
     error: str | None = None
+    exit_code: int | None = None
     seconds: float | None = None
 
 

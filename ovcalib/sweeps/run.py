@@ -72,6 +72,9 @@ def run_sweep(
     return sweep
 
 
+SHORTER = "fewer cells, `limit`, or more `jobs`; stop at any time, what is done is kept."
+
+
 class _Run:
     """The loop over tasks: a calibration set, then the cells that it is for."""
 
@@ -113,7 +116,7 @@ class _Run:
         ready: deque[Cell | str] = deque(waiting)  # a set by its key
         running: dict[Future[dict[str, Any]], Cell | str] = {}
         total, done = len(waiting) + left, 0
-        with self.progress.task("sweep: sets and cells", total) as tick:
+        with self.progress.task("sweep: sets and cells", total, SHORTER) as tick:
             while ready or running:
                 while ready and len(running) < self.engine.slots():
                     work = ready.popleft()
@@ -153,7 +156,12 @@ class _Run:
         if error is None and not self.result(cell).is_file():
             error = f"The worker wrote where this machine does not look: {str(self.folder)!r} must be on a shared disk."
         done = self.states[cell.key].model_copy(
-            update={"state": "failed" if error else "done", "error": error, "seconds": answer["seconds"]}
+            update={
+                "state": "failed" if error else "done",
+                "error": error,
+                "exit_code": answer.get("exit_code", OvcalibError.exit_code) if error else None,
+                "seconds": answer["seconds"],
+            }
         )
         self.states[cell.key] = done
         count = sum(state.state != "pending" for state in self.states.values())
@@ -177,7 +185,7 @@ def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
         return future.result()
     except OvcalibError as error:
-        return {"seconds": None, "error": str(error)}
+        return {"seconds": None, "error": str(error), "exit_code": error.exit_code}
     except (Exception, CancelledError) as error:  # clusters have errors of their own
         return {"seconds": None, "error": f"The task was lost: {type(error).__name__}: {error}"}
 

@@ -33,10 +33,10 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
     task      kind ("set" or "cell"), recipe, target (where the result goes), set (folder of the calibration set),
               folder (to which the recipe's references are relative), command (makes missing weights)
-    returns   seconds, and error: None or the message; a task that is done already takes no time
+    returns   seconds, error (None or the message) and its exit code; a task that is done already takes no time
     """
     began = time.monotonic()
-    error = None
+    error, code = None, OvcalibError.exit_code
     with _one_task:
         before = Path.cwd()
         try:
@@ -44,7 +44,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
             if not Path(task["target"]).is_dir():
                 {"set": _make_set, "cell": _run_cell}[task["kind"]](task)
         except OvcalibError as found:
-            error = f"{found}{_remedy(task)}"
+            error, code = f"{found}{_remedy(task)}", found.exit_code
         except OSError as found:
             error = f"{type(found).__name__}: {found}"
         except Exception as found:  # one cell's bug must not stop the others
@@ -52,7 +52,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
             error = f"{type(found).__name__}: {found} ({Path(where.filename).name}:{where.lineno})"
         finally:
             os.chdir(before)
-    return {"seconds": round(time.monotonic() - began, 3), "error": error}
+    return {"seconds": round(time.monotonic() - began, 3), "error": error, "exit_code": code}
 
 
 def _make_set(task: dict[str, Any]) -> None:

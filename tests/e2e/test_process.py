@@ -62,7 +62,18 @@ def test_an_edge_device_says_what_to_install(tmp_path, arguments, package) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_a_bare_installation_says_what_quantizing_a_file_needs(ir, tmp_path):
+    found = ovcalib("quantize", ir / "model.xml", "-o", tmp_path / "out", edge=True)
+    assert found.returncode == 2
+    assert "Quantization needs the package 'nncf', which is not installed" in found.stderr
+    assert "pip install 'ovcalib[quantize]'" in found.stderr
+    found = ovcalib("generate", "fractal", "--model", ir / "model.xml", "--count", 2, "-o", tmp_path / "out", edge=True)
+    assert found.returncode == 2
+    assert "needs the package 'scipy', which is not installed" in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from ovcalib.cli import app as cli; import contextlib\n"
         "with contextlib.suppress(SystemExit): cli.app(['--help'])\n"

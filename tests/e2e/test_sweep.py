@@ -165,7 +165,7 @@ def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp
     )
     arguments = ["sweep", str(recipe), "-o", str(tmp_path / "out")]
     found = CliRunner().invoke(cli.app, arguments)
-    assert found.exit_code == 5, found.stderr
+    assert found.exit_code == 3, found.stderr  # a missing weights file, as of `quantize`
     assert "1 of 2 cells failed" in found.stderr
     assert "late.pt'. Make it with: python train.py late" in found.stderr
     assert "| noise x 4 | failed | 0.00 |" in found.stdout
@@ -274,7 +274,8 @@ def test_an_interrupted_sweep_leaves_whole_cells_alone(data, tmp_path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same sweep goes on there" in errors
+    assert "interrupted; finished cells are kept in" in errors
+    assert errors.count("interrupted") == 1
     assert "Traceback" not in errors
     assert nothing_half_written(out)
 

@@ -184,7 +184,7 @@ def test_what_a_killed_run_leaves_is_found_and_cleaned(here):
     (here / ".mine.partial").mkdir()
     found = leftovers([here, here / "runs"])
     assert sorted((entry.path.suffix, entry.resumable) for entry in found) == [
-        (".checkpoint", True), (".partial", False), (".partial", False),
+        (".resume", True), (".partial", False), (".partial", False),
     ]  # fmt: skip
     clean(found)
     assert {path.name for path in here.rglob("*")} == {".hidden", ".mine.partial", "runs"}
@@ -198,7 +198,7 @@ def test_doctor_shows_and_removes_leftovers(here, monkeypatch):
 
     monkeypatch.setenv("OVCALIB_CACHE", str(here / "cache"))
     left = [here / "runs" / ".a.0123abcd.partial", here / "runs" / "s" / "cells" / ".b.0123abcd.partial",
-            here / "cache" / "weights" / ".w.17.partial", here / "runs" / ".a.checkpoint"]  # fmt: skip
+            here / "cache" / "weights" / ".w.17.partial", here / "runs" / ".a.resume"]  # fmt: skip
     for path in left:
         path.mkdir(parents=True)
     assert {entry.path.resolve() for entry in leftovers(places())} == set(left)

@@ -29,8 +29,8 @@ def request(toy, count=6, **fields):
     return Request(count=count, seed=0, spec=toy.spec, module=toy.net, **fields)
 
 
-def made(name, toy, count=6, seed=0, checkpoint=None, tick=None, **options):
-    asked = dataclasses.replace(request(toy, count), seed=seed, checkpoint=checkpoint, tick=tick or (lambda d, n: None))
+def made(name, toy, count=6, seed=0, resume=None, tick=None, **options):
+    asked = dataclasses.replace(request(toy, count), seed=seed, resume=resume, tick=tick or (lambda d, n: None))
     options = {"steps": 4, "batch": 4, "precision": "fp32", **options}
     return generate(name, asked, {key: str(value) for key, value in options.items()})
 
@@ -551,17 +551,17 @@ def test_an_interrupted_run_goes_on_to_the_same_images(toy, tmp_path, name, when
             raise Stop
 
     with pytest.raises(Stop):
-        made(name, toy, count=12, checkpoint=tmp_path, tick=stop)
+        made(name, toy, count=12, resume=tmp_path, tick=stop)
     assert (tmp_path / "inversion.pt").is_file()
     steps = []
-    again = made(name, toy, count=12, checkpoint=tmp_path, tick=lambda done, note: steps.append(done))
+    again = made(name, toy, count=12, resume=tmp_path, tick=lambda done, note: steps.append(done))
     assert np.array_equal(again.images, whole.images)
     assert len(steps) < 12  # not from the beginning
-    # A checkpoint of other options is not taken up, and neither is a damaged one.
+    # A state of other options is not taken up, and neither is a damaged one.
     other = made(name, toy, count=12, steps=3)
-    assert np.array_equal(made(name, toy, count=12, steps=3, checkpoint=tmp_path).images, other.images)
+    assert np.array_equal(made(name, toy, count=12, steps=3, resume=tmp_path).images, other.images)
     (tmp_path / "inversion.pt").write_bytes(b"PK broken")
-    assert np.array_equal(made(name, toy, count=12, checkpoint=tmp_path).images, whole.images)
+    assert np.array_equal(made(name, toy, count=12, resume=tmp_path).images, whole.images)
 
 
 def after(steps):

@@ -1,5 +1,7 @@
 """Networks that are not what a classifier usually is: each works, or is refused with what to do."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_several_inputs_are_refused():
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
 @pytest.mark.parametrize("source", ["fractal", "bn-inversion"])
 def test_networks_of_other_channels_are_calibrated_with_made_images(channels, source, tmp_path):
-    options = {"options": {"steps": 2}} if source == "bn-inversion" else {}
+    options: dict[str, Any] = {"options": {"steps": 2}} if source == "bn-inversion" else {}
     module = trained(Output(lambda x: x, channels))
     shape = (channels, 16, 16)
     made = ovcalib.generate(

@@ -106,8 +106,8 @@ def references(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(module, references):
-    def make(name, count=COUNT, seed=0, checkpoint=None, tick=lambda done, note: None, **options):
-        request = Request(count=count, seed=seed, spec=SPEC, module=module, checkpoint=checkpoint, tick=tick)
+    def make(name, count=COUNT, seed=0, resume=None, tick=lambda done, note: None, **options):
+        request = Request(count=count, seed=seed, spec=SPEC, module=module, resume=resume, tick=tick)
         tiny = {key: value for key, value in TINY.items() if key in options_of(name)}
         return generate(references[name], request, {**tiny, **options})
 
@@ -226,10 +226,10 @@ def test_an_interrupted_run_goes_on_to_the_same_images(first, make, tmp_path, na
             raise Stop
 
     with pytest.raises(Stop):
-        make(name, checkpoint=tmp_path, tick=stop)
+        make(name, resume=tmp_path, tick=stop)
     assert bool(list(tmp_path.iterdir())) == keeps_state(name)
     again = []
-    found = make(name, checkpoint=tmp_path, tick=lambda done, note: again.append(done))
+    found = make(name, resume=tmp_path, tick=lambda done, note: again.append(done))
     assert np.array_equal(found.images, first(name).images)
     if keeps_state(name):
         assert len(again) < len(whole)

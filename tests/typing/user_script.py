@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import ovcalib
@@ -20,6 +21,9 @@ result = ovcalib.quantize(
     ignore=["layer1.*"],
     progress=ovcalib.Terminal(),
 )
+pixels = np.zeros((8, 32, 32, 3), np.uint8)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8, 3, 32, 32), torch.arange(8)))
+names: list[str | None] = [p.name for p in ovcalib.quantize(module, calib=pixels, eval=loader).predict("cat.jpg")]
 drop: float | None = result.record.accuracy.drop_points if result.record.accuracy else None
 agreement: float | None = result.record.agreement.top1
 source: str = result.record.calibration.source

@@ -232,3 +232,40 @@ def test_a_notebook_shows_one_bar_that_is_replaced_and_cleared(monkeypatch, caps
         "",
     ]
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_time_left_is_honest_from_the_first_report(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    terminal = progress.Terminal(lambda text: text.replace("`limit`", "--limit"))
+    with terminal.task("evaluating", 100, "a part (`limit`).") as tick:
+        now[0] = 20.0  # the first of a hundred took that long
+        tick(1)
+        now[0] = 40.0
+        tick(2.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating takes about 33 min 20 s. Shorter: a part (--limit).",
+        "evaluating 1/100, 33 min 00 s left",
+        "evaluating 2/100, 26 min 00 s left",
+    ]
+    with terminal.task("evaluating", 10, "a part (`limit`).") as tick:
+        now[0] += 20.0
+        tick(1)
+    assert "Shorter" not in capsys.readouterr().err  # three minutes are not long
+
+
+def test_progress_is_shown_where_somebody_looks_on(monkeypatch):
+    import sys
+    import types
+
+    from ovcalib.progress import Progress, Terminal, usual_progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert type(usual_progress()) is Progress
+    notebook = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    assert isinstance(usual_progress(), Terminal)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert type(usual_progress()) is Progress
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(usual_progress(), Terminal)

@@ -1,0 +1,108 @@
+"""What a user wrote, and what was meant."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+from ovcalib.calibration.sources import open_source
+from ovcalib.cli.app import app
+from ovcalib.data.sets import class_names, imagenet_wnids, open_data
+from ovcalib.errors import DataError, UsageError
+from ovcalib.evaluation.dataset import open_dataset, refuse_same_images
+from ovcalib.models import load
+from ovcalib.records.options import EvaluationOptions, ModelOptions
+from ovcalib.records.sweep import make_sweep_recipe
+from tests.unit.test_fp32_fault import spec
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "divided"),
+    [("mean", "123.675,116.28,103.53", "0.485,0.456,0.406"), ("std", "58.395,57.12,57.375", "0.229,0.224,0.225")],
+)
+def test_a_normalisation_on_the_scale_of_bytes_is_refused(field, given, divided):
+    options = ModelOptions(reference="resnet20-cifar10", **{field: given})
+    with pytest.raises(UsageError, match=f"looks like the 0..255 scale.*`{field}={divided}`"):
+        load.load_model(options)
+
+
+def test_a_name_of_a_library_is_offered_with_its_prefix(monkeypatch):
+    monkeypatch.setattr(load, "LIBRARIES", {"torchvision": lambda name: name == "resnet18", "timm": lambda name: True})
+    with pytest.raises(UsageError, match="Did you mean 'torchvision:resnet18' or 'timm:resnet18'"):
+        load.load_model(ModelOptions(reference="resnet18"))
+    with pytest.raises(UsageError, match="Did you mean 'timm:vit_tiny'"):
+        load.load_model(ModelOptions(reference="vit_tiny"))
+
+
+def test_the_libraries_know_their_names():
+    assert load.LIBRARIES["torchvision"]("resnet18")
+    assert not load.LIBRARIES["torchvision"]("resnet20-cifar10")
+
+
+def test_images_in_place_of_a_source_are_offered_as_one(tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((1, 8, 8, 3), np.uint8))
+    for given, meant in (
+        (str(tmp_path), f"real:imagefolder:{tmp_path}"),
+        (f"imagefolder:{tmp_path}", f"real:imagefolder:{tmp_path}"),
+        ("cifar10", "real:cifar10"),
+        (str(tmp_path / "set.npz"), f"npz:{tmp_path}/set.npz"),
+    ):
+        with pytest.raises(UsageError) as error:
+            open_source(given, spec(), None)
+        assert f"Did you mean {meant!r}?" in str(error.value)
+    with pytest.raises(UsageError, match="Unknown calibration source 'fractals'. Did you mean 'fractal'"):
+        open_source("fractals", spec(), None)
+
+
+def write(root, *classes):
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(root / name / "a.png")
+    return root
+
+
+def test_calibrating_on_the_evaluation_images_is_refused_before_anything_is_made(tmp_path):
+    write(tmp_path / "a", "red", "green"), write(tmp_path / "b", "red", "green")
+    given = spec()
+    evaluation = open_dataset(f"imagefolder:{tmp_path / 'a'}", given)
+    options = EvaluationOptions(eval=evaluation.reference)
+    for calib in (f"real:imagefolder:{tmp_path / 'a'}", f"real:{tmp_path / 'b' / '..' / 'a'}"):
+        with pytest.raises(DataError, match="come out of the evaluation set"):
+            refuse_same_images(calib, evaluation, options)
+        refuse_same_images(calib, evaluation, EvaluationOptions(allow_overlap=True))
+    for calib in (f"real:imagefolder:{tmp_path / 'b'}", "fractal", "bn-inversion"):
+        refuse_same_images(calib, evaluation, options)
+
+
+def test_classes_of_imagenet_have_names_where_folders_are_wordnet_ids(tmp_path):
+    wnids = imagenet_wnids()
+    data = open_data(str(write(tmp_path, wnids[0], wnids[1], wnids[999])))
+    names = class_names(data, spec(num_classes=1000))
+    assert (len(names), names[0], names[1], names[999]) == (1000, "tench", "goldfish", "toilet tissue")
+    assert class_names(data, spec(num_classes=1001))[:2] == ("background", "tench")
+    assert class_names(data, spec())[0] == "red"  # the model's own
+    assert class_names(data, spec(num_classes=12)) is None
+
+
+def test_a_sweep_shows_its_cells_and_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(
+        "models: [resnet20-cifar10]\nsources: [noise, fractal]\nmodes: [default, accuracy-aware]\n"
+    )
+    found = CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run"])
+    assert found.exit_code == 0, found.stderr
+    assert "4 cells, 2 calibration sets" in found.stdout
+    assert found.stdout.count("resnet20-cifar10") == 4
+    cells = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    assert [(cell["source"], cell["mode"]) for cell in cells][:2] == [("noise", "default"), ("noise", "accuracy-aware")]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def test_the_images_of_a_sweep_may_stand_under_common():
+    content = {"models": ["a"], "sources": ["noise"]}
+    recipe = make_sweep_recipe({**content, "common": {"limit": 7, "eval": "cifar10", "preset": "mixed"}})
+    assert (recipe.limit, recipe.eval, recipe.common) == (7, "cifar10", {"preset": "mixed"})
+    with pytest.raises(UsageError, match="'limit', which a sweep sets by cell"):
+        make_sweep_recipe({**content, "limit": 3, "common": {"limit": 7}})
