@@ -184,7 +184,7 @@ def test_what_a_killed_run_leaves_is_found_and_cleaned(here):
     (here / ".mine.partial").mkdir()
     found = leftovers([here, here / "runs"])
     assert sorted((entry.path.suffix, entry.resumable) for entry in found) == [
-        (".resume", True), (".partial", False), (".partial", False),
+        (".partial", False), (".partial", False), (".resume", True),
     ]  # fmt: skip
     clean(found)
     assert {path.name for path in here.rglob("*")} == {".hidden", ".mine.partial", "runs"}
