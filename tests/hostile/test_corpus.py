@@ -85,26 +85,26 @@ def cases(argument, values, every):
     return pytest.mark.parametrize(argument, marked)
 
 
-@cases("name", archives.NPZ, 8)
+@cases("name", archives.NPZ, 16)
 def test_npz_for_evaluation(server, toy_ir, tmp_path, name):
     put(tmp_path / "x.npz", archives.NPZ[name])
     survive(server, tmp_path, ["evaluate", toy_ir, "--data", "npz:x.npz"], DATA)
 
 
-@cases("name", archives.NPZ, 3)
+@cases("name", archives.NPZ, 8)
 def test_npz_for_calibration(server, tmp_path, name):
     put(tmp_path / "x.npz", archives.NPZ[name])
     survive(server, tmp_path, ["generate", "npz:x.npz", *TOY, "-o", "out"], DATA)
 
 
-@cases("name", archives.NPZ, 8)
+@cases("name", archives.NPZ, 16)
 def test_npz_for_pairs(server, tmp_path, name):
     put(tmp_path / "pairs" / "pairs.npz", archives.NPZ[name])
     survive(server, tmp_path, ["gan", "distill", "pairs", "-o", "out"], DATA)
 
 
-@cases("name", [*weights.PICKLES, *weights.TENSORS, *weights.TORCH], 5)
-@cases("reader", ["weights", "distylegan", "latents"], 3)
+@cases("name", [*weights.PICKLES, *weights.TENSORS, *weights.TORCH], 12)
+@cases("reader", ["weights", "distylegan", "latents"], 8)
 def test_torch_files(server, tmp_path, name, reader):
     if name in weights.PICKLES:
         program = weights.PICKLES[name]
@@ -118,8 +118,8 @@ def test_torch_files(server, tmp_path, name, reader):
     read_torch(server, tmp_path, content, reader)
 
 
-@cases("name", weights.PICKLES, 8)
-@cases("reader", ["weights", "latents"], 2)
+@cases("name", weights.PICKLES, 16)
+@cases("reader", ["weights", "latents"], 4)
 def test_bare_pickles(server, tmp_path, name, reader):
     read_torch(server, tmp_path, weights.PICKLES[name], reader)
 
@@ -137,59 +137,59 @@ def read_torch(server, folder, content, reader):
         survive(server, folder, ["generate", "distylegan:x.pt", *TOY, "--count", "1", "-o", "out"], {3})
 
 
-@cases("name", [*weights.SAFETENSORS, *weights.GENERATORS], 4)
-@cases("reader", ["weights", "distylegan", "stylegan2-ada"], 2)
+@cases("name", [*weights.SAFETENSORS, *weights.GENERATORS], 10)
+@cases("reader", ["weights", "distylegan", "stylegan2-ada"], 4)
 def test_safetensors(server, tmp_path, name, reader):
     put(tmp_path / "x.safetensors", {**weights.SAFETENSORS, **weights.GENERATORS}[name])
     source = ["noise", "--weights", "x.safetensors"] if reader == "weights" else [f"{reader}:x.safetensors"]
     survive(server, tmp_path, ["generate", *source, *TOY, "--count", "1", "-o", "out"], {0, 2, 3, 4})
 
 
-@cases("name", [*weights.PICKLES, *weights.SNAPSHOTS], 5)
+@cases("name", [*weights.PICKLES, *weights.SNAPSHOTS], 12)
 def test_snapshots(server, tmp_path, name):
     put(tmp_path / "x.pkl", {**weights.PICKLES, **weights.SNAPSHOTS}[name])
     survive(server, tmp_path, ["generate", "stylegan2-ada:x.pkl", *TOY, "--count", "1", "-o", "out"], {3})
 
 
-@cases("name", texts.RESULTS, 8)
+@cases("name", texts.RESULTS, 16)
 def test_results(server, tmp_path, name):
     put(tmp_path / "result.json", texts.RESULTS[name])
     survive(server, tmp_path, ["report", ".", "-o", "out"], {0, 2})
 
 
 @cases("name", texts.RESULTS, 20)
-@cases("kind", ["result", "request"], 2)
+@cases("kind", ["result", "request"], 4)
 def test_results_as_recipes(server, tmp_path, name, kind):
     put(tmp_path / f"{kind}.json", texts.RESULTS[name])
     survive(server, tmp_path, ["quantize", "-c", f"{kind}.json", "--weights", "none.pt", "--dry-run"], {2, 3})
 
 
-@cases("name", texts.RECIPES, 5)
+@cases("name", texts.RECIPES, 12)
 def test_recipes(server, tmp_path, name):
     put(tmp_path / "recipe.yaml", texts.RECIPES[name])
     survive(server, tmp_path, ["quantize", "-c", "recipe.yaml", "-o", "out", "--device", "NONE"], {2, 3, 4, 6})
 
 
-@cases("name", [*texts.SWEEPS, *texts.RECIPES], 8)
+@cases("name", [*texts.SWEEPS, *texts.RECIPES], 16)
 def test_sweep_recipes(server, tmp_path, name):
     put(tmp_path / "sweep.yaml", {**texts.RECIPES, **texts.SWEEPS}[name])
     survive(server, tmp_path, ["sweep", "sweep.yaml", "-o", "out", "--engine", "none"], {2, 3, 4})
 
 
-@cases("name", models.ONNX, 3)
+@cases("name", models.ONNX, 8)
 def test_onnx(server, tmp_path, name):
     put(tmp_path / "x.onnx", models.ONNX[name])
     survive(server, tmp_path, ["convert", "x.onnx", "--to", "ir", "-o", "out"], {0, 2, 3})
 
 
-@cases("name", models.IR, 3)
+@cases("name", models.IR, 8)
 def test_ir(server, tmp_path, name):
     put(tmp_path / "x.xml", models.IR[name])
     put(tmp_path / "x.bin", bytes(100))
     survive(server, tmp_path, ["convert", "x.xml", "--to", "ir", "-o", "out"], {0, 2, 3})
 
 
-@cases("name", models.PICTURES, 3)
+@cases("name", models.PICTURES, 8)
 def test_pictures(server, tmp_path, name):
     for i in range(12):
         put(tmp_path / "data" / f"class{i % 4}" / f"{i}.png", models.picture("PNG"))
@@ -197,7 +197,7 @@ def test_pictures(server, tmp_path, name):
     survive(server, tmp_path, ["generate", "real:imagefolder:data", *TOY, "--count", "13", "-o", "out"], {0})
 
 
-@cases("name", models.FACTORIES, 3)
+@cases("name", models.FACTORIES, 8)
 def test_factories(server, tmp_path, name):
     source, attribute = models.FACTORIES[name]
     put(tmp_path / "my_factory.py", source)
@@ -219,8 +219,8 @@ def test_factories(server, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@cases("name", models.MODULES, 4)
-@cases("attribute", ["make", ""], 2)
+@cases("name", models.MODULES, 10)
+@cases("attribute", ["make", ""], 4)
 def test_module_names(server, tmp_path, name, attribute):
     survive(
         server,
