@@ -29,10 +29,10 @@ class QuantizeKeywords(LoadKeywords, total=False):
     mode: Literal["default", "accuracy-aware"]
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
-    overflow_fix: Literal["auto"] | Literal["disable", "first-layer", "enable"]
-    activation_ranges: Literal["auto"] | Literal["min-max", "mean-min-max", "histogram"]
-    bias_correction: Literal["auto"] | Literal["none", "fast", "full", "layerwise"]
-    rounding: Literal["auto"] | Literal["nearest", "compensated"]
+    overflow_fix: Literal["auto", "disable", "first-layer", "enable"]
+    activation_ranges: Literal["auto", "min-max", "mean-min-max", "histogram"]
+    bias_correction: Literal["auto", "none", "fast", "full", "layerwise"]
+    rounding: Literal["auto", "nearest", "compensated"]
     guard: bool
     equalize: Literal["auto", "on", "off"]
     model_type: Literal["auto", "cnn", "transformer"]

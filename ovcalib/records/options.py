@@ -138,11 +138,11 @@ class QuantizationOptions(Frozen):
     deploy_isa: DeployISA = Field(
         default="any", description="Machine that the model will run on; any is safe on all of them."
     )
-    overflow_fix: Annotated[Literal["auto"] | OverflowFix, Shown(default="auto, by `deploy_isa`")] = Field(
+    overflow_fix: Annotated[Literal["auto", OverflowFix], Shown(default="auto, by `deploy_isa`")] = Field(
         default="auto", description="Layers whose weights use half of their range."
     )
     activation_ranges: Annotated[
-        Literal["auto"] | ActivationRanges,
+        Literal["auto", ActivationRanges],
         Shown(
             default="auto: min-max, 1.5 times as wide for single channels; mean-min-max for transformers and where its "
             "output error is smaller"
@@ -153,7 +153,7 @@ class QuantizationOptions(Frozen):
         "histogram.",
     )
     bias_correction: Annotated[
-        Literal["auto"] | BiasCorrection,
+        Literal["auto", BiasCorrection],
         Shown(default="auto: layerwise, or none where its output error is smaller"),
     ] = Field(
         default="auto",
@@ -161,7 +161,7 @@ class QuantizationOptions(Frozen):
         "NNCF's.",
     )
     rounding: Annotated[
-        Literal["auto"] | RoundingMode,
+        Literal["auto", RoundingMode],
         Shown(default="auto: compensated where its output error is smaller"),
     ] = Field(
         default="auto",

@@ -14,6 +14,7 @@ from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.dataset import open_dataset, refuse_same_images
 from ovcalib.models import load
 from ovcalib.records.options import EvaluationOptions, ModelOptions
+from ovcalib.records.recipe import make_recipe
 from ovcalib.records.sweep import make_sweep_recipe
 from tests.unit.test_fp32_fault import spec
 
@@ -106,3 +107,20 @@ def test_the_images_of_a_sweep_may_stand_under_common():
     assert (recipe.limit, recipe.eval, recipe.common) == (7, "cifar10", {"preset": "mixed"})
     with pytest.raises(UsageError, match="'limit', which a sweep sets by cell"):
         make_sweep_recipe({**content, "limit": 3, "common": {"limit": 7}})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("rounding", ("auto", "nearest", "compensated")),
+        ("activation_ranges", ("auto", "min-max", "mean-min-max", "histogram")),
+        ("bias_correction", ("auto", "none", "fast", "full", "layerwise")),
+        ("overflow_fix", ("auto", "disable", "first-layer", "enable")),
+        ("deploy_isa", ("any", "vnni", "avx2")),
+    ],
+)
+def test_a_wrong_choice_is_answered_with_all_of_them(name, choices) -> None:
+    with pytest.raises(UsageError) as found:
+        make_recipe(model="m", **{name: "bogus"})
+    assert f"{name}=" in str(found.value)
+    assert all(repr(choice) in str(found.value) for choice in choices)
