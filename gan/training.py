@@ -217,13 +217,12 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     if not path.is_file():
         return None
     try:
-        state = read_torch(path)
+        state = read_torch(path, device)
     except ModelError as error:
         raise UsageError(f"{error} Remove it to start again, or choose another folder.") from error
     if not isinstance(state, dict):
         raise UsageError(f"The checkpoint {str(path)!r} holds no state. Remove it to start again.")
-    moved: dict[str, Any] = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), state)
-    return moved
+    return state
 
 
 class Log:

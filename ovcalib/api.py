@@ -20,7 +20,7 @@ from ovcalib.calibration.sources import usage
 from ovcalib.data.objects import reference_of
 from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.classification import accuracy
-from ovcalib.evaluation.dataset import DataSet, ObjectSet, open_dataset
+from ovcalib.evaluation.dataset import EvaluationSet, ObjectSet, open_dataset
 from ovcalib.evaluation.outputs import collect
 from ovcalib.evaluation.proof import SHORTER
 from ovcalib.export.convert import export
@@ -81,14 +81,14 @@ __all__ = [
 Folder = str | Path
 
 
-# An array, a torch Dataset or DataLoader, or a list of images; labels go in as (images, labels). What it must hold is
-# in ovcalib.data.objects.
 class Indexed(Protocol):
     """A map-style data set, such as torch's."""
 
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
+# An array, a torch Dataset or DataLoader, or a list of images; labels go in as (images, labels). What it must hold is
+# in ovcalib.data.objects.
 Images = Sequence[Any] | Iterable[Any] | Indexed
 
 
@@ -246,7 +246,7 @@ def evaluate(
     about, rest = _model_options(reference, options)
     asked = checked(EvaluateOptions, {"data": _named(data), **rest})
     loaded = _load_model(about, module, progress.say)
-    dataset: DataSet | ObjectSet
+    dataset: EvaluationSet
     if isinstance(data, str):
         dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
     else:

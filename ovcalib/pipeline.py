@@ -175,12 +175,13 @@ def quantize(
 
         images = proof_images(proven_on, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)
-        fault = None
+        fault = steered = None
         if proven_on is not None:
-            fault = fp32_fault(OpenVINORunner(exported.graph), proven_on, reference, progress)
+            fault = fp32_fault(lambda: OpenVINORunner(exported.graph), proven_on, reference, progress)
+            steered = reference if validation is proven_on else None
         elif validation is not None:
             steered = reference_outputs(exported.graph, validation.images(), progress)
-            fault = fp32_fault(OpenVINORunner(exported.graph), validation, steered, progress)
+            fault = fp32_fault(lambda: OpenVINORunner(exported.graph), validation, steered, progress)
         if fault is not None:
             progress.say(fault)
 
@@ -191,7 +192,7 @@ def quantize(
                 warnings.append(STEERED_BY_EVALUATION)
         quantized = quantize_graph(
             recipe.quantization, settings, exported.graph, calibration, steering, model.spec.num_classes is not None,
-            out_of_time, progress, log,
+            out_of_time, progress, log, steered,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
             describe(quantized.fp32, model.spec, recipe.model.dynamic_batch)

@@ -651,7 +651,7 @@ class Run:
         if file is None or not file.is_file():
             return
         try:
-            state = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(self.device), read_torch(file))
+            state = read_torch(file, self.device)
             if state["key"] != self.key():
                 return
             finished = {number: images.cpu() for number, images in state["finished"].items()}

@@ -91,6 +91,6 @@ def add_to(app: click.Group) -> None:
     add_command(app, sources, extra=[name], common=("json",))
     clean = Option(
         ["--clean"], is_flag=True, default=None,
-        help="Remove what killed runs have left here and in runs/, checkpoints included, and stop.",
+        help="Remove what killed runs have left here and in runs/, with what they could be resumed from, and stop.",
     )  # fmt: skip
     add_command(app, doctor, extra=[clean], common=("json",))

@@ -128,7 +128,7 @@ def open_image(file: Path) -> Image:
     """The image in a file. Raises DataError where there is none."""
     try:
         return decoded(file)
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNDECODABLE as error:
         raise DataError(f"{str(file)!r} is no image that can be decoded: {excerpt(error)}") from error
 
 

@@ -107,6 +107,9 @@ class ObjectSet:
         return Images(self.reference, self.count, items)
 
 
+EvaluationSet = DataSet | ObjectSet
+
+
 def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, download: bool = False) -> DataSet:
     """The images that a data reference names.
 
@@ -128,7 +131,7 @@ def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, down
     return DataSet(data, spec, labels, order)
 
 
-def open_evaluation(options: EvaluationOptions, spec: ModelSpec, source: Any = None) -> DataSet | ObjectSet | None:
+def open_evaluation(options: EvaluationOptions, spec: ModelSpec, source: Any = None) -> EvaluationSet | None:
     """The images that the result is measured on; None without `eval`.
 
     source   a Python object that holds them
@@ -141,9 +144,9 @@ def open_evaluation(options: EvaluationOptions, spec: ModelSpec, source: Any = N
 def open_validation(
     quantization: QuantizationOptions,
     options: EvaluationOptions,
-    evaluation: DataSet | ObjectSet | None,
+    evaluation: EvaluationSet | None,
     spec: ModelSpec,
-) -> DataSet | ObjectSet | None:
+) -> EvaluationSet | None:
     """The images that steer accuracy-aware quantization; None where there are none but those of the calibration set.
 
     raises   DataError also where they have no labels, and the metric needs some
@@ -183,7 +186,7 @@ def calibration_images(calibration: CalibrationSet, limit: int | None = None) ->
     return Images(on, count, Items(lambda: islice(calibration_items(calibration), count)))
 
 
-def refuse_same_images(calib: str | None, evaluation: DataSet | ObjectSet | None, options: EvaluationOptions) -> None:
+def refuse_same_images(calib: str | None, evaluation: EvaluationSet | None, options: EvaluationOptions) -> None:
     """Raise DataError where calibration takes its images from the very set that all of is evaluated.
 
     Images that two sets have in common show only when they are read; this is known before anything is made.
@@ -205,7 +208,7 @@ def refuse_same_images(calib: str | None, evaluation: DataSet | ObjectSet | None
         )
 
 
-def proof_images(evaluation: DataSet | ObjectSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
+def proof_images(evaluation: EvaluationSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
     """The images that the result is proven on: without others, the first of the calibration set itself."""
     if evaluation is None:
         return calibration_images(calibration, AGREEMENT_IMAGES)

@@ -8,7 +8,7 @@ import openvino as ov
 
 from ovcalib.errors import DataError
 from ovcalib.evaluation.classification import agreement, compare
-from ovcalib.evaluation.dataset import DataSet, Images, ObjectSet
+from ovcalib.evaluation.dataset import EvaluationSet, Images
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
@@ -41,7 +41,7 @@ def prove(
     reference: Outputs,
     int8: ov.Model,
     images: Images,
-    evaluation: DataSet | ObjectSet | None,
+    evaluation: EvaluationSet | None,
     spec: ModelSpec,
     kernels: Kernels,
     progress: Progress,

@@ -7,13 +7,13 @@ few, which are tried: normalisation, channel order, resizing, or the order of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.data.sets import choose
-from ovcalib.evaluation.dataset import ORDER_SEED, DataSet, ObjectSet
+from ovcalib.evaluation.dataset import ORDER_SEED, DataSet, EvaluationSet
 from ovcalib.evaluation.metrics import hits
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.progress import Progress
@@ -44,10 +44,10 @@ def works_from(spec: ModelSpec) -> float:
     return max(least, PUBLISHED_SHARE * (spec.weights.top1 or 0.0))
 
 
-def fp32_fault(runner: Runner, dataset: DataSet | ObjectSet, outputs: Outputs, progress: Progress) -> str | None:
+def fp32_fault(start: Callable[[], Runner], dataset: EvaluationSet, outputs: Outputs, progress: Progress) -> str | None:
     """What is wrong with FP32 on labelled images, in words; None where it works, or there are too few to tell.
 
-    runner    the FP32 model
+    start     compiles the FP32 model, where the cause has to be looked for
     outputs   what it said about the images of the data set
     """
     spec, labels = dataset.spec, outputs.labels
@@ -62,7 +62,7 @@ def fp32_fault(runner: Runner, dataset: DataSet | ObjectSet, outputs: Outputs, p
     named = outputs.values.argmax(1)
     cause = (
         class_order(labels, named, spec)
-        or (preprocessing_cause(runner, dataset, least, progress) if isinstance(dataset, DataSet) else None)
+        or (preprocessing_cause(start(), dataset, least, progress) if isinstance(dataset, DataSet) else None)
         or (
             "None of the usual normalisations, channel orders and sizes helps: are the weights trained, and on these "
             "classes?"

@@ -147,9 +147,7 @@ def set_input_range(quantized: ov.Model, low: float, high: float) -> bool:
             step = (max(high, 0.0) - min(low, 0.0)) / steps
             first = -round(-min(low, 0.0) / step) * step
             ends = first, first + steps * step
-        for i, value in enumerate(ends * 2, start=1):
-            constant = ov.op.Constant(np.full(before.shape, value, np.float32))
-            fq.input(i).replace_source_output(constant.output(0))
+        _set_range(fq, *(np.full(before.shape, value, np.float32) for value in ends))
     return bool(found)
 
 
@@ -167,8 +165,13 @@ def widen_channel_ranges(quantized: ov.Model, factor: float) -> None:
         if source.get_type_name() == "Clamp" and not low.any():
             bound = np.float32(source.get_attributes()["max"])
             wider = np.clip(np.divide(bound, high, out=wider.copy(), where=high > 0), 1, factor)
-        for i, ends in enumerate((low * wider, high * wider) * 2, start=1):
-            fq.input(i).replace_source_output(ov.op.Constant(ends.astype(np.float32)).output(0))
+        _set_range(fq, low * wider, high * wider)
+
+
+def _set_range(fq: ov.Node, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
+    """Let a quantizer take and give low..high."""
+    for i, ends in enumerate((low, high, low, high), start=1):
+        fq.input(i).replace_source_output(ov.op.Constant(ends).output(0))
 
 
 def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str]) -> None:

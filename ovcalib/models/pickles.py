@@ -148,16 +148,7 @@ def interpret(
     """
     try:
         return _Machine(functions, names, persistent, needed_by, size).run(_instructions(_Bounded(stream, size)))
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except DAMAGE as error:
         raise RefusedError(f"It is truncated or damaged ({type(error).__name__}: {excerpt(error)}).") from error
 
 
@@ -457,8 +448,8 @@ def _storage_reference(value: Any) -> StorageReference:
 # Files of torch.save --------------------------------------------------------------------------
 
 
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote, on the CPU: tensors, numbers, texts and containers of them.
+def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What torch.save wrote: tensors, on a device, numbers, texts and containers of them.
 
     raises   RefusedError for a file that is damaged, or that holds anything else; nothing is executed
     """
@@ -467,7 +458,8 @@ def read_torch(path: Path) -> Any:
         with path.open("rb") as stream:
             start = stream.read(4)
             stream.seek(0)
-            return (_read_zip if start == b"PK\x03\x04" else _read_legacy)(stream, path.stat().st_size)
+            read = _read_zip if start == b"PK\x03\x04" else _read_legacy
+            return read(stream, path.stat().st_size, device)
     except OSError as error:
         raise RefusedError(f"{str(path)!r} cannot be read: {error.strerror or excerpt(error)}.") from error
     except RefusedError as error:
@@ -486,12 +478,12 @@ def refuse_larger_than_memory(path: Path) -> None:
         )
 
 
-def _read_zip(stream: BinaryIO, size: int) -> Any:
+def _read_zip(stream: BinaryIO, size: int, device: torch.device | str) -> Any:
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             packed = [
-                e.filename for e in entries.values() if e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 0x61
+                e.filename for e in entries.values() if e.compress_type != zipfile.ZIP_STORED or e.flag_bits & LOCKED
             ]
             if packed:
                 raise RefusedError(
@@ -515,12 +507,12 @@ def _read_zip(stream: BinaryIO, size: int) -> Any:
                     raise RefusedError(f"Its part {excerpt(name)!r} is missing.")
                 return bytearray(archive.read(entries[name]))
 
-            return _with_tensors(tree, load, size)
+            return _with_tensors(tree, load, size, device)
     except (OSError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile) as error:
         raise RefusedError(f"It is truncated or damaged ({excerpt(error)}).") from error
 
 
-def _read_legacy(stream: BinaryIO, size: int) -> Any:
+def _read_legacy(stream: BinaryIO, size: int, device: torch.device | str) -> Any:
     """The old format: magic, version, system, content and storage keys as pickles, then the storages."""
     magic, protocol, system = (interpret(stream, size, NOTHING, needed_by="state dict") for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
@@ -546,7 +538,7 @@ def _read_legacy(stream: BinaryIO, size: int) -> Any:
         storages[key] = bytearray(data)
     if wanted.keys() - storages.keys():
         raise RefusedError(f"Its storage {excerpt(min(wanted.keys() - storages.keys()))!r} is missing.")
-    return _with_tensors(tree, lambda reference: storages[reference.key], size)
+    return _with_tensors(tree, lambda reference: storages[reference.key], size, device)
 
 
 def itemsize(dtype: str) -> int:
@@ -572,7 +564,9 @@ def _references(tree: Any) -> Iterator[StorageReference]:
             yield value.storage
 
 
-def _with_tensors(tree: Any, load: Callable[[StorageReference], bytearray], size: int) -> Any:
+def _with_tensors(
+    tree: Any, load: Callable[[StorageReference], bytearray], size: int, device: torch.device | str
+) -> Any:
     """Nested containers with tensors in place of their descriptions.
 
     load   gives the bytes of a storage, which are kept
@@ -604,7 +598,7 @@ def _with_tensors(tree: Any, load: Callable[[StorageReference], bytearray], size
                 raise RefusedError(f"It holds a storage of {reference.count} values in {len(data)} bytes.")
             storages[reference] = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
         value.check(reference.count)
-        return storages[reference].as_strided(value.size, value.stride, value.offset)
+        return storages[reference].as_strided(value.size, value.stride, value.offset).to(device)
 
     return convert(tree)
 

@@ -35,14 +35,16 @@ def restore_to_goal(
     classification: bool,
     out_of_time: Callable[[], bool],
     progress: Progress,
+    reference: Outputs | None = None,
 ) -> tuple[Restoration[ov.Model], Restored]:
     """Revert operations of a default INT8 model to float until the metric drops by at most `max_drop`.
 
     classification   outputs are class logits
+    reference        outputs of FP32 on the steering images, where they are known
     raises           DataError where the metric needs labels, and the images have none
     """
     items, kernels = steering.items, proof_kernels(options.deploy_isa)
-    reference = collect(OpenVINORunner(fp32), items)
+    reference = reference or collect(OpenVINORunner(fp32), items)
     require_labels(options.metric, reference.labels, steering.on)
     # Outputs that are no logits have no expected top-1.
     without_labels: GoalMetric = "expected-top1" if classification else "agreement"

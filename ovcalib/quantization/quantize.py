@@ -14,7 +14,8 @@ import openvino as ov
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import Images
-from ovcalib.graph.reading import float_operations, layer_name, quantizable_operations, quantized_operations
+from ovcalib.evaluation.outputs import Outputs
+from ovcalib.graph.reading import float_operations, layer_name, quantized_operations
 from ovcalib.kernels import host_kernels, kernels_of
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
@@ -77,7 +78,7 @@ class Attempt:
 def in_execution_order(graph: ov.Model, expected: Sequence[Expected]) -> dict[str, float]:
     """Expected SQNR in dB by layer, as the record has it."""
     by_name = {operation.name: operation.sqnr_db for operation in expected}
-    order = [operation.name for operation in quantizable_operations(graph)]
+    order = (op.get_friendly_name() for op in graph.get_ordered_ops())
     return {layer_name(name): round(by_name[name], 2) for name in order if name in by_name}
 
 
@@ -91,6 +92,7 @@ def quantize_graph(
     out_of_time: Callable[[], bool],
     progress: Progress,
     log: TextIO | None = None,
+    steering_reference: Outputs | None = None,
 ) -> Quantized:
     """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one.
 
@@ -99,6 +101,7 @@ def quantize_graph(
     steering         the images of the accuracy-aware algorithm; None for the default one
     classification   outputs are class logits
     log              receives what NNCF prints
+    steering_reference   outputs of FP32 on the steering images, where they are known
     raises           ModelError, DataError
     """
     began = time.monotonic()
@@ -139,7 +142,9 @@ def quantize_graph(
     reverted: tuple[str, ...] = ()
     restored = None
     if steering is not None:
-        found, restored = restore_to_goal(options, best.source, int8, steering, classification, out_of_time, progress)
+        found, restored = restore_to_goal(
+            options, best.source, int8, steering, classification, out_of_time, progress, steering_reference
+        )
         int8, outcome, reverted = found.model, found.outcome, found.reverted
         if restored.metric == "agreement" and 2 * len(reverted) > len(restored.ranking):
             warnings.append(

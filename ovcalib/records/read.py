@@ -165,9 +165,9 @@ def refuse_other_machines(results: Sequence[Source]) -> None:
             environment = source.record.environment
             machines[f"{environment.cpu}, {environment.cpus} CPUs"] = source.path
     if len(machines) > 1:
-        excerpt = "; ".join(f"{path}: {name}" for name, path in machines.items())
+        shown = "; ".join(f"{path}: {name}" for name, path in machines.items())
         raise UsageError(
-            f"The results come from different machines, so their latencies cannot be compared ({excerpt}). "
+            f"The results come from different machines, so their latencies cannot be compared ({shown}). "
             "Measure again on one machine, or pass `latency=False` to compare the rest."
         )
 

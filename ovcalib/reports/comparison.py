@@ -38,10 +38,10 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
     return Table(RESULT_COLUMNS, cells)
 
 
-# What the page shows: the figures that decide first.
+# What the page shows beside the name of a result: the figures that decide first.
 PAGE_COLUMNS = (
-    "model, calibration", "drop, points", "from", "to", "agreement %", "NMSE", "INT8 p50 ms", "speed-up", "INT8 MB",
-    "INT8 top-1 %", "FP32 top-1 %", "mode", "outcome", "seed",
+    "drop, points", "drop from", "drop to", "agreement %", "NMSE", "INT8 p50 ms", "speed-up", "INT8 MB", "top-1 INT8 %",
+    "top-1 FP32 %", "mode", "outcome", "seed",
 )  # fmt: skip
 
 
@@ -60,20 +60,11 @@ def name_of(result: Result) -> str:
     return f"{result.model.name}, {short_paths(result.calibration.source)} x {result.calibration.num_samples}{mode}"
 
 
-def page_table(results: Sequence[Result], names: Sequence[str], latency: bool = True) -> Table:
-    cells = []
-    for name, r in zip(names, results, strict=True):
-        a, b = r.accuracy, reliable_latency(r)[0] if latency else None
-        cells.append(
-            [
-                name, *((a.drop_points, *a.drop_ci95) if a else (None,) * 3),
-                None if r.agreement.top1 is None else 100 * r.agreement.top1, r.agreement.nmse,
-                *((b.latency_ms["int8"].p50, b.speedup) if b else (None, None)), r.size_bytes.int8 / 1e6,
-                *((100 * a.int8.top1, 100 * a.fp32.top1) if a else (None, None)), r.quantization.mode, r.outcome,
-                r.calibration.seed,
-            ]
-        )  # fmt: skip
-    return Table(PAGE_COLUMNS, cells)
+def page_table(table: Table, names: Sequence[str]) -> Table:
+    """The results by name, with the columns of a page."""
+    chosen = [table.columns.index(column) for column in PAGE_COLUMNS]
+    rows = [[name, *(cells[i] for i in chosen)] for name, cells in zip(names, table.cells, strict=True)]
+    return Table(("model, calibration", *PAGE_COLUMNS), rows)
 
 
 def drop_chart(results: Sequence[Result], names: Sequence[str]) -> dict[str, Any] | None:
@@ -153,7 +144,7 @@ def write_comparison(
             "column of the results sorts.",
             charts=[chart for chart in found if chart],
             sections=sections,
-            table=page_table(results, names, latency),
+            table=page_table(table, names),
             warnings=notes,
             failures=failures,
             wide=True,

@@ -48,7 +48,7 @@ class Network:
 
 def fault(network, given, used=160):
     data = dataset(given, used=used)
-    return fp32_fault(network, data, collect(network, data.images().items), Progress())
+    return fp32_fault(lambda: network, data, collect(network, data.images().items), Progress())
 
 
 HALF, ZERO, ONE = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3
