@@ -33,8 +33,8 @@ OVERFLOW_FIX: dict[str, OverflowFix] = {
 }
 
 # The extremes of one channel over a few dozen images are soon exceeded by others, and what is clipped costs more than
-# coarser levels. A tensor's extremes, over all of its channels, are hardly ever exceeded. On 200 photographs that serve
-# no other purpose, 1.5 halves the error of EfficientNet-Lite0 and keeps MobileNetV2's; 2 adds a fifth to MobileNetV2's.
+# coarser levels. A tensor's extremes, over all of its channels, are hardly ever exceeded. Larger factors go on reducing
+# the error of EfficientNet-Lite0, but raise MobileNetV2's (benchmarks/results/settings.md, "Headroom").
 CHANNEL_HEADROOM = 1.5
 
 

@@ -54,7 +54,7 @@ def calibration_facts(result: Result) -> list[tuple[str, str]]:
 
 
 def score_facts(score: SetScore) -> list[tuple[str, str]]:
-    """What the score of a set means; the limits are those that separate photographs from noise on ImageNet models."""
+    """What the score of a set means; limits after benchmarks/results/calibration.md, "Scores of sets"."""
     distance = "near" if score.bn_distance < 0.5 else "some way from" if score.bn_distance < 0.8 else "far from"
     alike = (
         "alike" if score.diversity < 0.15 else "less varied than photographs" if score.diversity < 0.25 else "varied"
@@ -65,7 +65,7 @@ def score_facts(score: SetScore) -> list[tuple[str, str]]:
             "distance from the BatchNorm statistics",
             f"{score.bn_distance:.2f}: {distance} the training images (0 is equal, 1 is noise)",
         ),
-        ("diversity", f"{score.diversity:.2f}: the images are {alike} (photographs 0.4 to 0.5, noise 0.05 to 0.1)"),
+        ("diversity", f"{score.diversity:.2f}: the images are {alike} (photographs 0.4 to 0.5, noise below 0.1)"),
         ("range coverage", f"{100 * score.range_coverage:.0f} % of the activation ranges that the statistics suggest"),
         ("range of the outputs", f"{score.output_range:.3g}, a factor of {factor:.1f} from the expected one"),
     ]
