@@ -168,6 +168,28 @@ def widen_channel_ranges(quantized: ov.Model, factor: float) -> None:
         _set_range(fq, low * wider, high * wider)
 
 
+def set_levels(fq: ov.Node, levels: int, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
+    """Put a quantizer with other levels in the place of one."""
+    ends = [ops.constant(end) for end in (low, high, low, high)]
+    other = ops.fake_quantize(fq.input_value(0), *ends, levels)
+    name = fq.get_friendly_name()
+    redirect(fq.output(0), other.output(0))
+    fq.set_friendly_name(f"{name}/before")
+    other.set_friendly_name(name)
+
+
+def quantize_outputs(graph: ov.Model, levels: int) -> list[ov.Node]:
+    """Put a quantizer before every output of the network, in place, and return them; their range is 0..0."""
+    found = []
+    for result in graph.get_results():
+        value = result.input_value(0)
+        fq = ops.fake_quantize(value, *(ops.constant(np.zeros(1, np.float32)) for _ in range(4)), levels)
+        fq.set_friendly_name(f"{value.get_node().get_friendly_name()}/output_quantizer")
+        result.input(0).replace_source_output(fq.output(0))
+        found.append(fq)
+    return found
+
+
 def _set_range(fq: ov.Node, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
     """Let a quantizer take and give low..high."""
     for i, ends in enumerate((low, high, low, high), start=1):

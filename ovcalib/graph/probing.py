@@ -124,6 +124,15 @@ def quantized_inputs(quantized: ov.Model, original: ov.Model, names: Iterable[st
     return ov.Model(values, graph.get_parameters(), "quantized inputs")
 
 
+def quantizer_inputs(quantized: ov.Model, original: ov.Model, names: Iterable[str]) -> ov.Model:
+    """The float network with what the named quantizers of activations read as its only outputs."""
+    graph = quantized.clone()
+    quantizers = {op.get_friendly_name(): op for op in graph.get_ops()}
+    values = [quantizers[name].input_value(0) for name in names]
+    _restore_in_place(graph, original, [op.get_friendly_name() for op in quantized_operations(graph)])
+    return ov.Model(values, graph.get_parameters(), "quantizer inputs")
+
+
 def observe(graph: ov.Model, names: Iterable[str]) -> ov.Model:
     """The graph with the named operations' outputs, bias included, as its only outputs, in the order of `names`."""
     graph = graph.clone()
