@@ -93,7 +93,11 @@ def source_options() -> Iterator[str]:
         defaults = " ".join(f"{key}={value}" for key, value in entry["options"].items())
         yield from (f"Defaults: `{defaults}`", "")
         if source in ("zeroq", "dsg", "intraq", "genie", "dgh"):
-            yield from ("The options are those of `bn-inversion`.", "")
+            shared = ovcalib.sources()["bn-inversion"]["help"].splitlines()
+            lines = [line for line in entry["help"].splitlines() if line.strip() and line not in shared]
+            own = inspect.cleandoc("\n".join(["", *lines]))
+            yield from (f"The options are those of `bn-inversion`{', and:' if own else '.'}", "")
+            yield from ("```text", own, "```", "") if own else ()
         else:
             yield from ("```text", entry["help"], "```", "")
 

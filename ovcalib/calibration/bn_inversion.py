@@ -24,10 +24,10 @@ class Options(InversionOptions):
     __doc__ = InversionOptions.__doc__
 
     scope: Literal["sample", "batch", "set"] = "set"
-    input_layer: bool = False
+    input_weight: float | None = 0.0
     init: Literal["gaussian", "uniform", "fractal"] = "fractal"
     output: Literal["none", "stretch", "labels"] = "stretch"
-    output_weight: float = 1e-3
+    output_weight: float | None = 1e-3
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"steps": 20, "batch": 8, "rate": 0.05, "schedule": "cosine"},

@@ -61,16 +61,23 @@ def output_range(outputs: Tensor) -> Tensor:
     return outputs.amax(-1) - outputs.amin(-1)
 
 
-def stretch(outputs: Tensor, mean: Tensor, std: Tensor, mean0: Tensor, std0: Tensor, delta: float) -> Tensor:
-    """Output distribution stretching, limited by the statistics of the last BatchNorm (DGH, Dikstein et al.).
+def stretch(outputs: Tensor, squared: bool) -> Tensor:
+    """Output distribution stretching (DGH, Dikstein et al.): minus the range, or its square as the paper prints it.
 
-    outputs     [N, K] flattened outputs
-    mean, std   [N, C] of each image at the input of the last BatchNorm
-    delta       mean squared deviation per channel that is free; without this limit the loss has no lower bound
-    The range enters linearly, as in the authors' code; the paper squares it.
+    outputs   [N, K] flattened outputs
+    The loss has no lower bound of its own: see `leash`.
     """
-    leash = F.relu(mean_over_channels(mean - mean0) - delta) + F.relu(mean_over_channels(std - std0) - delta)
-    return leash - output_range(outputs)
+    reach = output_range(outputs)
+    return -reach.square() if squared else -reach
+
+
+def leash(mean: Tensor, std: Tensor, mean0: Tensor, std0: Tensor, delta: float) -> Tensor:
+    """What keeps stretched images near the stored statistics of the last BatchNorm (DGH).
+
+    mean, std   [N, C] of each image at the input of the last BatchNorm
+    delta       mean squared deviation per channel that is free
+    """
+    return F.relu(mean_over_channels(mean - mean0) - delta) + F.relu(mean_over_channels(std - std0) - delta)
 
 
 def soft_inception(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -85,8 +92,8 @@ def soft_inception(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 def marginal_distance(features: Tensor, centres: Tensor, known: Tensor, lower: float, upper: float) -> Tensor:
     """Keep images of a class apart, but not too far: hinge on the cosine distance to the class's centre (IntraQ).
 
-    features   [N, D]; centres [N, D], mean feature of earlier images of the same class; known bool [N], whether there
-               are any
+    features   [N, D], what the classifier reads
+    centres    [N, D], mean feature of earlier images of the same class; known bool [N], whether there are any
     """
     distance = 1 - F.cosine_similarity(features, centres, dim=-1)
     hinge = F.relu(lower - distance) + F.relu(distance - upper)

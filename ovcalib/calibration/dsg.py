@@ -1,8 +1,9 @@
 """DSG: statistics with slack, and layer weights that differ by image (Zhang et al. 2021).
 
-Slack distribution alignment: in every layer a deviation costs nothing up to the 0.9 quantile, over the channels, of the
-deviation of Gaussian noise. Layerwise sample enhancement: image j counts layer j twice. Both as the paper has them; the
-published code pulls deviations *to* the margin, weighs channels instead of layers, and hard-codes 20 layers.
+Slack distribution alignment: in every BatchNorm layer a deviation costs nothing up to the 0.9 quantile, over the
+channels, of the deviation of Gaussian noise. Layerwise sample enhancement: image j counts layer j twice. The images
+themselves are compared as in ZeroQ, without either. This follows the paper; the published code pulls deviations *to*
+the margin, weighs channels instead of layers, and hard-codes 20 layers.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Instead of pixels, a new generator and its inputs are optimised; its convolution
 images. Swing convolution moves the inputs of strided convolutions at random, so that every pixel gets a gradient. The
 learning rates are those of the published code, in which the two are swapped: 0.1 for latent vectors, 0.01 for
 the generator.
+
+The images' own mean and standard deviation are those of each image: over the batch they are 0 and 1 by construction,
+because the generator ends in a BatchNorm without parameters. The published code adds up their three channels, which
+input_weight=3 does here, and the layers, where this averages; Adam does not see that factor.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ class Options(InversionOptions):
 
     scope: Literal["sample", "batch", "set"] = "batch"
     unbiased: bool = True
+    input_weight: float | None = 3.0
     swing: bool = True
     latent: int = 256
     generator_rate: float = 0.01

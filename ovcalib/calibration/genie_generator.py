@@ -71,7 +71,7 @@ class GeneratorRun(Run):
             rng = np.random.default_rng((self.request.seed, 2, step, number))
             with self.swing.drawn_from(rng):
                 outputs = self.measure(self.view(generator(z), rng))
-            value = self.loss(number, batch, outputs, rng).sum()
+            value = self.loss(number, batch, outputs).sum()
             self.check(value, step)
             latent_optimizer.zero_grad()
             optimizer.zero_grad()

@@ -59,7 +59,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     raises   ModelError for a network without usable BatchNorm layers
     """
     assert request.module is not None
-    options = resolve(options, min(request.spec.input_shape[1:]))
+    options = resolve(options, min(request.spec.input_shape[1:]), request.spec.num_classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = request.module.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
@@ -78,7 +78,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     with large_blocks_kept(), torch.enable_grad():
         with (
             swinging(module, options.swing) as swing,
-            on_all_cores(module, request.spec.name, half, copies) as network,
+            on_all_cores(module, request.spec.name, half, copies, features=labels is not None) as network,
         ):
             run = (kind or Run)(request, options, network, swing, labels, device)
             images = run.all_steps()
@@ -121,7 +121,7 @@ def clip_straight_through(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def smooth_augment(images: Tensor, rng: np.random.Generator, height: int, width: int) -> Tensor:
-    """Blur, one flip for the whole batch with probability 0.5, one random crop (DGH, section 3.3)."""
+    """Blur, one flip for the whole batch with probability 0.5, one random crop (DGH, section 5.2)."""
     images = smooth(images)
     if rng.random() < 0.5:
         images = images.flip(-1)
@@ -317,16 +317,17 @@ class SetStatistics:
             self.sums[layer][1] += square - (old[layer][1] if old else 0)
         self.parts[number] = new
 
-    def with_live(self, number: int, moments: Sequence[Moments]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and mean square of the whole set, each [1, C], in which the batch's own part carries the gradient."""
-        share = len(moments[0].mean) / self.total
-        result = []
-        for layer, m in enumerate(moments):
-            rest = [s - p for s, p in zip(self.sums[layer], self.parts[number][layer], strict=True)]
-            mean = rest[0].to(m.mean) + m.mean.mean(0) * share
-            square = rest[1].to(m.square) + m.square.mean(0) * share
-            result.append((mean[None], square[None]))
-        return result
+    def with_live(self, number: int, layer: int, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and mean square of the whole set at one layer, each [1, C], in which the batch's own part carries the
+        gradient."""
+        share = len(moments.mean) / self.total
+        mean, square = (
+            (total - part).to(live) + live.mean(0) * share
+            for total, part, live in zip(
+                self.sums[layer], self.parts[number][layer], (moments.mean, moments.square), strict=True
+            )
+        )
+        return mean[None], square[None]
 
 
 # The loop ----------------------------------------------------------------------------------------------------
@@ -345,6 +346,7 @@ class Run:
     batches: dict[int, Batch] = field(default_factory=dict)
     finished: dict[int, Tensor] = field(default_factory=dict)
     moments: list[Moments] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -387,13 +389,26 @@ class Run:
         return self.ended_early
 
     def warnings(self, images: int) -> tuple[str, ...]:
-        if not self.ended_early:
-            return ()
-        assert self.options.steps is not None
-        return (
-            f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
-            f"{self.options.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps",
-        )
+        o, found = self.options, []
+        if self.ended_early:
+            assert o.steps is not None
+            found.append(
+                f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
+                f"{o.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps"
+            )
+        if self.labels is not None and self.distance_counts():
+            wanted, seen, apart = 2 * (self.request.spec.num_classes or 0), set[int](), 0
+            for group in self.groups:
+                labels = self.labels[group].tolist()
+                apart += sum(label in seen for label in labels)
+                seen.update(labels)
+            if not apart or self.request.count < wanted:
+                found.append(
+                    f"the distance within a class counts for {apart} of {self.request.count} images: others have no "
+                    f"image of their class in an earlier batch. Ask for two images a class or more ({wanted}), and for "
+                    f"batches smaller than that (-O batch={self.options.batch})"
+                )
+        return tuple(found)
 
     def steps_alone(self, number: int, steps: int) -> None:
         """All steps of one batch, which knows nothing of the others."""
@@ -443,7 +458,7 @@ class Run:
         with torch.no_grad():
             batch = self.batches.pop(number)
             self.finished[number] = self.final(batch.images).cpu().contiguous()
-            if self.labels is not None:
+            if self.labels is not None and self.distance_counts():
                 self.update_centres(batch)
 
     # One step
@@ -456,7 +471,7 @@ class Run:
         images = batch.images.detach().requires_grad_()
         with self.swing.drawn_from(rng):
             outputs = self.measure(self.view(images, rng))
-        value = self.loss(number, batch, outputs, rng)
+        value = self.loss(number, batch, outputs)
         (gradient,) = torch.autograd.grad(value.sum(), images)
         scale = 0.5 * (1 + np.cos(np.pi * batch.step / o.steps)) if o.schedule == "cosine" else 1.0
         if o.scope == "set" and not o.refresh:
@@ -467,8 +482,9 @@ class Run:
                 loss = value.detach() if o.scope == "sample" else value.detach().sum()[None]
                 assert o.patience is not None
                 cut_on_plateau(batch, loss.cpu(), o.patience, o.factor, 1e-4, o.schedule == "plateau-reset")
-        if o.scope == "set" and o.refresh:
-            self.put_statistics(number)
+            if o.scope == "set" and o.refresh:
+                self.measure(self.view(batch.images, rng))
+                self.statistics.put(number, self.moments)
         self.check(value, batch.step)
         self.report(float(value.detach().mean()))
         if time.monotonic() > self.save_at:
@@ -504,88 +520,126 @@ class Run:
         return images.clamp(self.low, self.high) if self.options.clip else images
 
     def measure(self, images: Tensor) -> list[Tensor]:
-        """Run the network; `moments` are then those of its layers, and of the images as one more."""
+        """Run the network; `moments` are then those of its layers, and of the images as one more at the end."""
         done = self.network(images)
-        self.moments = done.moments
-        if self.options.input_layer:
+        self.moments, self.features = done.moments, done.features
+        if self.options.input_weight:
             self.moments = [*self.moments, image_moments(images)]
         return done.outputs
 
-    def loss(self, number: int, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
+    def loss(self, number: int, batch: Batch, outputs: list[Tensor]) -> Tensor:
         """[K] with per-sample statistics, else [1]."""
         o, moments = self.options, self.moments
-        if o.scope == "set":
-            pairs = self.statistics.with_live(number, moments)
-        elif o.scope == "batch":
-            pairs = [(m.mean.mean(0, keepdim=True), m.square.mean(0, keepdim=True)) for m in moments]
-        else:
-            pairs = [(m.mean, m.square) for m in moments]
-        counts = {"set": self.request.count, "batch": len(batch.indices), "sample": 1}[o.scope]
+        assert o.input_weight is not None
         terms = []
-        for layer, (m, (mean, square)) in enumerate(zip(moments, pairs, strict=True)):
+        for i, m in enumerate(moments):
             if o.scope == "sample" and m.positions < 2:
                 continue  # one value has no spread
-            slack = (0.0, 0.0) if self.margins is None else self.margins[layer]
-            terms.append(alignment(o, mean, square, m.layer, counts * m.positions, slack))
-        if not terms:
+            if o.scope == "set":
+                mean, square, images = *self.statistics.with_live(number, i, m), self.request.count
+            elif o.scope == "batch" and m.layer.name != INPUT:
+                mean, square, images = m.mean.mean(0, keepdim=True), m.square.mean(0, keepdim=True), len(m.mean)
+            else:
+                # Pooled over a batch, the images of a generator that ends in BatchNorm have mean 0 and std 1 anyway.
+                mean, square, images = m.mean, m.square, 1
+            slack = (0.0, 0.0) if self.margins is None or m.layer.name == INPUT else self.margins[i]
+            term = alignment(o, mean, square, m.layer, images * m.positions, slack)
+            terms.append(term.mean(0, keepdim=True) if o.scope == "batch" else term)
+        layers = len(terms) - bool(o.input_weight)
+        if not layers:
             raise ModelError(
                 f"Every BatchNorm layer of {self.request.spec.name!r} sees maps of 1x1, and one value has no spread to "
                 "compare. Use `-O scope=set`, or calibrate with fractal."
             )
-        stacked = torch.stack(terms, 1)  # [S, L]
-        if o.enhance and o.scope == "sample":
-            weights = losses.enhancement(stacked.shape[1], torch.tensor(batch.indices)).to(stacked)
+        stacked = torch.stack(terms, 1)  # [S, L], and one more for the images
+        if o.enhance:
+            weights = torch.full_like(stacked, 1 / layers)
+            weights[:, :layers] = losses.enhancement(layers, torch.tensor(batch.indices))
         else:
-            weights = torch.full_like(stacked[:1], 1 / stacked.shape[1] if o.reduction == "mean" else 1.0)
-        value = (stacked * weights).sum(1)
-        return value + self.output_loss(batch, outputs, rng)
+            weights = torch.full_like(stacked, 1 / stacked.shape[1] if o.reduction == "mean" else 1.0)
+        weights[:, layers:] *= o.input_weight
+        return (stacked * weights).sum(1) + self.output_loss(number, batch, outputs)
 
-    def output_loss(self, batch: Batch, outputs: list[Tensor], rng: np.random.Generator) -> Tensor:
+    def output_loss(self, number: int, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Shaped as the loss."""
         o = self.options
-        maps = [m for m in self.moments if m.positions > 1 and m.layer.name != INPUT]
-        if o.output == "stretch" and maps:
-            last = maps[-1]
-            std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
-            std0 = losses.standard_deviation(last.layer.var0)
-            values = sum(
-                losses.stretch(out, last.mean, std, last.layer.mean0, std0, o.delta) for out in flat_outputs(outputs)
-            )
-            assert isinstance(values, Tensor)
-            value = o.output_weight * values
-        elif o.output == "labels":
-            assert self.labels is not None
-            labels = self.labels[batch.indices].to(self.device)
-            targets = torch.from_numpy(
-                np.where(rng.random(len(labels)) < 0.5, 1.0, rng.uniform(o.confidence, 1, len(labels)))
-            )
-            value = o.output_weight * losses.soft_inception(outputs[0], labels, targets.to(outputs[0]))
-            if self.centres:
-                known, centres = self.centres_of(labels, outputs[0])
-                value = value + o.distance_weight * losses.marginal_distance(
-                    outputs[0], centres, known, o.lower, o.upper
-                )
-        else:
+        if o.output == "none":
             return torch.zeros(1, device=self.device)
+        assert o.output_weight is not None
+        value = self.stretching(outputs) if o.output == "stretch" else self.labelling(number, batch, outputs[0])
+        value = o.output_weight * value
         return value if o.scope == "sample" else value.mean()[None]
 
-    # Class centres of earlier batches, in the space of the logits
+    def stretching(self, outputs: list[Tensor]) -> Tensor:
+        """[K]: output distribution stretching."""
+        o = self.options
+        assert o.squared_range is not None
+        total = torch.zeros(1, device=self.device)
+        maps = [m for m in self.moments if m.positions > 1 and m.layer.name != INPUT]
+        if o.leash and not maps:
+            return total  # without a limit the range would grow for ever
+        for out in flat_outputs(outputs):
+            total = total + losses.stretch(out, o.squared_range)
+            if o.leash:
+                last = maps[-1]
+                std = losses.standard_deviation(losses.variance(last.mean, last.square, last.positions, True))
+                std0 = losses.standard_deviation(last.layer.var0)
+                total = total + losses.leash(last.mean, std, last.layer.mean0, std0, o.delta)
+        return total
+
+    def labelling(self, number: int, batch: Batch, logits: Tensor) -> Tensor:
+        """[K]: soft inception and marginal distance."""
+        o = self.options
+        assert self.labels is not None
+        labels = self.labels[batch.indices].to(self.device)
+        value = losses.soft_inception(logits, labels, self.soft_targets(number).to(logits))
+        if self.centres and self.distance_counts():
+            assert o.lower is not None
+            assert o.upper is not None
+            known, centres = self.centres_of(labels)
+            hinge = losses.marginal_distance(self.features[0], centres, known, o.lower, o.upper)
+            # The mean is over the images that have a predecessor.
+            share = 1.0 if o.scope == "sample" else known.float().mean().clamp_min(1 / len(known))
+            value = value + o.distance_weight * hinge / share
+        return value
+
+    def soft_targets(self, number: int) -> Tensor:
+        """The probability that each label of a batch is to have, [K]: 1, or between `confidence` and 1."""
+        smallest, count = self.options.confidence, len(self.groups[number])
+        assert smallest is not None
+        rng = np.random.default_rng((self.request.seed, 4, number))
+        return torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.uniform(smallest, 1, count)))
+
+    # Class centres of earlier batches, in the space that the classifier reads
+
+    def distance_counts(self) -> bool:
+        """Whether any marginal distance would cost something: cosine distances lie between 0 and 2."""
+        o = self.options
+        assert o.lower is not None
+        assert o.upper is not None
+        return o.distance_weight > 0 and (o.lower > 0 or o.upper < 2)
 
     def update_centres(self, batch: Batch) -> None:
         assert self.labels is not None
-        outputs = self.measure(self.final(batch.images))[0]
-        for label, value in zip(self.labels[batch.indices].tolist(), outputs, strict=True):
+        self.measure(self.final(batch.images))
+        if not self.features:
+            raise ModelError(
+                f"{self.request.spec.name!r} has no linear layer or convolution whose input could be compared within a "
+                "class. Use -O distance_weight=0."
+            )
+        for label, value in zip(self.labels[batch.indices].tolist(), self.features[0], strict=True):
             mean, count = self.centres.get(label, (torch.zeros_like(value), 0))
             self.centres[label] = (mean + (value - mean) / (count + 1), count + 1)
 
-    def centres_of(self, labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        known = torch.tensor([int(label) in self.centres for label in labels], device=like.device)
-        rows = [self.centres[int(v)][0] if int(v) in self.centres else torch.ones_like(like[0]) for v in labels]
-        return known, torch.stack(rows)
+    def centres_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        blank = torch.ones_like(self.features[0][0])
+        known = torch.tensor([int(label) in self.centres for label in labels], device=blank.device)
+        return known, torch.stack([self.centres.get(int(label), (blank, 0))[0] for label in labels])
 
     # Margins of slack distribution alignment
 
     def noise_margins(self, count: int = 256) -> list[tuple[Tensor, Tensor]]:
-        """For each layer, the quantile over its channels of how far noise is from the stored mean and spread.
+        """For each BatchNorm layer, the quantile over its channels of how far noise is from the stored mean and spread.
 
         Noise is pooled over `count` images; DSG does not say whether it pools (section 3.2 of the paper has 1,024).
         """
@@ -601,6 +655,8 @@ class Run:
                 pooled.put(number, self.moments)
             margins = []
             for (mean, square), m in zip(pooled.sums, self.moments, strict=True):
+                if m.layer.name == INPUT:
+                    continue
                 spread, spread0 = spreads(o, mean, square, m.layer, count * m.positions)
                 margins.append(
                     (
@@ -691,4 +747,5 @@ def alignment(
     spread, spread0 = spreads(options, mean, square, layer, count)
     reduce = losses.sum_over_channels if options.reduction == "sum" else losses.mean_over_channels
     gap = reduce(losses.slack_gap(mean, layer.mean0, slack[0]))
+    assert options.spread_weight is not None
     return gap + options.spread_weight * reduce(losses.slack_gap(spread, spread0, slack[1]))

@@ -15,7 +15,9 @@ SMALL, BATCH_OF_SMALL = 96, 32
 @dataclass(frozen=True)
 class InversionOptions:
     """
-    budget          quick, standard or paper: fills in what is None below
+    Values that are None depend on the budget, on other options or on the network; a run records what they came to.
+
+    budget          quick, standard or paper (the published number of steps and schedule)
     steps           optimisation steps of every image
     batch           images that go through the network together
     precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it
@@ -25,9 +27,10 @@ class InversionOptions:
     unbiased        spread with n - 1 in the denominator
     reduction       sum or mean over channels and layers
     spread_weight   weight of the spread against the mean
-    input_layer     compare the images themselves with mean 0 and std 1, as one more layer
-    slack           share of channels (0..1) whose deviation, measured on noise, is free in each layer
-    enhance         count layer j twice for image j
+    input_weight    weight of the images themselves, compared with mean 0 and std 1 as one more layer; 0 leaves them
+                    out. Statistics of a batch are those of each of its images here
+    slack           share of channels (0..1) whose deviation, measured on noise, is free in each BatchNorm layer
+    enhance         count BatchNorm layer j twice for image j
 
     pipeline        what images go through at every step: nothing, smooth-augment (blur, flip, crop), or local-object
                     (a random enlarged part, flipped)
@@ -38,10 +41,12 @@ class InversionOptions:
 
     output          output loss: none, stretch (widen the range of the outputs), or labels (soft inception)
     output_weight   weight of the output loss against the statistics
-    delta           stretch: deviation at the last BatchNorm that is free
+    squared_range   stretch: the square of the range
+    leash           stretch: hold each image's statistics at the last BatchNorm near the stored ones
+    delta           stretch: mean squared deviation there that is free
     confidence      labels: smallest target probability of the label
     lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
-    distance_weight labels: weight of that distance
+    distance_weight labels: weight of that distance; 0 leaves it out
 
     init            where images start: gaussian noise, uniform noise, or fractal pictures
     optimizer       adam or radam
@@ -51,8 +56,8 @@ class InversionOptions:
                     would leave its own noise in the images
     patience        plateau: steps without improvement before the rate is cut
     factor          plateau: what the rate is multiplied with
-    refresh         after a step, measure the batch again for the statistics of the set (the paper's algorithm) instead
-                    of keeping what was measured before the step (the authors' code)
+    refresh         after a step, measure the batch again for the statistics of the set (DGH, algorithm 1) instead of
+                    keeping what was measured before the step (the authors' code)
     """
 
     budget: Literal["quick", "standard", "paper"] = "quick"
@@ -64,8 +69,8 @@ class InversionOptions:
     spread: Literal["std", "var"] = "std"
     unbiased: bool = False
     reduction: Literal["sum", "mean"] = "mean"
-    spread_weight: float = 1.0
-    input_layer: bool = True
+    spread_weight: float | None = 1.0
+    input_weight: float | None = 1.0
     slack: float = 0.0
     enhance: bool = False
 
@@ -76,11 +81,13 @@ class InversionOptions:
     swing: bool = False
 
     output: Literal["none", "stretch", "labels"] = "none"
-    output_weight: float = 1.0
+    output_weight: float | None = 1.0
+    squared_range: bool | None = False
+    leash: bool | None = True
     delta: float = 0.5
-    confidence: float = 0.95
-    lower: float = 0.05
-    upper: float = 0.8
+    confidence: float | None = 0.95
+    lower: float | None = 0.05
+    upper: float | None = 0.8
     distance_weight: float = 1.0
 
     init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
@@ -89,9 +96,16 @@ class InversionOptions:
     schedule: Literal["plateau", "plateau-reset", "cosine"] | None = None
     patience: int | None = None
     factor: float = 0.1
-    refresh: bool = False
+    refresh: bool | None = False
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def filled_in(self, classes: int | None) -> dict[str, Any]:
+        """What takes the place of None, by option.
+
+        classes   of the network, None where it has no class logits
+        """
+        return self.BUDGETS[self.budget]
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "patience"):
@@ -110,6 +124,8 @@ class InversionOptions:
             raise ValueError("extra_pixels is for the crop of pipeline=smooth-augment")
         if self.enhance and self.scope != "sample":
             raise ValueError("enhance weighs layers by image, which needs scope=sample")
+        if self.input_weight is not None and self.input_weight < 0:
+            raise ValueError(f"input_weight is {self.input_weight}, but must not be negative")
         if self.refresh and self.scope != "set":
             raise ValueError("refresh is about the statistics of the whole set, which needs scope=set")
 
@@ -117,12 +133,13 @@ class InversionOptions:
 Options = TypeVar("Options", bound=InversionOptions)
 
 
-def resolve(options: Options, side: int) -> Options:
-    """The options, with values that depend on the budget and the image size filled in.
+def resolve(options: Options, side: int, classes: int | None = None) -> Options:
+    """The options, with what is None filled in.
 
-    side   shorter side of the network's input, pixels
+    side      shorter side of the network's input, pixels
+    classes   of the network, None where it has no class logits
     """
-    values = options.BUDGETS[options.budget]
+    values = options.filled_in(classes)
     filled = {name: value for name, value in values.items() if getattr(options, name) is None}
     if "batch" in filled and side <= SMALL:
         filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +27,27 @@ def network_outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
 def flat_outputs(outputs: list[Tensor]) -> list[Tensor]:
     """Outputs as [N, K] each."""
     return [output.flatten(1) for output in outputs]
+
+
+@contextmanager
+def features_kept(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside of the block a pass leaves in the list, as its only entry, what the classifier read: [N, D].
+
+    That is the input of the layer with weights that runs last, linear or convolution; maps are averaged over their
+    positions.
+    """
+    kept: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept[:] = [inputs[0] if isinstance(layer, nn.Linear) else inputs[0].mean((2, 3))]
+
+    readers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in readers]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

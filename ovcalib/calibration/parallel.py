@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ovcalib.calibration.bfloat16 import in_bfloat16
 from ovcalib.calibration.bn_taps import Layer, Moments, Taps, find_layers, tapped
-from ovcalib.calibration.network_outputs import network_outputs
+from ovcalib.calibration.network_outputs import features_kept, network_outputs
 
 # The interpreter runs one thread at a time; further threads would wait for it, and are given to operations instead.
 MOST_COPIES = 4
@@ -32,35 +32,45 @@ Result = TypeVar("Result")
 class Pass:
     """What one forward pass left; the first axis of every tensor is the images.
 
-    moments   of the BatchNorm layers, in execution order
+    features   what the classifier read, where it is kept, as the only entry
+    moments    of the BatchNorm layers, in execution order
     """
 
     outputs: list[Tensor]
+    features: list[Tensor]
     moments: list[Moments]
 
     def tensors(self) -> list[Tensor]:
-        return [*self.outputs, *(m.mean for m in self.moments), *(m.square for m in self.moments)]
+        moments = [*(m.mean for m in self.moments), *(m.square for m in self.moments)]
+        return [*self.outputs, *self.features, *moments]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Pass:
         """The same pass with other tensors, in the order of `tensors`."""
-        first, second = len(self.outputs), len(self.outputs) + len(self.moments)
+        rest = iter(tensors)
+        outputs, features, means, squares = (
+            [next(rest) for _ in part] for part in (self.outputs, self.features, self.moments, self.moments)
+        )
         moments = [
             Moments(m.layer, mean, square, m.positions)
-            for m, mean, square in zip(self.moments, tensors[first:second], tensors[second:], strict=True)
+            for m, mean, square in zip(self.moments, means, squares, strict=True)
         ]
-        return Pass(list(tensors[:first]), moments)
+        return Pass(outputs, features, moments)
 
 
 class Network:
     """Runs a network, with the moments of its BatchNorm layers, in as many copies as there are threads.
 
-    copies    modules that share their weights, and what their layers record
+    copies    modules that share their weights, what their layers record, and their features
     layers    of the first copy
     half      run in bfloat16
     """
 
     def __init__(
-        self, copies: list[tuple[nn.Module, Taps]], layers: list[Layer], half: bool, pool: ThreadPoolExecutor | None
+        self,
+        copies: list[tuple[nn.Module, Taps, list[Tensor]]],
+        layers: list[Layer],
+        half: bool,
+        pool: ThreadPoolExecutor | None,
     ) -> None:
         self.copies, self.layers, self.half, self.pool = copies, layers, half, pool
 
@@ -72,13 +82,13 @@ class Network:
         return parts[0].with_tensors(tensors)
 
     def run_copy(self, number: int, images: Tensor) -> Pass:
-        module, taps = self.copies[number]
+        module, taps, features = self.copies[number]
         taps.clear()
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         with in_bfloat16(images.device, self.half):
             outputs = [output.float() for output in network_outputs(module, images)]
-        return Pass(outputs, list(taps.moments))
+        return Pass(outputs, [tensor.float() for tensor in features], list(taps.moments))
 
     def in_parallel(self, work: Callable[[int, Share], Result], shares: Sequence[Share]) -> list[Result]:
         """What `work` makes of the number of each share and the share, one thread each."""
@@ -114,10 +124,13 @@ class _InParallel(torch.autograd.Function):
 
 
 @contextmanager
-def on_all_cores(module: nn.Module, name: str, half: bool, copies: int | None = None) -> Iterator[Network]:
+def on_all_cores(
+    module: nn.Module, name: str, half: bool, copies: int | None = None, features: bool = False
+) -> Iterator[Network]:
     """The network in as many copies as are of use; torch's threads are shared out among them.
 
-    copies   at most so many: 1 where a pass draws random numbers
+    copies     at most so many: 1 where a pass draws random numbers
+    features   whether a pass keeps what the classifier read
     """
     threads = torch.get_num_threads()
     on_cpu = find_layers(module, name)[0].mean0.device.type == "cpu"
@@ -128,14 +141,15 @@ def on_all_cores(module: nn.Module, name: str, half: bool, copies: int | None = 
         modules, count = [module], 1
     layers = [find_layers(each, name) for each in modules]
     with ExitStack() as stack:
-        pairs = [(each, stack.enter_context(tapped(own))) for each, own in zip(modules, layers, strict=True)]
+        kept = [stack.enter_context(features_kept(each)) if features else [] for each in modules]
+        taps = [stack.enter_context(tapped(own)) for own in layers]
         pool = None
         if count > 1:
             shared = threads // count
             pool = stack.enter_context(ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(shared,)))
             stack.callback(torch.set_num_threads, threads)
             torch.set_num_threads(shared)
-        yield Network(pairs, layers[0], half, pool)
+        yield Network(list(zip(modules, taps, kept, strict=True)), layers[0], half, pool)
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -186,7 +186,7 @@ def test_copies_share_weights_but_not_what_a_pass_leaves_in_attributes(rng, two_
     barrier = threading.Barrier(2)
     with on_all_cores(net, "net", half=False) as network:
         torch.testing.assert_close(network(images).outputs[0], expected)
-        first, second = (copy.state_dict() for copy, _ in network.copies)
+        first, second = (copy.state_dict() for copy, *_ in network.copies)
         assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
 
 
@@ -276,12 +276,12 @@ def test_enhancement_counts_one_layer_of_each_image_twice() -> None:
 
 def test_stretching_rewards_range_and_is_leashed_by_the_last_layer(rng) -> None:
     outputs = torch.from_numpy(rng.standard_normal((4, 10)))
+    reach = outputs.max(1).values - outputs.min(1).values
+    torch.testing.assert_close(losses.stretch(outputs, False), -reach)
+    torch.testing.assert_close(losses.stretch(3 * outputs, True), -9 * reach**2)
     mean0, std0 = torch.zeros(5), torch.ones(5)
-    at_target = losses.stretch(outputs, mean0.expand(4, 5), std0.expand(4, 5), mean0, std0, 0.5)
-    torch.testing.assert_close(at_target, -losses.output_range(outputs))
-    assert (losses.stretch(3 * outputs, mean0.expand(4, 5), std0.expand(4, 5), mean0, std0, 0.5) < at_target).all()
-    away = losses.stretch(outputs, mean0.expand(4, 5) + 2, std0.expand(4, 5), mean0, std0, 0.5)
-    torch.testing.assert_close(away, at_target + 3.5)
+    assert losses.leash(mean0.expand(4, 5), std0.expand(4, 5), mean0, std0, 0.5).tolist() == [0] * 4
+    assert losses.leash(mean0.expand(4, 5) + 2, std0.expand(4, 5), mean0, std0, 0.5).tolist() == [3.5] * 4
 
 
 def test_soft_inception_is_zero_at_its_target() -> None:
@@ -317,7 +317,7 @@ def test_the_statistics_of_the_set_are_those_of_all_images_at_once(toy, rng, siz
     for _ in range(2):  # an entry that is put again replaces its first
         for number, part in enumerate(parts):
             statistics.put(number, moments_of(toy.net, part))
-    merged = statistics.with_live(1, moments_of(toy.net, parts[1]))
+    merged = [statistics.with_live(1, i, m) for i, m in enumerate(moments_of(toy.net, parts[1]))]
     for (mean, square), act in zip(merged, activations(toy.net, images), strict=True):
         var, expected = torch.var_mean(act, (0, 2, 3), unbiased=False)
         torch.testing.assert_close(mean[0], expected, rtol=1e-4, atol=1e-5)
@@ -336,7 +336,7 @@ def test_a_batch_has_its_share_of_the_gradient_of_the_whole_set(toy, rng) -> Non
     live = images[2:4].clone().requires_grad_()
     with tapped(find_layers(toy.net, "toy")) as taps:
         toy.net(live)
-        live_moments = statistics.with_live(1, taps.moments)
+        live_moments = [statistics.with_live(1, i, m) for i, m in enumerate(taps.moments)]
     value = torch.stack([(mean.square() + square.sin()).sum() for mean, square in live_moments]).sum()
     (found,) = torch.autograd.grad(value, live)
     whole = images.clone().requires_grad_()
@@ -511,7 +511,7 @@ def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy) -> None:
 
 
 @pytest.mark.parametrize("axis", [
-    {"refresh": True}, {"spread": "var"}, {"reduction": "sum"}, {"spread_weight": 10}, {"input_layer": True}, {"init": "uniform"},
+    {"refresh": True}, {"spread": "var"}, {"reduction": "sum"}, {"spread_weight": 10}, {"input_weight": 1}, {"init": "uniform"},
     {"optimizer": "radam"}, {"schedule": "plateau", "patience": 1}, {"pipeline": "smooth-augment"}, {"output": "none"}, {"rate": 0.2},
     {"swing": True}, {"scope": "sample"}, {"pipeline": "local-object"}, {"precision": "bf16"},
 ])  # fmt: skip

@@ -150,7 +150,7 @@ def test_maps_of_one_pixel_are_inverted():
 
 
 def test_maps_of_one_pixel_have_no_spread_within_an_image():
-    options = {"steps": 2, "scope": "sample", "input_layer": False}
+    options = {"steps": 2, "scope": "sample", "input_weight": 0}
     with pytest.raises(ModelError, match="scope=set"):
         ovcalib.generate(
             "bn-inversion", trained(OnePixel()), 2, input_shape=SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3, options=options
