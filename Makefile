@@ -15,7 +15,7 @@ tables: $(STAMP)
 	$(BIN)/python benchmarks/paper_tables.py runs/paper --scores benchmarks/results/scores-cifar10.json
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
