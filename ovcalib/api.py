@@ -177,7 +177,7 @@ def generate(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
+    about, rest = model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
     loaded = _load_model(about, module, progress.say)
     resolved, _ = resolve_calibration(asked, loaded, progress)
@@ -213,7 +213,7 @@ def convert(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
+    about, rest = model_options(reference, options)
     to = checked(ConvertOptions, rest).to
     loaded = _load_model(about, module, progress.say)
     if "onnx" in to and loaded.module is None:
@@ -243,7 +243,7 @@ def evaluate(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
+    about, rest = model_options(reference, options)
     asked = checked(EvaluateOptions, {"data": _named(data), **rest})
     loaded = _load_model(about, module, progress.say)
     dataset: EvaluationSet
@@ -294,7 +294,7 @@ def benchmark(
 
     progress = progress or usual_progress()
     paths = _paths(models)
-    about, rest = _model_options("", options)
+    about, rest = model_options("", options)
     asked = checked(BenchmarkOptions, rest)
     with RunDir(_path(output), overwrite, {"models": list(map(str, paths)), **asked.model_dump(mode="json")}) as work:
         found = measure(paths, asked, progress)
@@ -328,7 +328,7 @@ def diagnose(
     from ovcalib.reports.diagnosis import write_diagnosis_report
     from ovcalib.rundir import write_json
 
-    about, rest = _model_options(str(fp32), options)
+    about, rest = model_options(str(fp32), options)
     asked = checked(DiagnosisOptions, rest)
     request = {"model": about.model_dump(mode="json"), "int8": str(int8), **asked.model_dump(mode="json")}
     with RunDir(_path(output), overwrite, request) as work:
@@ -390,7 +390,7 @@ def sweep(
 def load_model(model: str | nn.Module, **options: Unpack[LoadKeywords]) -> Model:
     """The model behind a reference: its spec, and a torch module or an OpenVINO graph."""
     reference, module = _reference(model)
-    return _load_model(_model_options(reference, options)[0], module)
+    return _load_model(model_options(reference, options)[0], module)
 
 
 def models(pattern: str = "*") -> list[ModelSpec]:
@@ -418,7 +418,7 @@ def _reference(model: str | nn.Module) -> tuple[str, nn.Module | None]:
     return (model, None) if isinstance(model, str) else (type(model).__name__, model)
 
 
-def _model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str, Any]]:
+def model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str, Any]]:
     """The options of the model among keywords, and the others."""
     own = {name: value for name, value in options.items() if name in ModelOptions.model_fields}
     rest = {name: value for name, value in options.items() if name not in own}

@@ -13,7 +13,7 @@ from ovcalib.kernels import host_kernels
 from ovcalib.measurement.environment import environment
 from ovcalib.quantization.settings import resolve_overflow_fix
 from ovcalib.records.result import Kernels
-from ovcalib.rundir import leftovers
+from ovcalib.rundir import folder_bytes, leftovers
 
 # Feature -> (packages it needs, the extra that brings them).
 FEATURES = {
@@ -117,18 +117,6 @@ def places() -> list[Path]:
     here, cache = Path(), cache_dir()
     sweeps = [*here.glob("*/sets"), *here.glob("*/cells"), *here.glob("runs/*/sets"), *here.glob("runs/*/cells")]
     return [here, here / "runs", *sweeps, cache, cache / "weights", cache / "stylegan2-ada"]
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, or of a file; links are not followed, and 0 stands for what is not there."""
-    total = folder.lstat().st_size if folder.is_file() else 0
-    for root, _, files in os.walk(folder):
-        for name in files:
-            try:
-                total += (Path(root) / name).lstat().st_size
-            except OSError:  # deleted meanwhile
-                continue
-    return total
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -207,8 +207,8 @@ def test_collapsed_agreement_is_warned_about(data, tmp_path, toy) -> None:
 def test_ignore_and_dry_run(tmp_path) -> None:
     found = run("quantize", *MODEL, "--ignore", "stem.*", "--ignore", "type:MatMul", "--dry-run")
     assert found.exit_code == 0, found.stderr
-    assert "ignore stem.*: stem.0 (Convolution)" in found.stdout
-    assert "ignore type:MatMul: fc (MatMul)" in found.stdout
+    assert "ignored: stem.*: stem.0 (Convolution)" in found.stdout
+    assert "ignored: type:MatMul: fc (MatMul)" in found.stdout
     assert "overflow fix: first-layer" in found.stdout
     found = run(
         "quantize", *MODEL, "--calib", "noise", "--num-samples", 5, "--ignore", "top.*", "-o", tmp_path / "o", *FAST

@@ -1,6 +1,7 @@
 """What a user wrote, and what was meant."""
 
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -94,9 +95,11 @@ def test_a_sweep_shows_its_cells_and_makes_nothing(tmp_path, monkeypatch):
     )
     found = CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run"])
     assert found.exit_code == 0, found.stderr
-    assert "4 cells, 2 calibration sets" in found.stdout
-    assert found.stdout.count("resnet20-cifar10") == 4
-    cells = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    assert "quantize 4 times" in found.stdout
+    assert len(re.findall("^resnet20-cifar10 ", found.stdout, re.MULTILINE)) == 4
+    plan = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    cells = plan["cells"]
+    assert plan["calibration_sets"] == 2
     assert [(cell["source"], cell["mode"]) for cell in cells][:2] == [("noise", "default"), ("noise", "accuracy-aware")]
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
 

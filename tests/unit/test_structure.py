@@ -77,7 +77,7 @@ LAYERS = (
     {"runtime", "graph", "kernels", "models", "data"},
     {"calibration", "quantization", "evaluation", "measurement", "diagnosis", "reports", "export", "gan"},
     {"pipeline"},
-    {"sweeps"},
+    {"sweeps", "rehearsal"},
     {"api", "keywords"},
     {"cli", "__main__"},
 )
