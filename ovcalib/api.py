@@ -214,12 +214,14 @@ def convert(
     progress = progress or usual_progress()
     reference, module = _reference(model)
     about, rest = model_options(reference, options)
-    to = checked(ConvertOptions, rest).to
+    asked = checked(ConvertOptions, rest)
+    to = asked.to
     loaded = _load_model(about, module, progress.say)
     if "onnx" in to and loaded.module is None:
         raise UsageError(f"{reference!r} is a graph already; it converts to IR alone. Use `to=ir`.")
-    with RunDir(Path(output), overwrite, {"model": about.model_dump(mode="json"), "to": to}) as work:
-        parity = export(loaded, work.path, progress, about.dynamic_batch).parity
+    request = {"model": about.model_dump(mode="json"), **asked.model_dump(mode="json")}
+    with RunDir(Path(output), overwrite, request) as work:
+        parity = export(loaded, work.path, progress, about.dynamic_batch, asked.fp16).parity
         unwanted = {"onnx": (".onnx",), "ir": (".xml", ".bin")}
         for form in unwanted.keys() - set(to):
             for suffix in unwanted[form]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,9 +182,9 @@ def quantize(
             out_of_time, progress, log, steered,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
-            describe(quantized.fp32, model.spec, recipe.model.dynamic_batch)
+            describe(quantized.fp32, ready.spec, recipe.model.dynamic_batch)
             write_ir(quantized.fp32, work.path / "fp32" / "model.xml")
-        describe(quantized.int8, model.spec, recipe.model.dynamic_batch)
+        describe(quantized.int8, ready.spec, recipe.model.dynamic_batch)
         how = quantized.record.model_dump_json(exclude={"restoration", "seconds"})
         quantized.int8.set_rt_info(how, ["ovcalib", "quantization"])
         write_ir(quantized.int8, work.path / "int8" / "model.xml")
@@ -233,6 +233,7 @@ class Prepared:
     """What is known before images are made.
 
     recipe        with the calibration source and its number of images decided
+    spec          what the written files say about the model: also the class names of the evaluation images
     calibration   the set, where it was given
     exported      the FP32 model; its files are written
     warnings      about the choice of the source
@@ -240,6 +241,7 @@ class Prepared:
 
     recipe: Recipe
     model: Model
+    spec: ModelSpec
     calibration: CalibrationSet | None
     proven_on: EvaluationSet | None
     validation: EvaluationSet | None
@@ -275,9 +277,11 @@ def prepare(
     proven_on = open_evaluation(recipe.evaluation, model.spec, evaluation)
     refuse_same_images(options.calib, proven_on, recipe.evaluation)
     validation = open_validation(recipe.quantization, recipe.evaluation, proven_on, model.spec)
-    exported = export(model, folder, progress, recipe.model.dynamic_batch)
+    names = None if proven_on is None else proven_on.class_names
+    spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
+    exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
     settings = resolve_settings(recipe.quantization, exported.graph)
-    return Prepared(recipe, model, calibration, proven_on, validation, exported, settings, warnings)
+    return Prepared(recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings)
 
 
 def graphs_of(folder: Path | None, fp32: ov.Model, int8: ov.Model) -> tuple[ov.Model, ov.Model]:

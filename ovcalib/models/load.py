@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ovcalib.data.sets import imagenet_names
 from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, brief, excerpt, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
@@ -231,7 +232,8 @@ def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> 
         height=shape[1], width=shape[2], mean=tuple(config["mean"]), std=tuple(config["std"]),
         short_side=int(min(shape[1:]) / config["crop_pct"]), interpolation=config["interpolation"],
     )  # fmt: skip
-    return _from_module(module, f"timm:{name}", weights, options, shape, published)
+    classes = imagenet_names(module.num_classes) if weights.origin == "timm" else None
+    return _from_module(module, f"timm:{name}", weights, options, shape, published, classes or ())
 
 
 def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
@@ -321,8 +323,8 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
-    said = (options.input_shape, options.mean, options.std, options.short_side, options.channel_order)
-    if spec is not None and all(value is None for value in said):
+    said = ("input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order")
+    if spec is not None and all(getattr(options, name) is None for name in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
         return Model(spec, graph=graph, sha256=digest)
     if len(graph.inputs) != 1:
@@ -477,6 +479,10 @@ def _preprocessing(
         if 0 < options.short_side < max(h, w):
             raise UsageError(f"`short_side={options.short_side}` is smaller than the input of {h}x{w}.")
         changes["short_side"] = options.short_side or None
+    if options.crop_share is not None:
+        changes["short_side"] = int(max(h, w) / options.crop_share)
+    if options.interpolation is not None:
+        changes["interpolation"] = options.interpolation
     if options.channel_order is not None:
         if c != 3:
             raise UsageError(f"`channel_order={options.channel_order}` needs three channels, but the input has {c}.")
