@@ -19,7 +19,7 @@ from ovcalib.data.sets import imagenet_names
 from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, brief, excerpt, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
-from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
+from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained, unreachable
 from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Weights
 from ovcalib.records.options import ModelOptions
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
@@ -220,7 +220,8 @@ def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> 
         raise UnknownNameError("timm model", name, timm.list_models())
     if options.weights in (None, "published"):
         say(f"downloading the weights of timm:{name}")
-        module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        with from_cache_if_offline(f"timm:{name}"):
+            module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
         weights = Weights(
             origin="timm", licence=module.pretrained_cfg.get("license"), url=module.pretrained_cfg.get("hf_hub_id")
         )
@@ -434,6 +435,32 @@ def _downloading(reference: str, load: Callable[[], Any]) -> Any:
             f"{reference!r} cannot be loaded: {excerpt(error)}. Without a network, give the weights with "
             "`weights=FILE`."
         ) from error
+
+
+@contextmanager
+def from_cache_if_offline(reference: str) -> Iterator[None]:
+    """Let the Hugging Face hub read its cache alone where its server cannot be reached: it would try for a minute.
+
+    raises   ModelError also where the cache does not hold the files
+    """
+    from huggingface_hub import constants
+
+    server, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    reason = None if constants.HF_HUB_OFFLINE else unreachable(server)
+    if reason is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"{reference!r} cannot be downloaded: {server} cannot be reached ({reason}), and {cache!r} does not "
+            "hold it. Connect, copy that folder from a machine that has it, or give the weights with "
+            "`weights=FILE`."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def _preprocessing(
