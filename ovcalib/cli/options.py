@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import click
 from pydantic.fields import FieldInfo
 
+from ovcalib.cli.completion import WORDS, completer, literals
 from ovcalib.cli.guard import guarded, in_flags
 from ovcalib.errors import UsageError
 from ovcalib.progress import Progress
@@ -59,6 +60,10 @@ class Command(click.Command):
         for heading, records in sorted(rows.items(), key=lambda item: item[0] == COMMON):
             with formatter.section(heading):
                 formatter.write_dl(records, col_max=26)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, context: click.Context) -> Any:
         return guarded(lambda: super(Command, self).invoke(context), self.flags, bool(context.params.get("debug")))
@@ -136,9 +141,12 @@ def add_command(
 def parameter(kind: type[Frozen], name: str, field: FieldInfo, look: Shown) -> click.Parameter:
     """The parameter of a field; values stay text, which the field converts."""
     flags = look.flags or flags_of(kind, name)
+    complete = completer(name, field.annotation)
     if not flags[0].startswith("-"):
         many = flags[0].endswith("...")
-        return click.Argument([name], required=False, nargs=-1 if many else 1, metavar=flags[0])
+        return click.Argument(
+            [name], required=False, nargs=-1 if many else 1, metavar=flags[0], shell_complete=complete
+        )
     annotations = {field.annotation, *get_args(field.annotation)}
     heading = (kind.__doc__ or "").strip()
     text = field.description or ""
@@ -150,25 +158,17 @@ def parameter(kind: type[Frozen], name: str, field: FieldInfo, look: Shown) -> c
         text += f"  [default: {default}]"
     return Option(
         [*flags, name], multiple=look.repeat, metavar=look.metavar or metavar(field.annotation), help=text,
-        heading=heading,
+        heading=heading, shell_complete=complete,
     )  # fmt: skip
 
 
 def metavar(annotation: Any) -> str:
     """The placeholder of a value in the help: its choices, N, NUMBER, FILE or TEXT."""
-    choices = [*literals(annotation)]
+    choices = literals(annotation)
     if choices:
         return "|".join(choices)
     kinds = {annotation, *get_args(annotation)}
     return next((name for kind, name in ((int, "N"), (float, "NUMBER"), (Path, "FILE")) if kind in kinds), "TEXT")
-
-
-def literals(annotation: Any) -> Iterable[str]:
-    if get_origin(annotation) is Literal:
-        yield from get_args(annotation)
-    else:
-        for argument in get_args(annotation):
-            yield from literals(argument)
 
 
 def common_options(wanted: Iterable[str]) -> list[click.Parameter]:
