@@ -133,6 +133,33 @@ def test_every_source_is_documented() -> None:
         assert f"### `{name}`" in PAGES["docs/methods.md"], name
 
 
+def test_the_fields_of_a_sweep_are_documented() -> None:
+    from ovcalib.records.sweep import SweepRecipe
+
+    table = re.search(
+        r"^\| field \| meaning \| default \|\n(?:\|.*\n)+", PAGES["docs/calibration-sources.md"], re.MULTILINE
+    )
+    named = {name for row in table[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(SweepRecipe.model_fields)
+
+
+@pytest.mark.parametrize("page", ["docs/edge-devices.md", "docs/calibration-sources.md"])
+def test_the_default_numbers_of_images_are_those_of_the_code(page) -> None:
+    from ovcalib.calibration.sources import images_wanted
+    from ovcalib.models import builtin
+
+    text = " ".join(PAGES[page].split())
+    small, side, large = map(
+        int,
+        re.search(
+            r"make?s? (\d+)(?: images)? for inputs of at most (\d+)x\2 pixels and (\d+) for larger", text
+        ).groups(),
+    )
+    spec = builtin.spec("resnet20-cifar10")
+    for size, count in ((side, small), (side + 1, large)):
+        assert images_wanted("bn-inversion", spec.model_copy(update={"input_shape": (3, size, size)})) == count
+
+
 def test_the_layers_are_those_of_the_structure() -> None:
     from tests.unit.test_structure import LAYERS
 
