@@ -264,7 +264,7 @@ def test_fp16_stores_weights_in_16_bits_and_tells_their_difference(tmp_path) -> 
     parity = {out: json.loads(result.stdout) for out, result in found.items()}
     sizes = {out: (tmp_path / out / "model.bin").stat().st_size for out in found}
     assert sizes["half"] < 0.6 * sizes["plain"]
-    assert parity["half"]["torch_vs_onnx_max_abs"] == parity["plain"]["torch_vs_onnx_max_abs"]
+    assert all(found["torch_vs_onnx_max_abs"] < 1e-6 for found in parity.values())
     # Weights of 11 bits instead of 24 move the outputs by more than the kernels of float32 do.
     assert parity["plain"]["torch_vs_ir_max_abs"] < parity["half"]["torch_vs_ir_max_abs"]
     assert parity["half"]["torch_vs_ir_max_abs"] < 0.01 * parity["half"]["output_max_abs"]
