@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from ovcalib.export.parity import NOT_MEASURED, check_parity
+from ovcalib.export.parity import NOT_MEASURED, check_parity, ir_difference
 from ovcalib.graph.files import batch_one, describe, read_graph, refuse_quantized_graph, write_ir
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
@@ -23,10 +23,11 @@ class Exported:
     parity_reason: str | None
 
 
-def export(model: Model, folder: Path, progress: Progress, dynamic_batch: bool = False) -> Exported:
+def export(model: Model, folder: Path, progress: Progress, dynamic_batch: bool = False, fp16: bool = False) -> Exported:
     """Write model.onnx (of a torch module) and model.xml into a folder.
 
     dynamic_batch   leave the batch of the written files open
+    fp16            store the weights of model.xml in 16 bits; parity is then also that of the stored file
     raises          ModelError where the model cannot be exported, or is quantized already
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,5 +45,9 @@ def export(model: Model, folder: Path, progress: Progress, dynamic_batch: bool =
         graph = read_graph(path)
         describe(graph, model.spec, dynamic_batch)
         parity, reason = check_parity(model.module, path, graph), None
-    write_ir(graph, folder / "model.xml")
+    write_ir(graph, folder / "model.xml", fp16)
+    if fp16 and model.module is not None:
+        # Rounded weights are no fault of the export, so there is no limit on their difference.
+        stored = ir_difference(model.module, read_graph(folder / "model.xml"))
+        parity = parity.model_copy(update={"torch_vs_ir_max_abs": stored})
     return Exported(batch_one(graph, model.spec), parity, reason)

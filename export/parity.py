@@ -16,6 +16,8 @@ from ovcalib.records.result import Parity
 if TYPE_CHECKING:
     from torch import nn
 
+Run = Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]
+
 # Of the largest output: float32 kernels of deep networks differ by up to 5e-4 of it.
 TOLERANCE = 2e-3
 
@@ -30,18 +32,14 @@ def check_parity(module: nn.Module, onnx_path: Path, ir: ov.Model, seed: int = 0
 
     raises   ModelError that names the first layer at which they part, where they differ by more than TOLERANCE
     """
-    shape = [d.get_length() if d.is_static else 1 for d in ir.inputs[0].get_partial_shape()]
-    inputs = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in range(items)]
+    inputs = _inputs(ir, seed, items)
     expected = [_torch_outputs(module, x) for x in inputs]
     run_onnx, runtime = _onnx_runner(onnx_path)
     run_ir = _ir_runner(ir)
     scale = max(float(np.abs(y).max()) for outputs in expected for y in outputs)
     differences = {}
     for kind, run in (("ONNX", run_onnx), ("IR", run_ir)):
-        worst = max(
-            float(np.abs(a - b).max()) for x, outputs in zip(inputs, expected, strict=True)
-            for a, b in zip(outputs, run(x), strict=True)
-        )  # fmt: skip
+        worst = _largest_difference(inputs, expected, run)
         # NaN compares false with everything, so the test is written the other way round.
         if not worst <= TOLERANCE * max(scale, 1e-6):
             layer = first_difference(module, onnx_path, inputs[0])
@@ -54,6 +52,26 @@ def check_parity(module: nn.Module, onnx_path: Path, ir: ov.Model, seed: int = 0
     return Parity(
         torch_vs_ir_max_abs=differences["IR"], torch_vs_onnx_max_abs=differences["ONNX"],
         output_max_abs=scale, onnx_runtime=runtime,
+    )  # fmt: skip
+
+
+def ir_difference(module: nn.Module, ir: ov.Model, seed: int = 0, items: int = 4) -> float:
+    """The largest difference of the outputs of torch module and IR, on the inputs of `check_parity`."""
+    inputs = _inputs(ir, seed, items)
+    return _largest_difference(inputs, [_torch_outputs(module, x) for x in inputs], _ir_runner(ir))
+
+
+def _inputs(ir: ov.Model, seed: int, items: int) -> list[NDArray[np.float32]]:
+    shape = [d.get_length() if d.is_static else 1 for d in ir.inputs[0].get_partial_shape()]
+    return [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in range(items)]
+
+
+def _largest_difference(
+    inputs: list[NDArray[np.float32]], expected: list[list[NDArray[np.float32]]], run: Run
+) -> float:
+    return max(
+        float(np.abs(a - b).max()) for x, outputs in zip(inputs, expected, strict=True)
+        for a, b in zip(outputs, run(x), strict=True)
     )  # fmt: skip
 
 
@@ -116,7 +134,7 @@ def _torch_outputs(module: nn.Module, x: NDArray[np.float32]) -> list[NDArray[np
     return [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _onnx_runner(path: Path) -> tuple[Callable[[NDArray[np.float32]], list[NDArray[np.float32]]], str]:
+def _onnx_runner(path: Path) -> tuple[Run, str]:
     try:
         import onnxruntime
     except ImportError:
@@ -128,6 +146,6 @@ def _onnx_runner(path: Path) -> tuple[Callable[[NDArray[np.float32]], list[NDArr
     return lambda x: list(session.run(None, {name: x})), "onnxruntime"
 
 
-def _ir_runner(graph: ov.Model) -> Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]:
+def _ir_runner(graph: ov.Model) -> Run:
     compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: list(compiled(x).values())

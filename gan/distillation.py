@@ -138,6 +138,8 @@ class StudentTraining:
     """
 
     def __init__(self, recipe: StudentRecipe, pairs: Pairs, real: TrainingImages | None, device: torch.device) -> None:
+        if real is not None and real.classes and not pairs.classes:
+            pairs = replace(pairs, classes=real.classes)
         self.recipe, self.pairs, self.device = recipe, pairs, device
         if pairs.images.shape[1:3] != (RESOLUTION, RESOLUTION):
             raise DataError(
@@ -171,12 +173,20 @@ class StudentTraining:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
         self.steps = 0
 
+    def request(self, reference: str, real_reference: str | None) -> dict[str, Any]:
+        """What a training is known by, in the request.json of its folder."""
+        return {
+            "command": "gan distill", "pairs": reference, "pair_count": len(self.pairs), "data": real_reference,
+            "classes": list(self.pairs.classes), "student": asdict(self.generator.config), **asdict(self.recipe),
+        }  # fmt: skip
+
     @property
     def epoch(self) -> int:
         return self.steps // self.steps_per_epoch
 
     @property
     def total(self) -> int:
+        """Steps of the whole training."""
         return self.recipe.epochs * self.steps_per_epoch
 
     def state(self) -> dict[str, Any]:
@@ -287,14 +297,9 @@ def distil(
     report_every                steps between lines of the log
     """
     progress = progress or Progress()
-    if real is not None and real.classes and not pairs.classes:
-        pairs = replace(pairs, classes=real.classes)
     training = StudentTraining(recipe, pairs, real, pick_device(device))
-    request = {
-        "command": "gan distill", "pairs": reference, "pair_count": len(pairs), "data": real_reference,
-        "classes": list(pairs.classes), "student": asdict(training.generator.config), **asdict(recipe),
-    }  # fmt: skip
-    open_training(folder, request)
+    pairs = training.pairs
+    open_training(folder, training.request(reference, real_reference))
     earlier = load_checkpoint(folder, training.device)
     if earlier is not None:
         training.restore(earlier)

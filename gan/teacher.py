@@ -201,6 +201,11 @@ class TeacherTraining:
     def images(self) -> int:
         return self.steps * self.recipe.batch
 
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return math.ceil(self.recipe.kimg * 1000 / self.recipe.batch)
+
     def state(self) -> dict[str, Any]:
         return {
             "generator": self.generator.state_dict(), "discriminator": self.discriminator.state_dict(),
@@ -333,6 +338,12 @@ class TeacherTraining:
         optimizer.zero_grad(set_to_none=True)
 
 
+def request_of(data: TrainingImages, recipe: TeacherRecipe, reference: str) -> dict[str, Any]:
+    """What a training is known by, in the request.json of its folder."""
+    return {"command": "gan train-teacher", "data": reference, "images": len(data.images),
+            "classes": list(data.classes), **asdict(recipe)}  # fmt: skip
+
+
 def train_teacher(
     data: TrainingImages,
     recipe: TeacherRecipe,
@@ -354,8 +365,7 @@ def train_teacher(
     """
     progress = progress or Progress()
     recipe = fitted(recipe, data.images.shape[1], len(data.classes))
-    request = {"command": "gan train-teacher", "data": reference, "images": len(data.images),
-               "classes": list(data.classes), **asdict(recipe)}  # fmt: skip
+    request = request_of(data, recipe, reference)
     path = folder / "generator.safetensors"
     with workers(device) as team:
         if team.main:
@@ -368,7 +378,7 @@ def train_teacher(
             progress.say(f"continuing after {training.images / 1000:.1f} kimg")
         clock = Clock(earlier["seconds"] if earlier else 0.0)
         log = Log(folder, "kimg", training.images / 1000) if team.main else None
-        total = math.ceil(recipe.kimg * 1000 / recipe.batch)
+        total = training.total
         report_steps, score_steps = (max(1, round(k * 1000 / recipe.batch)) for k in (report_every, score_every))
         saved = clock.seconds
         sums: dict[str, list[float]] = {}

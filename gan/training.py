@@ -178,11 +178,8 @@ def workers(device: str) -> Iterator[Workers]:
 # Folders of resumable trainings ---------------------------------------------
 
 
-def open_training(folder: Path, request: Mapping[str, Any]) -> None:
-    """Make the folder of a training, or find that it belongs to this very one.
-
-    raises   UsageError where another training has been started in it
-    """
+def refuse_another_training(folder: Path, request: Mapping[str, Any]) -> None:
+    """Raise UsageError where a folder holds another training, or anything else."""
     path = folder / REQUEST
     if path.is_file():
         try:
@@ -200,11 +197,28 @@ def open_training(folder: Path, request: Mapping[str, Any]) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{str(folder)!r} is not empty and holds no training. Choose another output folder with -o.")
+
+
+def open_training(folder: Path, request: Mapping[str, Any]) -> None:
+    """Make the folder of a training, or find that it belongs to this very one.
+
+    raises   UsageError where another training has been started in it
+    """
+    refuse_another_training(folder, request)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, request)
+        write_json(folder / REQUEST, request)
     except OSError as error:
         raise UsageError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:

@@ -177,7 +177,7 @@ def generate(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
+    about, rest = model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
     loaded = _load_model(about, module, progress.say)
     resolved, _ = resolve_calibration(asked, loaded, progress)
@@ -213,13 +213,15 @@ def convert(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
-    to = checked(ConvertOptions, rest).to
+    about, rest = model_options(reference, options)
+    asked = checked(ConvertOptions, rest)
+    to = asked.to
     loaded = _load_model(about, module, progress.say)
     if "onnx" in to and loaded.module is None:
         raise UsageError(f"{reference!r} is a graph already; it converts to IR alone. Use `to=ir`.")
-    with RunDir(Path(output), overwrite, {"model": about.model_dump(mode="json"), "to": to}) as work:
-        parity = export(loaded, work.path, progress, about.dynamic_batch).parity
+    request = {"model": about.model_dump(mode="json"), **asked.model_dump(mode="json")}
+    with RunDir(Path(output), overwrite, request) as work:
+        parity = export(loaded, work.path, progress, about.dynamic_batch, asked.fp16).parity
         unwanted = {"onnx": (".onnx",), "ir": (".xml", ".bin")}
         for form in unwanted.keys() - set(to):
             for suffix in unwanted[form]:
@@ -243,7 +245,7 @@ def evaluate(
     """
     progress = progress or usual_progress()
     reference, module = _reference(model)
-    about, rest = _model_options(reference, options)
+    about, rest = model_options(reference, options)
     asked = checked(EvaluateOptions, {"data": _named(data), **rest})
     loaded = _load_model(about, module, progress.say)
     dataset: EvaluationSet
@@ -294,7 +296,7 @@ def benchmark(
 
     progress = progress or usual_progress()
     paths = _paths(models)
-    about, rest = _model_options("", options)
+    about, rest = model_options("", options)
     asked = checked(BenchmarkOptions, rest)
     with RunDir(_path(output), overwrite, {"models": list(map(str, paths)), **asked.model_dump(mode="json")}) as work:
         found = measure(paths, asked, progress)
@@ -328,7 +330,7 @@ def diagnose(
     from ovcalib.reports.diagnosis import write_diagnosis_report
     from ovcalib.rundir import write_json
 
-    about, rest = _model_options(str(fp32), options)
+    about, rest = model_options(str(fp32), options)
     asked = checked(DiagnosisOptions, rest)
     request = {"model": about.model_dump(mode="json"), "int8": str(int8), **asked.model_dump(mode="json")}
     with RunDir(_path(output), overwrite, request) as work:
@@ -390,7 +392,7 @@ def sweep(
 def load_model(model: str | nn.Module, **options: Unpack[LoadKeywords]) -> Model:
     """The model behind a reference: its spec, and a torch module or an OpenVINO graph."""
     reference, module = _reference(model)
-    return _load_model(_model_options(reference, options)[0], module)
+    return _load_model(model_options(reference, options)[0], module)
 
 
 def models(pattern: str = "*") -> list[ModelSpec]:
@@ -418,7 +420,7 @@ def _reference(model: str | nn.Module) -> tuple[str, nn.Module | None]:
     return (model, None) if isinstance(model, str) else (type(model).__name__, model)
 
 
-def _model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str, Any]]:
+def model_options(reference: str, options: Any) -> tuple[ModelOptions, dict[str, Any]]:
     """The options of the model among keywords, and the others."""
     own = {name: value for name, value in options.items() if name in ModelOptions.model_fields}
     rest = {name: value for name, value in options.items() if name not in own}

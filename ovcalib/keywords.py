@@ -11,6 +11,8 @@ class InputKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     short_side: int | None
+    crop_share: float | None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None
     channel_order: Literal["RGB", "BGR"] | None
 
 
@@ -61,6 +63,7 @@ class GenerateKeywords(LoadKeywords, total=False):
 class ConvertKeywords(LoadKeywords, total=False):
     dynamic_batch: bool
     to: Sequence[Literal["onnx", "ir"]]
+    fp16: bool
 
 
 class EvaluateKeywords(LoadKeywords, total=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ from ovcalib.data.objects import ObjectImages
 from ovcalib.data.sets import open_image
 from ovcalib.errors import UsageError, require_installed
 from ovcalib.evaluation.dataset import (
+    EvaluationSet,
     Images,
     calibration_images,
     open_evaluation,
@@ -30,16 +31,16 @@ from ovcalib.evaluation.dataset import (
 from ovcalib.evaluation.metrics import probabilities
 from ovcalib.evaluation.proof import prove, reference_outputs
 from ovcalib.evaluation.sanity import fp32_fault
-from ovcalib.export.convert import export
+from ovcalib.export.convert import Exported, export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, stored_spec, write_ir
 from ovcalib.kernels import proof_kernels
 from ovcalib.measurement.benchmark import measure_pair
 from ovcalib.measurement.environment import environment
-from ovcalib.models.load import load_model, model_record
+from ovcalib.models.load import Model, load_model, model_record
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import deadline
 from ovcalib.quantization.quantize import quantize_graph
-from ovcalib.quantization.settings import resolve_settings
+from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.recipe import Recipe
 from ovcalib.records.result import Result, SizeBytes
@@ -147,31 +148,17 @@ def quantize(
         work = stack.enter_context(RunDir(output, overwrite, recipe.model_dump(mode="json")))
         log = stack.enter_context(work.log())
 
-        # Everything that can be refused is refused before images are made.
-        model = load_model(recipe.model, module, progress.say)
-        require_installed(("nncf", "scipy"), "Quantization")
-        fallback: tuple[str, ...] = ()
-        if calibration is None:
-            options, fallback = resolve_calibration(recipe.calibration, model, progress)
-        else:
-            if not isinstance(calibration, CalibrationSet):
-                calibration = set_of_object(calibration, recipe.calibration, model)
-            calibration.refuse_other_shape(model.spec)
-            options = recipe.calibration.model_copy(update={"num_samples": len(calibration)})
-        recipe = recipe.model_copy(update={"calibration": options})
-        proven_on = open_evaluation(recipe.evaluation, model.spec, evaluation)
-        refuse_same_images(options.calib, proven_on, recipe.evaluation)
-        validation = open_validation(recipe.quantization, recipe.evaluation, proven_on, model.spec)
-        exported = export(model, work.path / "fp32", progress, recipe.model.dynamic_batch)
-        settings = resolve_settings(recipe.quantization, exported.graph)
-
+        ready = prepare(recipe, work.path / "fp32", progress, module, calibration, evaluation)
+        recipe, model, exported, calibration = ready.recipe, ready.model, ready.exported, ready.calibration
+        proven_on, validation, settings = ready.proven_on, ready.validation, ready.settings
+        options = recipe.calibration
         if calibration is None:
             download = recipe.evaluation.download
             calibration = make_set(
                 options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
             )
         calibration.save(work.path, options.keep_images, options.preview)
-        warnings = [*model.warnings, *fallback, *calibration.provenance.warnings]
+        warnings = [*model.warnings, *ready.warnings, *calibration.provenance.warnings]
 
         images = proof_images(proven_on, calibration, recipe.evaluation.allow_overlap)
         reference = reference_outputs(exported.graph, images, progress)
@@ -195,9 +182,9 @@ def quantize(
             out_of_time, progress, log, steered,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
-            describe(quantized.fp32, model.spec, recipe.model.dynamic_batch)
+            describe(quantized.fp32, ready.spec, recipe.model.dynamic_batch)
             write_ir(quantized.fp32, work.path / "fp32" / "model.xml")
-        describe(quantized.int8, model.spec, recipe.model.dynamic_batch)
+        describe(quantized.int8, ready.spec, recipe.model.dynamic_batch)
         how = quantized.record.model_dump_json(exclude={"restoration", "seconds"})
         quantized.int8.set_rt_info(how, ["ovcalib", "quantization"])
         write_ir(quantized.int8, work.path / "int8" / "model.xml")
@@ -239,6 +226,62 @@ def quantize(
         progress.say(f"done in {time.monotonic() - began:.0f} s")
         folder = work.finish()
     return QuantizationResult(record, *graphs_of(folder, exported.graph, int8), calibration, folder)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before images are made.
+
+    recipe        with the calibration source and its number of images decided
+    spec          what the written files say about the model: also the class names of the evaluation images
+    calibration   the set, where it was given
+    exported      the FP32 model; its files are written
+    warnings      about the choice of the source
+    """
+
+    recipe: Recipe
+    model: Model
+    spec: ModelSpec
+    calibration: CalibrationSet | None
+    proven_on: EvaluationSet | None
+    validation: EvaluationSet | None
+    exported: Exported
+    settings: Settings
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    module: nn.Module | None = None,
+    calibration: CalibrationSet | Any = None,
+    evaluation: Any = None,
+) -> Prepared:
+    """Load and export the model, and refuse everything that can be refused before images are made.
+
+    folder   for the FP32 files
+    others   as of `quantize`
+    """
+    model = load_model(recipe.model, module, progress.say)
+    require_installed(("nncf", "scipy"), "Quantization")
+    warnings: tuple[str, ...] = ()
+    if calibration is None:
+        options, warnings = resolve_calibration(recipe.calibration, model, progress)
+    else:
+        if not isinstance(calibration, CalibrationSet):
+            calibration = set_of_object(calibration, recipe.calibration, model)
+        calibration.refuse_other_shape(model.spec)
+        options = recipe.calibration.model_copy(update={"num_samples": len(calibration)})
+    recipe = recipe.model_copy(update={"calibration": options})
+    proven_on = open_evaluation(recipe.evaluation, model.spec, evaluation)
+    refuse_same_images(options.calib, proven_on, recipe.evaluation)
+    validation = open_validation(recipe.quantization, recipe.evaluation, proven_on, model.spec)
+    names = None if proven_on is None else proven_on.class_names
+    spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
+    exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
+    settings = resolve_settings(recipe.quantization, exported.graph)
+    return Prepared(recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings)
 
 
 def graphs_of(folder: Path | None, fp32: ov.Model, int8: ov.Model) -> tuple[ov.Model, ov.Model]:

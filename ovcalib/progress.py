@@ -20,6 +20,10 @@ PLAIN_EVERY_S = 10.0
 BAR_WIDTH = 24
 # Work that takes longer says how to make it shorter.
 LONG_S = 300.0
+# A rehearsal ends with the first report after so long; the first report of all it waits for, and for the second one
+# only where the first came within the other time.
+REHEARSAL_S = 4.0
+REHEARSAL_PATIENCE_S = 20.0
 
 
 class Task:
@@ -80,6 +84,44 @@ class Progress:
         pass
 
 
+class Rehearsed(BaseException):
+    """The end of a rehearsal, which nothing on its way may take for an error."""
+
+
+class Rehearsal(Progress):
+    """Ends a piece of work by raising `Rehearsed` when its reports have told how long all of it would take.
+
+    say       receives lines for the user
+    seconds   that the work would take, from its start; None before the first report
+    share     of the work that was done, 0..1
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None, clock: Callable[[], float] = time.monotonic):
+        self._say, self.clock = say, clock
+        self.began = clock()
+        self.first: tuple[float, float] | None = None
+        self.seconds: float | None = None
+        self.share = 0.0
+
+    def say(self, line: str) -> None:
+        self._say(line)
+
+    def _update(self, task: Task, done: float, note: str) -> None:
+        elapsed = self.clock() - self.began
+        self.share = done / max(task.total, 1)
+        if self.first is None:
+            # The first step of many kinds of work takes longer than the others.
+            self.first = (elapsed, done)
+            self.seconds = elapsed / self.share if self.share else None
+            if elapsed < REHEARSAL_PATIENCE_S:
+                return
+        before, start = self.first
+        if done > start:
+            self.seconds = before + (elapsed - before) / (done - start) * (task.total - start)
+        if self.seconds is not None and elapsed >= REHEARSAL_S:
+            raise Rehearsed
+
+
 def usual_progress() -> Progress:
     """Progress where somebody looks on: on a terminal or in a notebook; nothing elsewhere."""
     shell = sys.modules.get("IPython")
@@ -114,9 +156,9 @@ class Terminal(Progress):
         task.printed = now
         text = f"{task.name} {int(done)}/{task.total}{f', {note}' if note else ''}"
         if left is not None:
-            text += f", {_duration(left)} left"
+            text += f", {duration(left)} left"
             if task.shorter and now - task.began + left > LONG_S:
-                self.say(f"{task.name} takes about {_duration(now - task.began + left)}. Shorter: {task.shorter}")
+                self.say(f"{task.name} takes about {duration(now - task.began + left)}. Shorter: {task.shorter}")
                 task.shorter = ""
         if self.plain:
             print(text, file=sys.stderr, flush=True)
@@ -163,6 +205,9 @@ class _NotebookBar:
         self.handle.update({"text/plain": ""}, raw=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words; minutes without seconds from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

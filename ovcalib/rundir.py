@@ -77,7 +77,7 @@ class RunDir:
     """
 
     def __init__(self, target: Path | None, overwrite: bool = False, request: Any = None) -> None:
-        self.target, self.request, self.overwrite = target, request, overwrite
+        self.target, self.request = target, request
         self.made: list[Path] = []
         self.resume: Path | None = None
         self.claim: int | None = None
@@ -85,9 +85,7 @@ class RunDir:
             self.path = Path(tempfile.mkdtemp())
             return
         try:
-            self.target = target = replaceable(target)
-            if target.is_dir() and any(target.iterdir()):
-                self._refuse_to_replace(target)
+            self.target = target = free_to_write(target, overwrite)
             self.path = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
             self.resume = resume_folder(target)
             # Parents that this run makes go with it if it fails.
@@ -97,17 +95,6 @@ class RunDir:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UsageError(f"The output folder {excerpt(str(target))!r} cannot be written: {reason}.") from error
         self.claim = claim(self.path)
-
-    def _refuse_to_replace(self, target: Path) -> None:
-        if not self.overwrite:
-            raise UsageError(
-                f"The output folder {str(target)!r} is not empty. Choose another `output`, or pass `overwrite=True`."
-            )
-        if not (target / REQUEST).is_file():
-            raise UsageError(
-                f"The output folder {str(target)!r} holds files that ovcalib did not write and that would be "
-                "lost. Choose another `output`."
-            )
 
     def __enter__(self) -> RunDir:
         if self.target is not None:
@@ -158,6 +145,26 @@ class RunDir:
         if self.resume is not None:
             shutil.rmtree(self.resume, ignore_errors=True)
         return self.target
+
+
+def free_to_write(target: Path, overwrite: bool) -> Path:
+    """The folder that an output path stands for, of which nothing would be lost that `overwrite` does not allow.
+
+    raises   UsageError
+    """
+    target = replaceable(target)
+    if not target.is_dir() or not any(target.iterdir()):
+        return target
+    if not overwrite:
+        raise UsageError(
+            f"The output folder {str(target)!r} is not empty. Choose another `output`, or pass `overwrite=True`."
+        )
+    if not (target / REQUEST).is_file():
+        raise UsageError(
+            f"The output folder {str(target)!r} holds files that ovcalib did not write and that would be "
+            "lost. Choose another `output`."
+        )
+    return target
 
 
 def replaceable(target: Path) -> Path:
@@ -252,3 +259,15 @@ def clean(found: Iterable[Leftover]) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, or of a file; links are not followed, and 0 stands for what is not there."""
+    total = folder.lstat().st_size if folder.is_file() else 0
+    for root, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += (Path(root) / name).lstat().st_size
+            except OSError:  # deleted meanwhile
+                continue
+    return total

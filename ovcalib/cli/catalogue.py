@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ovcalib.cli.completion import source_names
 from ovcalib.cli.options import Common, Option, add_command
 from ovcalib.cli.tables import print_table
 from ovcalib.errors import UnknownNameError, UsageError, printable
@@ -86,7 +87,7 @@ def doctor(given: dict[str, Any], common: Common) -> None:
 
 def add_to(app: click.Group) -> None:
     pattern = click.Argument(["pattern"], required=False, metavar="[PATTERN]")
-    name = click.Argument(["name"], required=False, metavar="[SOURCE]")
+    name = click.Argument(["name"], required=False, metavar="[SOURCE]", shell_complete=source_names)
     add_command(app, models, extra=[pattern], common=("json",))
     add_command(app, sources, extra=[name], common=("json",))
     clean = Option(

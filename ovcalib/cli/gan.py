@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ovcalib.cli.guard import INTERRUPTED
 from ovcalib.cli.options import Common, add_command
+from ovcalib.cli.plan import show as show_plan
 from ovcalib.cli.tables import print_table
 from ovcalib.errors import UsageError, require
 from ovcalib.records.base import Frozen, Shown, checked
@@ -179,6 +180,15 @@ def train_teacher(given: dict[str, Any], common: Common) -> int:
     )
     images = load_training_images(options.data, download=options.download)
     common.progress.say(f"{len(images.images)} images of {len(images.classes) or 'no'} classes")
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_teacher
+
+        return show_plan(
+            plan_teacher(
+                images, recipe, options.output, options.data, options.device, options.score_every, common.progress
+            ),
+            common,
+        )
     score = None
     if options.score_every:
         score = studies.progress_score(
@@ -239,6 +249,16 @@ def distill(given: dict[str, Any], common: Common) -> int:
         ),
     )
     real = load_training_images(options.data, download=options.download) if options.data else None
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_student
+
+        return show_plan(
+            plan_student(
+                load_pairs(options.pairs), recipe, options.output, str(options.pairs), real, options.data,
+                options.device, common.progress,
+            ),
+            common,
+        )  # fmt: skip
     return resumable(
         lambda: distillation.distil(
             load_pairs(options.pairs), recipe, options.output, reference=str(options.pairs), real=real,
@@ -315,9 +335,9 @@ def sample(given: dict[str, Any], common: Common) -> None:
 
 def add_to(app: click.Group) -> None:
     group = click.Group("gan", help="Generators as calibration sources: train, distil, score.", no_args_is_help=True)
-    add_command(group, train_teacher, (TrainTeacher,), common=())
+    add_command(group, train_teacher, (TrainTeacher,), common=("dry-run",))
     add_command(group, collect, (Collect,), common=("overwrite",))
-    add_command(group, distill, (Distill,), common=())
+    add_command(group, distill, (Distill,), common=("dry-run",))
     add_command(group, score, (Score,), common=("json",))
     add_command(group, show, (Show,), common=("overwrite",))
     add_command(group, sample, (Sample,), common=("overwrite",))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.cli.plan import show
 from ovcalib.cli.quantize import warn
 from ovcalib.cli.tables import print_table
 from ovcalib.errors import DeviceError, UsageError
-from ovcalib.records.base import Shown
+from ovcalib.records.base import Shown, checked
 from ovcalib.records.options import BenchmarkOptions, DiagnosisOptions, EvaluateOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def benchmark(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
 
     target = common.target("benchmark")
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_benchmark
+
+        models = given.pop("models")
+        asked = checked(BenchmarkOptions, api.model_options("", given)[1])
+        return show(plan_benchmark(models, asked, target, common.overwrite, common.progress), common)
     found = api.benchmark(given.pop("models"), target, overwrite=common.overwrite, progress=common.progress, **given)
     doubts = dict.fromkeys(reason for run in found.runs for reason in run.unreliable)
     warn((*found.warnings, *doubts), common)
@@ -156,7 +163,7 @@ def add_to(app: click.Group) -> None:
     )  # fmt: skip
     add_command(
         app, benchmark, (BenchmarkOptions, ModelOptions), leave_out=OF_FILES,
-        extra=[argument("models", "MODEL...", many=True)],
+        extra=[argument("models", "MODEL...", many=True)], common=("output", "overwrite", "dry-run", "json"),
     )  # fmt: skip
     add_command(
         app, diagnose, (DiagnosisOptions, ModelOptions), leave_out=OF_FILES,

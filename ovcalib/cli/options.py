@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import click
 from pydantic.fields import FieldInfo
 
+from ovcalib.cli.completion import WORDS, completer, literals
 from ovcalib.cli.guard import guarded, in_flags
 from ovcalib.errors import UsageError
 from ovcalib.progress import Progress
@@ -24,16 +25,17 @@ COMMON = "Common"
 
 @dataclass(frozen=True)
 class Common:
-    """Options that commands have in common: output folder, output format and progress."""
+    """Options that commands have in common: output folder, output format, whether to work at all, and progress."""
 
     output: Path | None
     overwrite: bool
     as_json: bool
+    dry_run: bool
     progress: Progress
 
     def target(self, description: str) -> Path:
         """The output folder: the one asked for, or runs/0007-description with the next free number."""
-        return self.output or next_folder(Path("runs"), description)
+        return self.output or next_folder(Path("runs"), description, take_up=not self.dry_run)
 
 
 class Option(click.Option):
@@ -59,6 +61,10 @@ class Command(click.Command):
             with formatter.section(heading):
                 formatter.write_dl(records, col_max=26)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, context: click.Context) -> Any:
         return guarded(lambda: super(Command, self).invoke(context), self.flags, bool(context.params.get("debug")))
 
@@ -72,7 +78,7 @@ def add_command(
     renamed: Mapping[str, Shown] | None = None,
     leave_out: Iterable[str] = (),
     extra: Sequence[click.Parameter] = (),
-    common: Iterable[Literal["output", "overwrite", "json"]] = ("output", "overwrite", "json"),
+    common: Iterable[Literal["output", "overwrite", "dry-run", "json"]] = ("output", "overwrite", "json"),
 ) -> None:
     """Add a command to a group.
 
@@ -107,6 +113,7 @@ def add_command(
             output=None if own_output else values.pop("output", None),
             overwrite=bool(values.pop("overwrite", False)),
             as_json=bool(values.pop("as_json", False)),
+            dry_run=bool(values.pop("dry_run", False)),
             progress=Terminal(lambda text: in_flags(text, flags)),
         )
         values.pop("debug")
@@ -134,9 +141,12 @@ def add_command(
 def parameter(kind: type[Frozen], name: str, field: FieldInfo, look: Shown) -> click.Parameter:
     """The parameter of a field; values stay text, which the field converts."""
     flags = look.flags or flags_of(kind, name)
+    complete = completer(name, field.annotation)
     if not flags[0].startswith("-"):
         many = flags[0].endswith("...")
-        return click.Argument([name], required=False, nargs=-1 if many else 1, metavar=flags[0])
+        return click.Argument(
+            [name], required=False, nargs=-1 if many else 1, metavar=flags[0], shell_complete=complete
+        )
     annotations = {field.annotation, *get_args(field.annotation)}
     heading = (kind.__doc__ or "").strip()
     text = field.description or ""
@@ -148,25 +158,17 @@ def parameter(kind: type[Frozen], name: str, field: FieldInfo, look: Shown) -> c
         text += f"  [default: {default}]"
     return Option(
         [*flags, name], multiple=look.repeat, metavar=look.metavar or metavar(field.annotation), help=text,
-        heading=heading,
+        heading=heading, shell_complete=complete,
     )  # fmt: skip
 
 
 def metavar(annotation: Any) -> str:
     """The placeholder of a value in the help: its choices, N, NUMBER, FILE or TEXT."""
-    choices = [*literals(annotation)]
+    choices = literals(annotation)
     if choices:
         return "|".join(choices)
     kinds = {annotation, *get_args(annotation)}
     return next((name for kind, name in ((int, "N"), (float, "NUMBER"), (Path, "FILE")) if kind in kinds), "TEXT")
-
-
-def literals(annotation: Any) -> Iterable[str]:
-    if get_origin(annotation) is Literal:
-        yield from get_args(annotation)
-    else:
-        for argument in get_args(annotation):
-            yield from literals(argument)
 
 
 def common_options(wanted: Iterable[str]) -> list[click.Parameter]:
@@ -176,6 +178,10 @@ def common_options(wanted: Iterable[str]) -> list[click.Parameter]:
             help="Output folder.  [default: runs/NUMBER-...]",
         ),
         "overwrite": Option(["--overwrite"], is_flag=True, help="Replace an earlier result in the output folder."),
+        "dry-run": Option(
+            ["--dry-run"], is_flag=True,
+            help="Show what would be done, and the time, memory and disk that it takes; and stop.",
+        ),
         "json": Option(["--json", "as_json"], is_flag=True, help="Print the result object alone."),
     }  # fmt: skip
     return [*(every[name] for name in wanted), Option(["--debug"], is_flag=True, help="Show tracebacks.")]
@@ -200,15 +206,15 @@ def key_values(pairs: Sequence[str]) -> dict[str, str]:
     return result
 
 
-def next_folder(root: Path, description: str) -> Path:
+def next_folder(root: Path, description: str, take_up: bool = True) -> Path:
     """runs/0007-description, with the next free number.
 
-    An interrupted run of the same description gave up its number, and its state moves on to the new one.
+    take_up   an interrupted run of the same description gave up its number; its state moves on to the new one
     """
     taken = [int(m[1]) for p in (root.iterdir() if root.is_dir() else ()) if (m := re.match(r"(\d{4,})-", p.name))]
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(description).name).strip("-.")
     target = root / f"{max(taken, default=0) + 1:04}-{plain}"
     kept = [path for path in root.glob(f".*-{plain}{RESUME}") if re.match(r"\.\d{4,}-", path.name)]
-    if kept and resume_folder(target) not in kept:
+    if take_up and kept and resume_folder(target) not in kept:
         max(kept, key=lambda path: path.stat().st_mtime).rename(resume_folder(target))
     return target

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,9 @@ import click
 
 from ovcalib.cli.guard import OUTCOME_CODES, in_flags
 from ovcalib.cli.options import Common, Option, add_command
+from ovcalib.cli.plan import show
 from ovcalib.cli.tables import print_table
-from ovcalib.records.base import Shown
+from ovcalib.records.base import Shown, checked
 from ovcalib.records.options import (
     CalibrationOptions,
     ConvertOptions,
@@ -32,14 +31,15 @@ def quantize(given: dict[str, Any], common: Common) -> int:
     from ovcalib.reports.provenance import images_inside
     from ovcalib.reports.verdict import KERNELS, result_verdict
 
-    recipe_file, dry_run = given.pop("recipe", None), given.pop("dry_run", False)
+    recipe_file = given.pop("recipe", None)
     fields = {**(read_recipe(recipe_file) if recipe_file else {}), **given}
     recipe = api.make_recipe(**fields)
-    if dry_run:
-        show_plan(recipe, common)
-        return 0
     source = (recipe.calibration.calib or "default").partition(":")[0]
     target = common.target(f"{recipe.model.reference}-{source}-{recipe.quantization.mode}")
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_quantize
+
+        return show(plan_quantize(recipe, target, common.overwrite, common.progress), common)
     result = api.run_recipe(recipe, target, overwrite=common.overwrite, progress=common.progress)
     warn(result.record.warnings, common)
     if common.as_json:
@@ -65,40 +65,7 @@ def in_words(text: str) -> str:
     return in_flags(text, getattr(click.get_current_context().command, "flags", {}))
 
 
-def show_plan(recipe: Any, common: Common) -> None:
-    """The resolved recipe, and what each pattern of `ignore` matches, without any work on images."""
-    from ovcalib.export.convert import export
-    from ovcalib.graph.reading import layer_name, match_operations
-    from ovcalib.models.load import load_model
-    from ovcalib.quantization.settings import resolve_settings
-
-    options = recipe.quantization
-    model = load_model(recipe.model, say=common.progress.say)
-    with tempfile.TemporaryDirectory() as folder:
-        graph = export(model, Path(folder), common.progress).graph
-        settings = resolve_settings(options, graph)
-        matched = [
-            f"{pattern}: {', '.join(f'{layer_name(op)} ({op.get_type_name()})' for op in ops)}"
-            for pattern, ops in match_operations(graph, options.ignore).items()
-        ]
-    plan = {
-        "recipe": recipe.model_dump(mode="json"),
-        "overflow_fix": settings.overflow_fix,
-        "preset": settings.preset,
-        "transformer": settings.transformer,
-        "ignored": matched,
-    }
-    if common.as_json:
-        print(json.dumps(plan, indent=2))
-        return
-    for key, value in recipe.flat().items():
-        print(f"{key}: {json.dumps(value)}")
-    print(f"\noverflow fix: {settings.overflow_fix}; preset: {settings.preset}; transformer: {settings.transformer}")
-    for line in matched:
-        print(f"ignore {line}")
-
-
-def generate(given: dict[str, Any], common: Common) -> None:
+def generate(given: dict[str, Any], common: Common) -> int:
     """Make a calibration set and write it.
 
     The set serves `ovcalib quantize --calib npz:FILE`, or other tools.
@@ -107,6 +74,12 @@ def generate(given: dict[str, Any], common: Common) -> None:
 
     source, model, count = given.pop("calib"), given.pop("model"), given.pop("num_samples", None)
     target = common.target(f"{source.split(':')[0]}-{model}")
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_generate
+
+        about, rest = api.model_options(model, given)
+        asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
+        return show(plan_generate(about, asked, target, common.overwrite, common.progress), common)
     calibration = api.generate(
         source, model, count, target, overwrite=common.overwrite, progress=common.progress, **given
     )
@@ -114,13 +87,14 @@ def generate(given: dict[str, Any], common: Common) -> None:
     warn(made.warnings, common)
     if common.as_json:
         print(made.model_dump_json(indent=2))
-        return
+        return 0
     print(f"{made.num_samples} images from {made.source} in {made.seconds:.1f} s; wrote {target}")
     if made.score is not None:
         for key, value in made.score.model_dump().items():
             print(f"{key}: {value:.4g}")
     elif given.get("score"):
         print(f"not scored: {made.score_reason}")
+    return 0
 
 
 def convert(given: dict[str, Any], common: Common) -> None:
@@ -153,13 +127,8 @@ def add_to(app: click.Group) -> None:
                 metavar="FILE",
                 help="A recipe (YAML, or the request.json of a result); options here beat it.",
             ),
-            Option(
-                ["--dry-run"],
-                is_flag=True,
-                default=None,
-                help="Show the resolved recipe and what --ignore matches, and stop.",
-            ),
         ],
+        common=("output", "overwrite", "dry-run", "json"),
     )
     add_command(
         app,
@@ -167,5 +136,6 @@ def add_to(app: click.Group) -> None:
         (GenerateOptions, ModelOptions),
         renamed={"reference": Shown(("--model",), metavar="MODEL")},
         leave_out=("dynamic_batch", "keep_images"),
+        common=("output", "overwrite", "dry-run", "json"),
     )
     add_command(app, convert, (ConvertOptions, ModelOptions))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from ovcalib.cli.options import Common, Option, add_command
-from ovcalib.cli.tables import print_table
+from ovcalib.cli.plan import show
 from ovcalib.errors import Interrupted, OvcalibError
 
 
@@ -24,9 +23,11 @@ def sweep(given: dict[str, Any], common: Common) -> int:
     from ovcalib import api
 
     file = given["recipe"]
-    if given.get("dry_run"):
-        return show_cells(file, common)
     target = common.target(f"sweep-{file.stem}")
+    if common.dry_run:
+        from ovcalib.rehearsal import plan_sweep
+
+        return show(plan_sweep(file, target), common)
     try:
         found = api.sweep(
             file, target, jobs=given.get("jobs", 1), engine=given.get("engine", "local"),
@@ -44,20 +45,6 @@ def sweep(given: dict[str, Any], common: Common) -> int:
             file=sys.stderr,
         )
         return max(cell.exit_code or OvcalibError.exit_code for cell in found.failed)
-    return 0
-
-
-def show_cells(file: Path, common: Common) -> int:
-    """The cells that a recipe makes, and how many calibration sets they need, without any work."""
-    from ovcalib.sweeps.plan import plan, read_sweep_recipe
-
-    cells = plan(read_sweep_recipe(file))
-    rows = [{"model": c.model, "source": c.source, "mode": c.mode, "seed": str(c.seed), "folder": c.key} for c in cells]
-    if common.as_json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    print_table(rows)
-    print(f"\n{len(cells)} cells, {len({cell.set_key for cell in cells})} calibration sets")
     return 0
 
 
@@ -79,17 +66,11 @@ def add_to(app: click.Group) -> None:
                 help="Processes here, or workers of a cluster.  [default: local]",
             ),
             Option(
-                ["--dry-run"],
-                is_flag=True,
-                default=None,
-                help="Show the cells, and stop.",
-            ),
-            Option(
                 ["--resume"],
                 is_flag=True,
                 default=None,
                 help="Go on in the folder of another recipe; cells that both have are kept.",
             ),
         ],
-        common=("output", "json"),
+        common=("output", "dry-run", "json"),
     )

@@ -298,20 +298,33 @@ def imagenet_wnids() -> tuple[str, ...]:
     return tuple(importlib.resources.files(__package__).joinpath("imagenet_wnids.txt").read_text().split())
 
 
-def class_names(data: ImageData, spec: ModelSpec) -> tuple[str, ...] | None:
-    """Names of the model's classes, for people: its own, or those of ImageNet where the folders are WordNet ids."""
-    if spec.classes is not None or not data.class_names or not set(data.class_names) <= set(imagenet_wnids()):
-        return spec.classes
+def imagenet_names(count: int | None) -> tuple[str, ...] | None:
+    """Names of the ImageNet classes for a model with so many outputs; None for other numbers than 1,000 and 1,001."""
     text = importlib.resources.files(__package__).joinpath("imagenet_classes.txt").read_text()
     names = tuple(text.splitlines())
-    return {1000: names, 1001: ("background", *names)}.get(spec.num_classes or 0)
+    # 1,001 outputs: the TensorFlow convention, in which class 0 is the background.
+    return {1000: names, 1001: ("background", *names)}.get(count or 0)
+
+
+def class_names(data: ImageData, spec: ModelSpec) -> tuple[str, ...] | None:
+    """Names of the model's classes, in its order, where they are known.
+
+    They are its own, those of ImageNet where the set has WordNet ids, or those of a set with as many classes; numbers
+    are no names.
+    """
+    if spec.classes is not None or not data.class_names:
+        return spec.classes
+    if set(data.class_names) <= set(imagenet_wnids()):
+        return imagenet_names(spec.num_classes)
+    fits = len(data.class_names) == spec.num_classes and not all(name.isdigit() for name in data.class_names)
+    return data.class_names if fits else None
 
 
 def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:
     """The set's labels as class indices of the model, int64 [N].
 
-    By name where the model's class names are known, by WordNet id for ImageNet models, and
-    otherwise in sorted order of the names, which is what torchvision's ImageFolder trains with.
+    By name where the model's class names are known, by WordNet id for ImageNet models, and otherwise, as for names
+    that are numbers, in sorted order of the names, which is what torchvision's ImageFolder trains with.
     raises   DataError where the set has no labels, or they do not fit
     """
     if data.labels is None:
@@ -327,11 +340,10 @@ def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:
     wnids = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
     known = {_plain(name): i for i, name in enumerate(spec.classes or ())}
     if set(names) <= set(wnids) and spec.num_classes in (1000, 1001):
-        # 1,001 outputs: the TensorFlow convention, in which class 0 is the background.
         index = [wnids[name] + (spec.num_classes == 1001) for name in names]
     elif known and set(names) <= set(known):
         index = [known[name] for name in names]
-    elif not known and len(names) == spec.num_classes:
+    elif len(names) == spec.num_classes and (not known or all(name.isdigit() for name in names)):
         index = list(range(len(names)))
     else:
         expected = f"{', '.join((spec.classes or ())[:10])}" if known else f"{spec.num_classes} sub-folders"

@@ -208,14 +208,7 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
     raises    DeviceError naming the devices that are missing and those that exist; ModelError
     """
     settings, seconds = all_settings(options), options.seconds
-    missing = []
-    for device in dict.fromkeys(setting.device for setting in settings):
-        try:
-            check_device(device)
-        except DeviceError as error:
-            missing.append(str(error))
-    if missing:
-        raise DeviceError(" ".join(missing))
+    refuse_missing_devices(settings)
     files = model_files(models)
     with progress.task("benchmarking", len(settings) * ROUNDS, "less time (`seconds`), or fewer settings.") as tick:
         runs, noise = measured(files, settings, seconds, tick)
@@ -225,6 +218,18 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
         environment=environment(), noise=noise, runs=tuple(runs), speedups=speedups(runs), parity=(),
         warnings=proof_warnings(runs),
     )  # fmt: skip
+
+
+def refuse_missing_devices(settings: Sequence[Setting]) -> None:
+    """Raise DeviceError naming the devices that are missing and those that exist."""
+    missing = []
+    for device in dict.fromkeys(setting.device for setting in settings):
+        try:
+            check_device(device)
+        except DeviceError as error:
+            missing.append(str(error))
+    if missing:
+        raise DeviceError(" ".join(missing))
 
 
 def measured(
@@ -310,6 +315,13 @@ class Worker:
         self.send(command, **arguments)
         return self.receive()
 
+    def load(self, path: Path, setting: Setting) -> dict[str, Any]:
+        """Compile a model, and infer once."""
+        return self(
+            "load", path=str(path), device=setting.device, config=setting.config(), batch=setting.batch,
+            api=setting.resolved_api, requests=setting.requests,
+        )  # fmt: skip
+
     def send(self, command: str, **arguments: Any) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # receive() says what happened
@@ -363,13 +375,7 @@ def turns(
 ) -> list[BenchmarkRun]:
     """All models under one setting: A B A B ..., one model at work at a time."""
     with workers(list(files)) as started, tempfile.TemporaryDirectory() as folder:
-        loaded = {
-            label: worker(
-                "load", path=str(files[label]), device=setting.device, config=setting.config(), batch=setting.batch,
-                api=setting.resolved_api, requests=setting.requests,
-            )
-            for label, worker in started.items()
-        }  # fmt: skip
+        loaded = {label: worker.load(files[label], setting) for label, worker in started.items()}
         warm = {label: worker("warm_up", limit_s=WARMUP_LIMIT_S) for label, worker in started.items()}
         rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in files}
         for turn in range(ROUNDS):

@@ -9,8 +9,11 @@ from typing import Any
 from ovcalib import machine
 from ovcalib.data.sets import cache_dir
 from ovcalib.errors import printable
+from ovcalib.kernels import host_kernels
 from ovcalib.measurement.environment import environment
-from ovcalib.rundir import leftovers
+from ovcalib.quantization.settings import resolve_overflow_fix
+from ovcalib.records.result import Kernels
+from ovcalib.rundir import folder_bytes, leftovers
 
 # Feature -> (packages it needs, the extra that brings them).
 FEATURES = {
@@ -35,6 +38,10 @@ INSTRUCTION_SETS = {
     "BF16": ("avx512_bf16", "amx_bf16"),
     "FP16": ("avx512_fp16", "amx_fp16"),
 }
+SUMS: dict[Kernels, str] = {
+    "vnni": "INT8 products are summed in 32 bits and do not saturate",
+    "avx2": "INT8 products are summed in 16 bits, and full-range weights saturate",
+}
 
 
 def doctor() -> dict[str, Any]:
@@ -50,6 +57,7 @@ def doctor() -> dict[str, Any]:
     }
     flags = machine.cpu_flags()
     found["instruction_sets"] = {name: bool(flags & set(any_of)) for name, any_of in INSTRUCTION_SETS.items()}
+    found["int8"] = int8_here()
     found["features"] = {name: _feature(packages, extra) for name, (packages, extra) in FEATURES.items()}
     energy = machine.package_energy_joules() is not None
     found["features"]["energy of a benchmark"] = {
@@ -69,6 +77,15 @@ def doctor() -> dict[str, Any]:
     ]
     found["caches"] = {name: {"path": str(path), "bytes": folder_bytes(path)} for name, path in caches().items()}
     return found
+
+
+def int8_here() -> str:
+    """What INT8 does on this CPU, by the sums that its kernels make, and what ovcalib makes of that."""
+    kernels, isa = host_kernels(), machine.isa() or "this CPU"
+    if kernels == "avx2" and not machine.cpu_flags() & set(INSTRUCTION_SETS["VNNI"]):
+        isa += " without VNNI"
+    share = "half" if resolve_overflow_fix("auto", "host") == "enable" else "the whole"
+    return f"{isa}: {SUMS[kernels]}; for this CPU (--deploy-isa host) ovcalib uses {share} of the weight range"
 
 
 def _property(device: str, name: str) -> str | None:
@@ -102,18 +119,6 @@ def places() -> list[Path]:
     return [here, here / "runs", *sweeps, cache, cache / "weights", cache / "stylegan2-ada"]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, or of a file; links are not followed, and 0 stands for what is not there."""
-    total = folder.lstat().st_size if folder.is_file() else 0
-    for root, _, files in os.walk(folder):
-        for name in files:
-            try:
-                total += (Path(root) / name).lstat().st_size
-            except OSError:  # deleted meanwhile
-                continue
-    return total
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """The findings for the terminal."""
     shown = []
@@ -125,6 +130,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     sets = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["instruction_sets"].items())
     machine_kind = ", virtual machine" if found["virtual_machine"] else ""
     shown.append(f"{'ISA':12}{found['isa'] or 'unknown'} ({sets}), {found['cpus']} CPUs{machine_kind}")
+    shown.append(f"{'INT8':12}{found['int8']}")
     shown += [f"{package:12}{version or 'not installed'}" for package, version in found["versions"].items()]
     shown.append("")
     for name, feature in found["features"].items():

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ovcalib.data.sets import imagenet_names
 from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, brief, excerpt, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
-from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained
+from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained, unreachable
 from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Weights
 from ovcalib.records.options import ModelOptions
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
@@ -219,7 +220,8 @@ def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> 
         raise UnknownNameError("timm model", name, timm.list_models())
     if options.weights in (None, "published"):
         say(f"downloading the weights of timm:{name}")
-        module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        with from_cache_if_offline(f"timm:{name}"):
+            module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
         weights = Weights(
             origin="timm", licence=module.pretrained_cfg.get("license"), url=module.pretrained_cfg.get("hf_hub_id")
         )
@@ -231,7 +233,8 @@ def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> 
         height=shape[1], width=shape[2], mean=tuple(config["mean"]), std=tuple(config["std"]),
         short_side=int(min(shape[1:]) / config["crop_pct"]), interpolation=config["interpolation"],
     )  # fmt: skip
-    return _from_module(module, f"timm:{name}", weights, options, shape, published)
+    classes = imagenet_names(module.num_classes) if weights.origin == "timm" else None
+    return _from_module(module, f"timm:{name}", weights, options, shape, published, classes or ())
 
 
 def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
@@ -321,8 +324,8 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
-    said = (options.input_shape, options.mean, options.std, options.short_side, options.channel_order)
-    if spec is not None and all(value is None for value in said):
+    said = ("input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order")
+    if spec is not None and all(getattr(options, name) is None for name in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
         return Model(spec, graph=graph, sha256=digest)
     if len(graph.inputs) != 1:
@@ -434,6 +437,32 @@ def _downloading(reference: str, load: Callable[[], Any]) -> Any:
         ) from error
 
 
+@contextmanager
+def from_cache_if_offline(reference: str) -> Iterator[None]:
+    """Let the Hugging Face hub read its cache alone where its server cannot be reached: it would try for a minute.
+
+    raises   ModelError also where the cache does not hold the files
+    """
+    from huggingface_hub import constants
+
+    server, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    reason = None if constants.HF_HUB_OFFLINE else unreachable(server)
+    if reason is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"{reference!r} cannot be downloaded: {server} cannot be reached ({reason}), and {cache!r} does not "
+            "hold it. Connect, copy that folder from a machine that has it, or give the weights with "
+            "`weights=FILE`."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
 def _preprocessing(
     shape: Sequence[int], options: ModelOptions, known: Preprocessing | None
 ) -> tuple[Preprocessing, list[str]]:
@@ -477,6 +506,10 @@ def _preprocessing(
         if 0 < options.short_side < max(h, w):
             raise UsageError(f"`short_side={options.short_side}` is smaller than the input of {h}x{w}.")
         changes["short_side"] = options.short_side or None
+    if options.crop_share is not None:
+        changes["short_side"] = int(max(h, w) / options.crop_share)
+    if options.interpolation is not None:
+        changes["interpolation"] = options.interpolation
     if options.channel_order is not None:
         if c != 3:
             raise UsageError(f"`channel_order={options.channel_order}` needs three channels, but the input has {c}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TIMEOUT_S = 60
+REACH_S = 10
 # Of a safetensors file: a hundred thousand tensors take a few megabytes.
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -144,6 +147,24 @@ def apply_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, n
         if given_value.is_floating_point() and given_value.isnan().any():
             raise ModelError(f"The weights of {source!r} are not finite: NaN in {key}. Train or fetch them again.")
     module.load_state_dict(state)
+
+
+def unreachable(url: str) -> str | None:
+    """Why the server of a URL cannot be reached; None where it answers, or where only its client can tell."""
+    if "all" in urllib.request.getproxies():  # of a kind that urllib does not speak
+        return None
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_S):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (urllib.error.URLError, OSError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        # Certificates, for example, may be known to the client alone.
+        cut_off = isinstance(reason, ConnectionError | TimeoutError | socket.gaierror) or (
+            isinstance(reason, OSError) and reason.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+        )
+        return excerpt(str(reason)) if cut_off else None
 
 
 def download(url: str, sha256: str, progress: Callable[[str], None] = lambda line: None) -> Path:

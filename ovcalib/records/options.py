@@ -23,6 +23,7 @@ ActivationRanges = Literal["min-max", "mean-min-max", "histogram"]
 BiasCorrection = Literal["none", "fast", "full", "layerwise"]
 RoundingMode = Literal["nearest", "compensated"]
 ChannelOrder = Literal["RGB", "BGR"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 # More calibration images than any method has use for; a typing error rather than a wish.
 MAX_IMAGES = 1_000_000
@@ -96,11 +97,26 @@ class ModelOptions(Frozen):
     short_side: Annotated[int | None, Shown(metavar="PIXELS", default="the model's")] = Field(
         default=None, ge=0, le=16384, description="Short side before the centre crop; 0 scales the whole image."
     )
+    crop_share: Annotated[float | None, Shown(metavar="SHARE", default="the model's")] = Field(
+        default=None, gt=0, le=1, description="Share of the short side that the centre crop keeps, for `short_side`."
+    )
+    interpolation: Annotated[Interpolation | None, Shown(default="the model's, else bilinear")] = Field(
+        default=None, description="Interpolation with which images are scaled."
+    )
     channel_order: Annotated[ChannelOrder | None, Shown(default="the model's, else RGB")] = Field(
         default=None, description="Order of the colour channels that the model takes."
     )
     trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> ModelOptions:
+        if self.crop_share is not None and self.short_side is not None:
+            raise ValueError(
+                f"`crop_share={self.crop_share:g}` and `short_side={self.short_side}` both say how large the crop is; "
+                "pass one of them"
+            )
+        return self
 
 
 class CalibrationOptions(Frozen):
@@ -389,7 +405,15 @@ class ConvertOptions(Frozen):
         default=("onnx", "ir"), min_length=1, description="What to write, with commas."
     )
 
+    fp16: bool = Field(default=False, description="Store the weights of the IR in 16 bits, at half the size.")
+
     @field_validator("to", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return names(value)
+
+    @model_validator(mode="after")
+    def _fp16_is_of_the_ir(self) -> ConvertOptions:
+        if self.fp16 and "ir" not in self.to:
+            raise ValueError("`fp16=True` does nothing without an IR; pass `to=ir` or `to=onnx,ir`")
+        return self

@@ -6,7 +6,7 @@ Calibration, evaluation, benchmark and the IR's metadata all use `Preprocessing`
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ovcalib.errors import DataError
 from ovcalib.records.base import MAX_CHANNELS, Frozen, Pixels
-from ovcalib.records.options import ChannelOrder
+from ovcalib.records.options import ChannelOrder, Interpolation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +26,6 @@ USUAL_CROP = 0.875
 
 # A longer image would take a large multiple of its memory when its short side is scaled up.
 MAX_ASPECT = 100
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
 @functools.cache
@@ -44,6 +43,7 @@ class Preprocessing(Frozen):
     height, width   of the network input, pixels
     short_side      the image is first scaled so that its short side has this many pixels and then
                     cropped at the centre; None scales the whole image to height x width
+    interpolation   of the scaling, as Pillow has it
     mean, std       per channel of the network input, on the 0..1 scale
     channel_order   of the network input; images are always decoded as RGB
     """

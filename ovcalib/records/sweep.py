@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
 from ovcalib.records.base import MAX_WHOLE, Frozen, checked
-from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, ChannelOrder, Shape, TextValues
+from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, ChannelOrder, Interpolation, Shape, TextValues
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 
@@ -37,6 +37,8 @@ class SweepModel(SweepEntry):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     short_side: int | None = Field(default=None, ge=0, le=16384)
+    crop_share: float | None = Field(default=None, gt=0, le=1)
+    interpolation: Interpolation | None = None
     channel_order: ChannelOrder | None = None
     trust_remote_code: bool = False
     command: str | None = None

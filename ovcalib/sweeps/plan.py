@@ -22,8 +22,8 @@ KEY_DIGITS = 16
 
 # What a calibration set depends on; the same set serves every mode.
 SET_FIELDS = (
-    "model", "weights", "input_shape", "mean", "std", "short_side", "channel_order", "trust_remote_code", "calib",
-    "num_samples", "seed", "options", "download",
+    "model", "weights", "input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order",
+    "trust_remote_code", "calib", "num_samples", "seed", "options", "download",
 )  # fmt: skip
 
 # What does not change the INT8 model of the default algorithm: cells of it stay where only these differ.

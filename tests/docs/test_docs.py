@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -132,6 +133,33 @@ def test_every_source_is_documented() -> None:
         assert f"### `{name}`" in PAGES["docs/methods.md"], name
 
 
+def test_the_fields_of_a_sweep_are_documented() -> None:
+    from ovcalib.records.sweep import SweepRecipe
+
+    table = re.search(
+        r"^\| field \| meaning \| default \|\n(?:\|.*\n)+", PAGES["docs/calibration-sources.md"], re.MULTILINE
+    )
+    named = {name for row in table[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(SweepRecipe.model_fields)
+
+
+@pytest.mark.parametrize("page", ["docs/edge-devices.md", "docs/calibration-sources.md"])
+def test_the_default_numbers_of_images_are_those_of_the_code(page) -> None:
+    from ovcalib.calibration.sources import images_wanted
+    from ovcalib.models import builtin
+
+    text = " ".join(PAGES[page].split())
+    small, side, large = map(
+        int,
+        re.search(
+            r"make?s? (\d+)(?: images)? for inputs of at most (\d+)x\2 pixels and (\d+) for larger", text
+        ).groups(),
+    )
+    spec = builtin.spec("resnet20-cifar10")
+    for size, count in ((side, small), (side + 1, large)):
+        assert images_wanted("bn-inversion", spec.model_copy(update={"input_shape": (3, size, size)})) == count
+
+
 def test_the_layers_are_those_of_the_structure() -> None:
     from tests.unit.test_structure import LAYERS
 
@@ -152,7 +180,31 @@ def test_other_commands_are_known(block) -> None:
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
         else:
-            assert words[0] in ("ovcalib", "pip"), line
+            assert words[0] in ("ovcalib", "pip", "pipx", "docker", "eval"), line
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.page)
+def test_extras_exist(block) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = [name for names in re.findall(r"(?:\.|ovcalib)\[([\w,]+)\]", block.text) for name in names.split(",")]
+    assert set(named) <= set(extras)
+
+
+def test_the_table_of_extras_is_whole() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/installation.md"], re.MULTILINE))
+    assert named == set(extras) - {"docs", "dev"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_completion_is_set_up_as_the_page_says() -> None:
+    (line,) = re.findall(r"^(eval .*bash_source.*?) *#", PAGES["docs/installation.md"], re.MULTILINE)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = f"{line}; COMP_WORDS=(ovcalib quantize m --calib fr); COMP_CWORD=4; _ovcalib_completion ovcalib; echo ${{COMPREPLY[@]}}"
+    found = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "fractal\n"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +235,7 @@ def test_every_option_that_the_text_names_exists(page) -> None:
         param for command in every_command(cli.app) for param in command.params if isinstance(param, click.Option)
     ]
     known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
-    others = {"docs/adding-a-source.md": {"--arm"}, "docs/edge-devices.md": {"--index-url"}}
+    others = {"docs/adding-a-source.md": {"--arm"}, "docs/installation.md": {"--user"}}
     text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
     assert named - others.get(page, set()) <= known

@@ -207,8 +207,8 @@ def test_collapsed_agreement_is_warned_about(data, tmp_path, toy) -> None:
 def test_ignore_and_dry_run(tmp_path) -> None:
     found = run("quantize", *MODEL, "--ignore", "stem.*", "--ignore", "type:MatMul", "--dry-run")
     assert found.exit_code == 0, found.stderr
-    assert "ignore stem.*: stem.0 (Convolution)" in found.stdout
-    assert "ignore type:MatMul: fc (MatMul)" in found.stdout
+    assert "ignored: stem.*: stem.0 (Convolution)" in found.stdout
+    assert "ignored: type:MatMul: fc (MatMul)" in found.stdout
     assert "overflow fix: first-layer" in found.stdout
     found = run(
         "quantize", *MODEL, "--calib", "noise", "--num-samples", 5, "--ignore", "top.*", "-o", tmp_path / "o", *FAST
@@ -254,6 +254,44 @@ def test_convert_writes_what_is_asked_for(tmp_path) -> None:
     assert run("convert", *MODEL, "--to", "ir", "--dynamic-batch", "-o", tmp_path / "ir").exit_code == 0
     assert {p.name for p in (tmp_path / "ir").iterdir()} == {"model.xml", "model.bin", "request.json"}
     assert 'shape="?,3,16,16"' in (tmp_path / "ir/model.xml").read_text()
+
+
+def test_fp16_stores_weights_in_16_bits_and_tells_their_difference(tmp_path) -> None:
+    found = {
+        out: run("convert", *MODEL, *extra, "-o", tmp_path / out, "--json")
+        for out, extra in (("plain", ()), ("half", ("--fp16",)))
+    }
+    parity = {out: json.loads(result.stdout) for out, result in found.items()}
+    sizes = {out: (tmp_path / out / "model.bin").stat().st_size for out in found}
+    assert sizes["half"] < 0.6 * sizes["plain"]
+    assert all(found["torch_vs_onnx_max_abs"] < 1e-6 for found in parity.values())
+    # Weights of 11 bits instead of 24 move the outputs by more than the kernels of float32 do.
+    assert parity["plain"]["torch_vs_ir_max_abs"] < parity["half"]["torch_vs_ir_max_abs"]
+    assert parity["half"]["torch_vs_ir_max_abs"] < 0.01 * parity["half"]["output_max_abs"]
+    refused = run("convert", *MODEL, "--fp16", "--to", "onnx", "-o", tmp_path / "none")
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: --fp16 does nothing without an IR; pass --to ir or --to onnx,ir.\n"
+
+
+def test_class_names_of_the_evaluation_images_are_in_the_ir_and_the_report(tmp_path) -> None:
+    import openvino as ov
+
+    names = ("daisy", "fox", "tree", "zebra crossing")
+    for k, name in enumerate(names):
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(10 * k + i).integers(0, 256, (16, 16, 3), np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "eval" / name / f"{i}.png")
+    found = run("quantize", *MODEL, "--calib", "noise", "--num-samples", 8, "--eval", tmp_path / "eval",
+                "-o", tmp_path / "out", "--benchmark-time", 0)  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    for kind in ("fp32", "int8"):
+        graph = ov.Core().read_model(tmp_path / "out" / kind / "model.xml")
+        assert graph.get_rt_info(["model_info", "labels"]).astype(str) == "daisy fox tree zebra_crossing"
+    accuracy = json.loads((tmp_path / "out/result.json").read_text())["accuracy"]
+    assert {entry["name"] for entry in accuracy["per_class"]} <= set(names)
+    again = run("evaluate", tmp_path / "out/int8/model.xml", "--data", tmp_path / "eval")
+    assert again.exit_code == 0, again.stderr
 
 
 @pytest.mark.parametrize("form", ["npz", "imagefolder", "datumaro"])

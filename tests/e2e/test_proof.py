@@ -4,6 +4,7 @@ import copy
 import csv
 import html
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -270,6 +271,38 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it() -> None:
     text = run("doctor").stdout
     assert "VNNI" in text
     assert "cache ovcalib" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels", "said"),
+    [
+        ({"avx2"}, "avx2", "AVX2 without VNNI: INT8 products are summed in 16 bits, and full-range weights saturate; .* half of"),
+        ({"avx2", "avx512f"}, "avx2", "AVX512 without VNNI: .* 16 bits, .* half of"),
+        ({"avx2", "avx_vnni"}, "vnni", "AVX-VNNI: INT8 products are summed in 32 bits and do not saturate; .* the whole of"),
+        ({"avx2", "avx512f", "avx512_vnni", "amx_int8"}, "vnni", "AMX-INT8: .* 32 bits .* the whole of"),
+        ({"asimd", "asimddp"}, "vnni", "NEON-DOTPROD: .* 32 bits .* the whole of"),
+        (set(), "vnni", "this CPU: .* 32 bits .* the whole of"),
+        # ONEDNN_MAX_CPU_ISA=AVX2 on a CPU that has more
+        ({"avx2", "avx512f", "avx512_vnni"}, "avx2", "AVX512-VNNI: .* 16 bits, .* half of"),
+    ],
+)  # fmt: skip
+def test_the_doctor_says_what_int8_does_on_this_cpu(flags, kernels, said, monkeypatch) -> None:
+    from ovcalib import machine
+    from ovcalib.measurement import doctor
+    from ovcalib.quantization import settings
+
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
+    for module in (doctor, settings):
+        monkeypatch.setattr(module, "host_kernels", lambda: kernels)
+    found = run("doctor")
+    assert re.search(rf"^INT8 +{said}", found.stdout, re.MULTILINE)
+
+
+def test_the_sums_that_the_doctor_names_are_those_of_this_cpu() -> None:
+    from ovcalib.kernels import host_kernels
+
+    bits = {"vnni": "32 bits", "avx2": "16 bits"}[host_kernels()]
+    assert bits in json.loads(run("doctor", "--json").stdout)["int8"]
 
 
 def test_what_would_drown_in_int8_stays_in_float(toy, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """What a user wrote, and what was meant."""
 
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 
 from ovcalib.calibration.sources import open_source
 from ovcalib.cli.app import app
-from ovcalib.data.sets import class_names, imagenet_wnids, open_data
+from ovcalib.data.sets import class_names, imagenet_wnids, model_labels, open_data
 from ovcalib.errors import DataError, UsageError
 from ovcalib.evaluation.dataset import open_dataset, refuse_same_images
 from ovcalib.models import load
@@ -87,6 +88,17 @@ def test_classes_of_imagenet_have_names_where_folders_are_wordnet_ids(tmp_path):
     assert class_names(data, spec(num_classes=12)) is None
 
 
+def test_a_set_with_as_many_classes_names_them_unless_by_numbers(tmp_path):
+    data = open_data(str(write(tmp_path / "names", "cat", "dog", "frog")))
+    assert class_names(data, spec(num_classes=3)) == ("cat", "dog", "frog")
+    assert class_names(data, spec(num_classes=4)) is None
+    numbered = open_data(str(write(tmp_path / "numbers", "0", "1", "2")))
+    assert class_names(numbered, spec(num_classes=3)) is None
+    # A model with names takes numbers in their order.
+    named = spec(num_classes=3).model_copy(update={"classes": ("cat", "dog", "frog")})
+    assert model_labels(numbered, named).tolist() == [0, 1, 2]
+
+
 def test_a_sweep_shows_its_cells_and_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(
@@ -94,9 +106,11 @@ def test_a_sweep_shows_its_cells_and_makes_nothing(tmp_path, monkeypatch):
     )
     found = CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run"])
     assert found.exit_code == 0, found.stderr
-    assert "4 cells, 2 calibration sets" in found.stdout
-    assert found.stdout.count("resnet20-cifar10") == 4
-    cells = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    assert "quantize 4 times" in found.stdout
+    assert len(re.findall("^resnet20-cifar10 ", found.stdout, re.MULTILINE)) == 4
+    plan = json.loads(CliRunner().invoke(app, ["sweep", "s.yaml", "--dry-run", "--json"]).stdout)
+    cells = plan["cells"]
+    assert plan["calibration_sets"] == 2
     assert [(cell["source"], cell["mode"]) for cell in cells][:2] == [("noise", "default"), ("noise", "accuracy-aware")]
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
 

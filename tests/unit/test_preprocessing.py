@@ -5,6 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovcalib import Preprocessing
+from ovcalib.errors import UsageError
+from ovcalib.models.load import _preprocessing
+from ovcalib.records.base import checked
+from ovcalib.records.options import ModelOptions
 
 CIFAR = Preprocessing(height=32, width=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
@@ -79,3 +83,26 @@ def test_one_channel_networks_get_grey() -> None:
 def test_fit_always_gives_the_network_input(height, width) -> None:
     pre = Preprocessing(height=16, width=24, short_side=32)
     assert pre.fit(gradient(height, width)).shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolation_is_pillows(method) -> None:
+    image = gradient(50, 40)
+    fitted = Preprocessing(height=20, width=20, interpolation=method).fit(image)
+    assert np.array_equal(fitted, np.asarray(image.resize((20, 20), PIL.Image.Resampling[method.upper()])))
+
+
+@pytest.mark.parametrize(("share", "short"), [(0.875, 256), (0.9, 248), (0.95, 235), (1.0, 224)])
+def test_the_share_of_the_crop_is_a_short_side(share, short) -> None:
+    """224 pixels are so much of the short side (timm rounds down)."""
+    options = ModelOptions(reference="m", crop_share=share, interpolation="bicubic")
+    known = Preprocessing(height=224, width=224, short_side=300, mean=(0.5,) * 3, std=(0.5,) * 3)
+    made, _ = _preprocessing((3, 224, 224), options, known)
+    assert made == known.model_copy(update={"short_side": short, "interpolation": "bicubic"})
+
+
+def test_a_crop_is_asked_for_once() -> None:
+    with pytest.raises(UsageError, match="`crop_share=0.9` and `short_side=256` both say how large the crop is"):
+        checked(ModelOptions, {"reference": "m", "crop_share": 0.9, "short_side": 256})
+    with pytest.raises(UsageError, match="crop_share=1.5"):
+        checked(ModelOptions, {"reference": "m", "crop_share": 1.5})

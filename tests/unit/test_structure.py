@@ -1,7 +1,9 @@
 """Who may import whom, and what the package holds."""
 
 import ast
+import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -77,7 +79,7 @@ LAYERS = (
     {"runtime", "graph", "kernels", "models", "data"},
     {"calibration", "quantization", "evaluation", "measurement", "diagnosis", "reports", "export", "gan"},
     {"pipeline"},
-    {"sweeps"},
+    {"sweeps", "rehearsal"},
     {"api", "keywords"},
     {"cli", "__main__"},
 )
@@ -167,6 +169,26 @@ def test_the_package_list_is_complete() -> None:
     assert set(packages) == folders
 
 
+def test_the_image_holds_the_package_and_runs_it_without_root() -> None:
+    lines = re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text()).splitlines()
+    steps = [line.split(None, 1) for line in lines if line.strip() and not line.startswith("#")]
+    assert {word for word, _ in steps} <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "ENTRYPOINT", "CMD"}
+    copied = {
+        name for word, rest in steps if word == "COPY" and "--from" not in rest for name in rest.split()[:-1]
+    }  # fmt: skip
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
+    assert copied == needed | set(project["tool"]["setuptools"]["package-dir"].values())
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    last = dict(steps)
+    assert last["USER"] not in ("root", "0")
+    assert json.loads(last["ENTRYPOINT"]) == ["ovcalib"]
+    extras = re.findall(r"\.\[(\w+)\]", " ".join(rest for word, rest in steps if word == "RUN"))
+    assert extras
+    assert set(extras) <= set(project["project"]["optional-dependencies"])
+
+
 @pytest.mark.parametrize("name", ["gan", "export"])
 def test_top_level_folders_are_linked_into_the_package(name) -> None:
     link = ROOT / "ovcalib" / name
@@ -175,8 +197,6 @@ def test_top_level_folders_are_linked_into_the_package(name) -> None:
 
 
 def test_shipped_weights_are_small_and_described() -> None:
-    import json
-
     from ovcalib.models import builtin
     from ovcalib.rundir import file_sha256
 
