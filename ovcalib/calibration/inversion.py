@@ -405,8 +405,8 @@ class Run:
             if not apart or self.request.count < wanted:
                 found.append(
                     f"the distance within a class counts for {apart} of {self.request.count} images: others have no "
-                    f"image of their class in an earlier batch. Ask for two images a class or more ({wanted}), and for "
-                    f"batches smaller than that (-O batch={o.batch})"
+                    f"image of their class in an earlier batch. Ask for two images a class or more ({wanted}), in "
+                    f"smaller batches than all at once (now {o.batch})"
                 )
         return tuple(found)
 
