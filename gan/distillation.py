@@ -210,23 +210,20 @@ class StudentTraining:
                 group["lr"] = learning_rate(recipe, step, self.total)
         z, c, teacher = self._pairs_batch()
         real, real_c = self._real_batch()
-        own_z = torch.randn(z.shape, generator=torch.Generator().manual_seed(step_seed(recipe.seed, step)))
-        self.generator.train()
-        if recipe.eval_after_epoch and inside == 0 and self.epoch > 0:
-            self.generator.eval()
-        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            # In training mode one forward pass of the student serves both steps: its weights change only afterwards.
-            student = self.generator(z, c) if self.generator.training else None
-            with torch.no_grad():
-                shown = student if student is not None else self.generator(z, c)
-                own = self.generator(own_z.to(self.device), real_c)
-            loss_d, teacher_features = self._discriminator_step(c, teacher, shown.detach(), real, real_c, own)
-        self.generator.train()
+        rng = torch.Generator().manual_seed(step_seed(recipe.seed, step))
         adversarial = (inside + 1) % recipe.adversarial_every == 0
+        # Each step has latents and forward passes of its own, as published: they decide how BatchNorm's running
+        # statistics mix images of the pairs' latents with those of the student's own.
+        self.generator.train(not (recipe.eval_after_epoch and inside == 0 and self.epoch > 0))
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            if student is None:
+            with torch.no_grad():
                 student = self.generator(z, c)
-            own = self.generator(own_z.to(self.device), real_c) if adversarial else None
+                own = self.generator(torch.randn(z.shape, generator=rng).to(self.device), real_c)
+            loss_d, teacher_features = self._discriminator_step(c, teacher, student, real, real_c, own)
+        self.generator.train()
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            student = self.generator(z, c)
+            own = self.generator(torch.randn(z.shape, generator=rng).to(self.device), real_c) if adversarial else None
             report = self._generator_step(c, teacher, student, teacher_features, own, real_c)
         self.scaler.update()
         self.steps += 1

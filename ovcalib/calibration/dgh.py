@@ -70,6 +70,11 @@ class Options(InversionOptions):
         "paper": {"steps": 1000, "batch": 128, "rate": 16.0, "patience": 20, "schedule": "plateau-reset"},
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant == "paper" and self.scope != "set" and self.refresh is None:
+            raise ValueError("variant=paper measures the set again after every step, which needs scope=set")
+
     def filled_in(self, classes: int | None) -> dict[str, Any]:
         values = {**super().filled_in(classes), **VARIANTS[self.variant]}
         if self.variant == "product" and self.budget == "paper":

@@ -78,7 +78,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     with large_blocks_kept(), torch.enable_grad():
         with (
             swinging(module, options.swing) as swing,
-            on_all_cores(module, request.spec.name, half, copies, features=labels is not None) as network,
+            on_all_cores(module, request.spec.name, half, copies, features=options.keeps_distance) as network,
         ):
             run = (kind or Run)(request, options, network, swing, labels, device)
             images = run.all_steps()
@@ -396,7 +396,7 @@ class Run:
                 f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
                 f"{o.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps"
             )
-        if self.labels is not None and self.distance_counts():
+        if self.labels is not None and o.keeps_distance:
             wanted, seen, apart = 2 * (self.request.spec.num_classes or 0), set[int](), 0
             for group in self.groups:
                 labels = self.labels[group].tolist()
@@ -405,8 +405,8 @@ class Run:
             if not apart or self.request.count < wanted:
                 found.append(
                     f"the distance within a class counts for {apart} of {self.request.count} images: others have no "
-                    f"image of their class in an earlier batch. Ask for two images a class or more ({wanted}), and for "
-                    f"batches smaller than that (-O batch={self.options.batch})"
+                    f"image of their class in an earlier batch. Ask for two images a class or more ({wanted}), in "
+                    f"smaller batches than all at once (now {o.batch})"
                 )
         return tuple(found)
 
@@ -458,7 +458,7 @@ class Run:
         with torch.no_grad():
             batch = self.batches.pop(number)
             self.finished[number] = self.final(batch.images).cpu().contiguous()
-            if self.labels is not None and self.distance_counts():
+            if self.options.keeps_distance:
                 self.update_centres(batch)
 
     # One step
@@ -593,7 +593,7 @@ class Run:
         assert self.labels is not None
         labels = self.labels[batch.indices].to(self.device)
         value = losses.soft_inception(logits, labels, self.soft_targets(number).to(logits))
-        if self.centres and self.distance_counts():
+        if self.centres and o.keeps_distance:
             assert o.lower is not None
             assert o.upper is not None
             known, centres = self.centres_of(labels)
@@ -611,13 +611,6 @@ class Run:
         return torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.uniform(smallest, 1, count)))
 
     # Class centres of earlier batches, in the space that the classifier reads
-
-    def distance_counts(self) -> bool:
-        """Whether any marginal distance would cost something: cosine distances lie between 0 and 2."""
-        o = self.options
-        assert o.lower is not None
-        assert o.upper is not None
-        return o.distance_weight > 0 and (o.lower > 0 or o.upper < 2)
 
     def update_centres(self, batch: Batch) -> None:
         assert self.labels is not None

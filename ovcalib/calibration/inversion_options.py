@@ -107,6 +107,13 @@ class InversionOptions:
         """
         return self.BUDGETS[self.budget]
 
+    @property
+    def keeps_distance(self) -> bool:
+        """Whether any distance within a class would cost something: cosine distances lie between 0 and 2."""
+        if self.output != "labels" or self.lower is None or self.upper is None:
+            return False
+        return self.distance_weight > 0 and (self.lower > 0 or self.upper < 2)
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "patience"):
             value = getattr(self, name)

@@ -31,15 +31,14 @@ def flat_outputs(outputs: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def features_kept(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside of the block a pass leaves in the list, as its only entry, what the classifier read: [N, D].
+    """Inside of the block a pass leaves in the list, as its only entry, what the classifier read.
 
-    That is the input of the layer with weights that runs last, linear or convolution; maps are averaged over their
-    positions.
+    That is the input of the layer with weights that runs last: [N, D] of a linear layer, [N, D, H, W] of a convolution.
     """
     kept: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept[:] = [inputs[0] if isinstance(layer, nn.Linear) else inputs[0].mean((2, 3))]
+        kept[:] = [inputs[0]]
 
     readers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     hooks = [layer.register_forward_pre_hook(keep) for layer in readers]

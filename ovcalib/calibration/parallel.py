@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 class Pass:
     """What one forward pass left; the first axis of every tensor is the images.
 
-    features   what the classifier read, where it is kept, as the only entry
+    features   what the classifier read, [N, D], where it is kept, as the only entry; maps are averaged over positions
     moments    of the BatchNorm layers, in execution order
     """
 
@@ -88,7 +88,8 @@ class Network:
             images = images.contiguous(memory_format=torch.channels_last)
         with in_bfloat16(images.device, self.half):
             outputs = [output.float() for output in network_outputs(module, images)]
-        return Pass(outputs, [tensor.float() for tensor in features], list(taps.moments))
+            read = [(tensor.mean((2, 3)) if tensor.ndim == 4 else tensor).float() for tensor in features]
+        return Pass(outputs, read, list(taps.moments))
 
     def in_parallel(self, work: Callable[[int, Share], Result], shares: Sequence[Share]) -> list[Result]:
         """What `work` makes of the number of each share and the share, one thread each."""

@@ -675,6 +675,8 @@ def test_impossible_options_are_refused(toy) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             made("bn-inversion", toy, **options)
+    with pytest.raises(UsageError, match="needs scope=set"):
+        made("dgh", toy, variant="paper", scope="batch")
     with pytest.raises(UsageError, match="expected batch"):
         made("genie", toy, scope="set")
     for name, value in (("init", "fractal"), ("schedule", "plateau-reset")):

@@ -347,11 +347,11 @@ DGH = {
 @pytest.mark.parametrize("variant", DGH)
 def test_dgh_matches_the_whole_set_in_three_forms(net, variant) -> None:
     options = resolve(SOURCES["dgh"].Options(variant=variant), SIDE)
-    form = {**DGH[variant], "weight": 0.05}  # the published one is too small to be seen in a float32
+    form = {**DGH[variant], "weight": 5.0}  # the published one is too small to be seen in a float32
     assert options.output_weight == DGH[variant]["weight"]
     # The rate is small enough that the fourth decimal of the loss means something.
     found, images, _ = engine_run(
-        net, "dgh", 5, batch=3, variant=variant, output_weight=0.05, rate=4.0, schedule="plateau-reset"
+        net, "dgh", 5, batch=3, variant=variant, output_weight=5.0, rate=4.0, schedule="plateau-reset"
     )
     leaves = [part.clone().requires_grad_() for part in noise(0, 5, SIDE + 2).split(3)]
     optimizers = [torch.optim.RAdam([leaf], 4.0) for leaf in leaves]
