@@ -6,7 +6,8 @@ A source is a module with three things:
     NEEDS       what it requires: "argument" (after the colon of the reference), "checkpoint" (the torch module)
     generate    (Request, Options) -> Generated
 
-and, if its default number of images is not 300, `images_wanted(spec, argument) -> int`.
+and, if its default number of images is not 300, `images_wanted(spec, argument) -> int`; if its argument is not a file,
+`ARGUMENT`, what to write for it.
 
 To add one, write its file and its line in SOURCES; the command line, `-O`, `ovcalib sources` and the contract tests
 read the table. Installed packages add theirs through the entry-point group `ovcalib.sources`.
@@ -20,6 +21,7 @@ SOURCES = Registry(
     {
         "real": "ovcalib.calibration.real",
         "npz": "ovcalib.calibration.npz",
+        "mix": "ovcalib.calibration.mix",
         "noise": "ovcalib.calibration.noise",
         "fractal": "ovcalib.calibration.fractal",
         "bn-inversion": "ovcalib.calibration.bn_inversion",

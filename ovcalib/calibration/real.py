@@ -12,6 +12,7 @@ from ovcalib.data.sets import Reader, choose, model_labels, open_data
 from ovcalib.errors import DataError, UsageError
 
 NEEDS = frozenset({"argument"})
+ARGUMENT = "DATA"
 
 
 @dataclass(frozen=True)

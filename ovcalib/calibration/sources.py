@@ -60,6 +60,7 @@ class Generated:
     labels    int64 [N], or None
     real      they are photographs or the user's own, not made
     options   as they were resolved, where the source fills in some of them itself
+    parts     where the images are those of other sources
     """
 
     images: NDArray[Any]
@@ -69,6 +70,7 @@ class Generated:
     real: bool = False
     licence: str | None = None
     options: Mapping[str, Any] | None = None
+    parts: tuple[Provenance, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -145,6 +147,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
             labels=made.label_origin,
             licence=made.licence or licence_statement(made.real, source, request.spec),
             model=request.spec.name if "checkpoint" in source.NEEDS else None,
+            parts=made.parts,
             warnings=made.warnings,
         ),
     )
@@ -171,9 +174,10 @@ def images_wanted(reference: str, spec: ModelSpec) -> int:
 
 def usage(name: str, source: Source) -> str:
     """How a reference to a source is written."""
+    argument = getattr(source, "ARGUMENT", "FILE")
     if "argument" in source.NEEDS:
-        return f"{name}:{'DATA' if name == 'real' else 'FILE'}"
-    return f"{name}[:FILE]" if "optional argument" in source.NEEDS else name
+        return f"{name}:{argument}"
+    return f"{name}[:{argument}]" if "optional argument" in source.NEEDS else name
 
 
 def parse_options(kind: type[Any], given: Mapping[str, str], name: str) -> Any:

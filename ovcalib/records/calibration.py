@@ -46,6 +46,7 @@ class Provenance(Frozen):
     real           the images are photographs or the user's own, not made by a source; those of earlier versions are
                    taken for real where they came from a data set or a file
     labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
+    parts          of a mix, each source's own
     warnings       what the user should know about the set
     score          how the set looks to the model; where it was not scored, `score_reason` says why
     """
@@ -61,6 +62,7 @@ class Provenance(Frozen):
     labels: LabelOrigin | None
     licence: str | None = None
     model: str | None = None
+    parts: tuple[Provenance, ...] = ()
     warnings: tuple[str, ...] = ()
     score: SetScore | None = None
     score_reason: str | None = "not asked for"

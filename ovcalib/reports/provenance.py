@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypeVar
 
 from ovcalib.calibration.sets import PREVIEW_IMAGES
-from ovcalib.records.calibration import SetScore
+from ovcalib.records.calibration import Provenance, SetScore
 from ovcalib.records.model import ModelInput
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.records.result import Result
+
+P = TypeVar("P", bound=Provenance)
 
 MODEL_API = (
     "The file holds its preprocessing and labels as metadata, so OpenVINO Model API and DL Streamer load it as it "
@@ -49,6 +52,7 @@ def calibration_facts(result: Result) -> list[tuple[str, str]]:
         ("labels", c.labels or "none"),
         ("values", {"pixels": "8-bit pixels", "network": "network inputs"}[c.domain]),
         ("made in", f"{c.seconds:.1f} s"),
+        *((f"of {part.source}", f"{part.num_samples} images") for part in c.parts),
     ]
     return facts + (score_facts(c.score) if c.score else [])
 
@@ -76,7 +80,7 @@ def without_paths(result: Result) -> Result:
     accuracy, weights = result.accuracy, result.model.weights
     return result.model_copy(
         update={
-            "calibration": result.calibration.model_copy(update={"source": short_paths(result.calibration.source)}),
+            "calibration": _without_paths(result.calibration),
             "agreement": result.agreement.model_copy(update={"on": short_paths(result.agreement.on)}),
             "accuracy": accuracy and accuracy.model_copy(update={"protocol": short_paths(accuracy.protocol)}),
             "model": result.model.model_copy(
@@ -85,6 +89,12 @@ def without_paths(result: Result) -> Result:
             "warnings": tuple(map(short_paths, result.warnings)),
         }
     )
+
+
+def _without_paths(made: P) -> P:
+    parts = tuple(map(_without_paths, made.parts))
+    licence = made.licence and short_paths(made.licence)
+    return made.model_copy(update={"source": short_paths(made.source), "licence": licence, "parts": parts})
 
 
 def short_paths(text: str) -> str:

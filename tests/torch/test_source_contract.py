@@ -63,8 +63,12 @@ def student(folder):
     return str(folder / "student.safetensors")
 
 
+def mixed(folder):
+    return f"real:{image_folder(folder)}=1,noise=2"
+
+
 # What follows the colon: a function that makes it in a folder.
-ARGUMENTS = {"real": image_folder, "npz": npz_file, "stylegan2-ada": teacher, "distylegan": student}
+ARGUMENTS = {"real": image_folder, "npz": npz_file, "stylegan2-ada": teacher, "distylegan": student, "mix": mixed}
 # Sources that take images in their order, whatever the seed.
 IN_ORDER = {"npz"}
 
