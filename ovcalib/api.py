@@ -410,7 +410,8 @@ def sources() -> dict[str, dict[str, Any]]:
             "summary": (source.__doc__ or "").strip().splitlines()[0],
             "needs": sorted(source.NEEDS),
             "options": {field.name: field.default for field in dataclasses.fields(source.Options)},
-            "help": (source.Options.__doc__ or "").strip(),
+            # A dataclass without a docstring gets its signature for one.
+            "help": (source.Options.__doc__ or "").strip() if dataclasses.fields(source.Options) else "",
         }
     return table
 

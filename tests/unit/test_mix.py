@@ -4,6 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import ovcalib
 from ovcalib.calibration.mix import images_wanted, shares, turns
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import UnknownNameError, UsageError
@@ -116,3 +117,7 @@ def test_progress_goes_through_all_sources() -> None:
 def test_as_many_images_as_the_most_expensive_source_makes() -> None:
     assert images_wanted(SPEC, "fractal=1,bn-inversion=1") == 128
     assert images_wanted(SPEC, "fractal=1,noise=1") == 300
+
+
+def test_a_source_without_options_says_nothing_about_them() -> None:
+    assert {name for name, entry in ovcalib.sources().items() if not entry["help"]} == {"mix", "npz"}
