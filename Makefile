@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files stay together: what their tests share is made once.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadscope
 
 .PHONY: demo tables test test-slow coverage lint format docs clean
 
@@ -15,15 +17,15 @@ tables: $(STAMP)
 	$(BIN)/python benchmarks/paper_tables.py runs/paper --scores benchmarks/results/scores-cifar10.json
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope -m "not slow"
+	$(BIN)/python -m $(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m $(PYTEST) -m slow $(SLOW)
 
-# All tests. Measuring takes half as long again, so it is not a part of `make test`.
+# Measuring takes half as long again, so it is not a part of `make test`.
 coverage: $(STAMP)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m $(PYTEST) -m "not slow"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
