@@ -16,7 +16,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from settings import numbers
+from settings import about, add_model, numbers
 
 import ovcalib
 from ovcalib.calibration.split import split
@@ -33,10 +33,7 @@ from ovcalib.runtime import outputs_of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--input-shape", type=numbers, metavar="C,H,W")
-    parser.add_argument("--mean", type=numbers, metavar="A,B,C")
-    parser.add_argument("--std", type=numbers, metavar="A,B,C")
+    add_model(parser)
     parser.add_argument("--calib", required=True)
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--data", required=True)
@@ -45,11 +42,11 @@ def main() -> None:
     parser.add_argument("--factors", type=numbers, default=(1.0, 1.25, 1.5, 2.0, 3.0))
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    about = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std}
-    model = ovcalib.load_model(args.model, **about)
+    given = about(args)
+    model = ovcalib.load_model(args.model, **given)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = export(model, Path(folder), Progress()).graph
-    parts = split(ovcalib.generate(args.calib, args.model, args.count, **about))
+    parts = split(ovcalib.generate(args.calib, args.model, args.count, **given))
     data = open_dataset(args.data, model.spec, args.skip + args.limit)
     unused = dataclasses.replace(data, order=list(data.order)[args.skip :])
     inputs = [item.input for item in unused.images().items]

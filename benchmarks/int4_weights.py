@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from settings import numbers
+from settings import about, add_model
 
 import ovcalib
 from ovcalib.evaluation.metrics import nmse
@@ -66,21 +66,18 @@ def kernels(compiled: ov.CompiledModel) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--input-shape", type=numbers, metavar="C,H,W")
-    parser.add_argument("--mean", type=numbers, metavar="A,B,C")
-    parser.add_argument("--std", type=numbers, metavar="A,B,C")
+    add_model(parser)
     parser.add_argument("--calib", default="fractal")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    about = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std}
-    model = ovcalib.load_model(args.model, **about)
+    given = about(args)
+    model = ovcalib.load_model(args.model, **given)
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": EVALUATION_PRECISION}
     with tempfile.TemporaryDirectory() as folder:
         fp32 = export(model, Path(folder, "fp32"), Progress()).graph
         settings = Settings(overflow_fix=resolve_overflow_fix("auto", "host"), bias_correction="none")
-        made = ovcalib.generate(args.calib, args.model, args.count, **about)
+        made = ovcalib.generate(args.calib, args.model, args.count, **given)
         inputs = made.inputs()
         int8 = quantize_default(fp32, made, settings)
         coarse = compensated(fp32, simulate(fp32, int8, Bits(weights=4), inputs), inputs)

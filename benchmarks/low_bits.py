@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from calibration import source_of, spread
-from settings import numbers
+from settings import about, add_model
 
 import ovcalib
 from ovcalib.calibration.sets import CalibrationSet
@@ -45,11 +45,8 @@ KEY = ("arm", "seed", "bits", "rounding")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    add_model(parser)
     parser.add_argument("--weights")
-    parser.add_argument("--input-shape", type=numbers, metavar="C,H,W")
-    parser.add_argument("--mean", type=numbers, metavar="A,B,C")
-    parser.add_argument("--std", type=numbers, metavar="A,B,C")
     parser.add_argument("--eval", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--count", type=int, default=64)
@@ -61,10 +58,10 @@ def main() -> None:
     parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated"], default=["nearest"])
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    about = {name: getattr(args, name) for name in ("weights", "input_shape", "mean", "std") if getattr(args, name)}
+    given = {"weights": args.weights, **about(args)}
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {tuple(cell[name] for name in KEY) for cell in cells}
-    model = ovcalib.load_model(args.model, **about)
+    model = ovcalib.load_model(args.model, **given)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = export(model, Path(folder), Progress()).graph
     items = open_dataset(args.eval, model.spec, args.limit).images().items
@@ -78,7 +75,7 @@ def main() -> None:
             if done.issuperset(wanted):
                 continue
             source, options = source_of(arm)
-            made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **about)
+            made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
             for _, _, bits, rounding in wanted:
                 graph = quantized(fp32, made, args, bits, rounding)
                 found = outputs_of(without_saturation(graph), inputs)

@@ -34,12 +34,21 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and its input, which `about` gives to ovcalib."""
     parser.add_argument("model")
     parser.add_argument("--input-shape", type=numbers, metavar="C,H,W")
     parser.add_argument("--mean", type=numbers, metavar="A,B,C")
     parser.add_argument("--std", type=numbers, metavar="A,B,C")
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    return {"input_shape": args.input_shape, "mean": args.mean, "std": args.std}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(parser)
     parser.add_argument("--factor", type=float)
     parser.add_argument("--calib", default="fractal")
     parser.add_argument("--count", type=int, default=64)
@@ -50,22 +59,22 @@ def main() -> None:
     parser.add_argument("--arm", action="append", nargs="+", required=True, metavar="KEYWORD=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    about = {"input_shape": args.input_shape, "mean": args.mean, "std": args.std}
-    loaded = ovcalib.load_model(args.model, **about)
+    given = about(args)
+    loaded = ovcalib.load_model(args.model, **given)
     model: Any = args.model
     if args.factor is not None:
         model = loaded.module
         widen(model, args.factor)
         pre = loaded.spec.preprocessing
-        about = {"input_shape": loaded.spec.input_shape, "mean": pre.mean, "std": pre.std}
+        given = {"input_shape": loaded.spec.input_shape, "mean": pre.mean, "std": pre.std}
     cells = []
     for seed in range(args.seeds):
-        made = ovcalib.generate(args.calib, model, args.count, seed=seed, **about)
+        made = ovcalib.generate(args.calib, model, args.count, seed=seed, **given)
         for isa in args.deploy_isa:
             for arm in args.arm:
                 recipe = ovcalib.make_recipe(
                     model=args.model, calib=args.calib, num_samples=args.count, seed=seed, eval=args.eval,
-                    limit=args.limit, deploy_isa=isa, benchmark_time=0, **about,
+                    limit=args.limit, deploy_isa=isa, benchmark_time=0, **given,
                     **dict(entry.split("=", 1) for entry in arm),
                 )  # fmt: skip
                 module = None if isinstance(model, str) else model

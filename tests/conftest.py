@@ -10,6 +10,9 @@ import pytest
 
 # Tests must not find what a user has cached, nor leave anything there.
 os.environ["OVCALIB_CACHE"] = "/nonexistent/ovcalib-cache"
+# Test processes share the cores: a thread of torch that waits for another one must not keep a core busy meanwhile.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

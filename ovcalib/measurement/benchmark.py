@@ -418,11 +418,13 @@ def summarise_run(
     variation = float(np.std(round_p50) / np.mean(round_p50))
     doubts = []
     if not warm["steady"]:
-        doubts.append(f"the latency had not settled after {WARMUP_LIMIT_S:g} s of warm-up")
+        doubts.append(f"the latency of {label} had not settled after {WARMUP_LIMIT_S:g} s of warm-up")
     if min(r["inferences"] for r in rounds) < ROUND_INFERENCES:
-        doubts.append(f"fewer than {ROUND_INFERENCES} inferences fit into a round; measure for longer")
+        doubts.append(f"fewer than {ROUND_INFERENCES} inferences of {label} fit into a round; measure for longer")
     if variation > VARIATION_LIMIT:
-        doubts.append(f"the median latency varies by {variation:.1%} between rounds (limit {VARIATION_LIMIT:.0%})")
+        doubts.append(
+            f"the median latency of {label} varies by {variation:.1%} between rounds (limit {VARIATION_LIMIT:.0%})"
+        )
     return BenchmarkRun(
         model=label, **about, device=setting.device, hint=setting.hint, api=setting.resolved_api,
         precision=setting.precision, batch=setting.batch, requests=loaded["requests"],

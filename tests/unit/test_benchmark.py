@@ -193,7 +193,7 @@ def test_a_median_of_few_inferences_is_doubtful():
 
     assert run(5).unreliable == ()
     (doubt,) = run(4).unreliable
-    assert "fewer than 5 inferences fit into a round" in doubt
+    assert "fewer than 5 inferences of m fit into a round" in doubt
 
 
 def test_likeness_finds_the_worst_image() -> None:
