@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ from ovcalib.gan.sampling import (
     to_pixels,
     to_pixels_minmax,
 )
-from ovcalib.models.weights import apply_state_dict, class_names, load_state_dict, read_safetensors
-from ovcalib.rundir import write_atomically
+from ovcalib.models.weights import apply_state_dict, class_names, load_state_dict, read_safetensors, save_state_dict
 
 FORMAT = "ovcalib-distylegan"
 RESOLUTION = 32
@@ -207,16 +205,14 @@ def save_student(
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Tensors as safetensors, in half precision by default, with the names of the classes; atomically."""
-    from safetensors.torch import save_file
-
     metadata = {"format": FORMAT, "config": json.dumps(asdict(generator.config)), "classes": json.dumps(list(classes))}
     if licence:
         metadata["licence"] = licence
-    tensors: dict[str, Any] = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in generator.state_dict().items()
     }
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+    save_state_dict(tensors, path, metadata)
 
 
 def shipped_student() -> Student:

@@ -32,8 +32,8 @@ from ovcalib.models.pickles import (
     read_storage,
     refusals_named,
 )
-from ovcalib.models.weights import class_names, read_safetensors
-from ovcalib.rundir import file_sha256, write_atomically
+from ovcalib.models.weights import class_names, read_safetensors, save_state_dict
+from ovcalib.rundir import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -374,15 +374,12 @@ def _filled(build: Callable[[], nn.Module], arrays: Mapping[str, NDArray[np.floa
 
 def write_generator(generator: Generator, path: Path, classes: Sequence[str] = ()) -> None:
     """Tensors, settings and the names of the classes, where they are known, as safetensors, atomically."""
-    from safetensors.torch import save_file
-
     metadata = {
         "format": FORMAT,
         "config": json.dumps(asdict(generator.config)),
         "classes": json.dumps(list(classes)),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+    save_state_dict(generator.state_dict(), path, metadata)
 
 
 def read_teacher(path: Path) -> Teacher:

@@ -117,7 +117,7 @@ def main() -> int:
         fault = interrupted_round(job, place / "round" / "out", *expected[job.name], rng, counts)
         counts["rounds"] += 1
         if fault:
-            print(f"FAILED: {job.name}: {fault}\nkept: {place}", file=sys.stderr)
+            print(f"FAILED after {dict(counts)}: {job.name}: {fault}\nkept: {place}", file=sys.stderr)
             return 1
     print(f"{counts.total() - counts['rounds']} interruptions in {counts.pop('rounds')} rounds, none with a fault:")
     for name, count in sorted(counts.items()):

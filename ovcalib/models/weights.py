@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ovcalib.data.sets import cache_dir
 from ovcalib.errors import ModelError, excerpt
 from ovcalib.models.pickles import MAX_NAME, read_torch, refuse_larger_than_memory
-from ovcalib.rundir import file_sha256
+from ovcalib.rundir import file_sha256, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,13 +48,29 @@ def never_trained(module: nn.Module) -> bool:
     return bool(layers) and all(bool((m.running_mean == 0).all() and (m.running_var == 1).all()) for m in layers)  # type: ignore[union-attr]
 
 
-def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors, atomically."""
+def save_state_dict(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, atomically; the bytes depend on the content alone."""
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
-    partial.replace(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, dict(metadata) if metadata else None)
+        if metadata:
+            _sort_metadata(partial)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which the library writes in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

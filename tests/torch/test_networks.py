@@ -7,6 +7,7 @@ import torch
 
 from ovcalib.models import builtin
 from ovcalib.models.repvgg import reparameterise
+from ovcalib.models.weights import read_safetensors, save_state_dict
 
 NETWORKS = [name for name in builtin.NETWORKS if not name.endswith("_deploy")]
 # Channels are large and activations saturate under the filling rule, so float32 noise grows more in some.
@@ -78,3 +79,18 @@ def test_reparameterised_repvgg_computes_the_same() -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in deployed.modules())
+
+
+def test_the_bytes_of_a_safetensors_file_depend_on_its_content_alone(tmp_path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.zeros(2, dtype=torch.int64)}
+    metadata = {name: f'"{name}" \\ ü 猫' for name in "hgfedcba"}
+    files = set()
+    for _ in range(8):
+        save_state_dict(tensors, tmp_path / "x.safetensors", metadata)
+        files.add((tmp_path / "x.safetensors").read_bytes())
+    assert len(files) == 1
+    found, about = read_safetensors(tmp_path / "x.safetensors")
+    assert about == metadata
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
