@@ -57,6 +57,12 @@ def shares(argument: str) -> dict[str, float]:
     return {reference: share / total for reference, share in found.items()}
 
 
+def parts_of(reference: str) -> tuple[str, ...]:
+    """The sources of a mix; any other reference is its own only part."""
+    name, _, argument = reference.partition(":")
+    return tuple(shares(argument)) if name == "mix" else (reference,)
+
+
 def turns(parts: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Which source gives each image: the one that is furthest behind its share.
 
@@ -82,16 +88,16 @@ def generate(request: Request, options: Options) -> Generated:
     for reference in parts:  # refused before any of them works
         open_source(reference, request.spec, request.module)
     order = turns(np.array(list(parts.values())), request.count)
-    made: list[CalibrationSet] = []
-    places: list[NDArray[np.int64]] = []
-    done = 0
-    for i, reference in enumerate(parts):
-        place = np.flatnonzero(order == i)
+    places = [np.flatnonzero(order == i) for i in range(len(parts))]
+    for reference, place in zip(parts, places, strict=True):
         if not len(place):
             raise UsageError(
                 f"mix:{request.argument}: {request.count} images hold none of {reference!r}. Ask for more images "
                 "(`num_samples`), or leave it out."
             )
+    made: list[CalibrationSet] = []
+    done = 0
+    for i, (reference, place) in enumerate(zip(parts, places, strict=True)):
 
         def tick(finished: float, note: str, before: int = done, name: str = reference) -> None:
             request.tick(before + finished, f"{name.partition(':')[0]}{f', {note}' if note else ''}")
@@ -100,9 +106,10 @@ def generate(request: Request, options: Options) -> Generated:
             request, count=len(place), tick=tick, resume=request.resume and request.resume / f"part-{i}"
         )
         made.append(generate_set(reference, own))
-        places.append(place[: len(made[-1])])  # a source may run out of time, or of images
         done += len(place)
-    back = np.argsort(np.concatenate(places), kind="stable")
+    # A source may run out of time, or of images.
+    found = [place[: len(part)] for place, part in zip(places, made, strict=True)]
+    back = np.argsort(np.concatenate(found), kind="stable")
     pixels = all(part.domain == "pixels" for part in made)
     images = [part.images if pixels else np.concatenate(list(part)) for part in made]
     labels = [part.labels for part in made if part.labels is not None]

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ovcalib.calibration.mix import parts_of
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImages, refuse_shuffling
 from ovcalib.data.sets import ImageData, Reader, choose, class_names, model_labels, open_data
@@ -193,19 +194,23 @@ def refuse_same_images(calib: str | None, evaluation: EvaluationSet | None, opti
     """
     if calib is None or options.allow_overlap or not isinstance(evaluation, DataSet) or options.limit is not None:
         return
-    source, _, data = calib.partition(":")
-    plain = [reference.removeprefix("imagefolder:").removeprefix("npz:") for reference in (data, evaluation.reference)]
-    # CIFAR-10 has a half for each.
-    same = (
-        source in ("real", "npz")
-        and not data.startswith("cifar10")
-        and Path(plain[0]).resolve() == Path(plain[1]).resolve()
-    )
-    if same:
+    if any(_is_of(source, evaluation.reference) for source in parts_of(calib)):
         raise DataError(
             f"The calibration images come out of the evaluation set ({evaluation.reference}), so the accuracy would be "
             "flattered. Use separate images, or pass `allow_overlap=True`."
         )
+
+
+def _is_of(source: str, data: str) -> bool:
+    """Whether a source takes its images from a data set."""
+    name, _, own = source.partition(":")
+    plain = [reference.removeprefix("imagefolder:").removeprefix("npz:") for reference in (own, data)]
+    # CIFAR-10 has a half for each.
+    return (
+        name in ("real", "npz")
+        and not own.startswith("cifar10")
+        and Path(plain[0]).resolve() == Path(plain[1]).resolve()
+    )
 
 
 def proof_images(evaluation: EvaluationSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:
@@ -217,6 +222,6 @@ def proof_images(evaluation: EvaluationSet | None, calibration: CalibrationSet, 
 
 def calibration_hashes(calibration: CalibrationSet) -> frozenset[bytes]:
     """Pixel hashes of a set that may hold real images."""
-    if calibration.domain != "pixels":
+    if calibration.domain != "pixels" and not calibration.provenance.real:
         return frozenset()
     return frozenset(pixel_hash(calibration.pixels(i)) for i in range(len(calibration)))

@@ -7,8 +7,10 @@ import pytest
 import ovcalib
 from ovcalib.calibration.mix import images_wanted, shares, turns
 from ovcalib.calibration.sources import Request, generate
-from ovcalib.errors import UnknownNameError, UsageError
+from ovcalib.errors import DataError, UnknownNameError, UsageError
+from ovcalib.evaluation.dataset import calibration_hashes, open_dataset, refuse_same_images
 from ovcalib.models import builtin
+from ovcalib.records.options import EvaluationOptions
 from ovcalib.reports.provenance import _without_paths
 
 SPEC = builtin.spec("resnet20-cifar10")
@@ -65,8 +67,9 @@ def test_sources_are_refused_before_any_of_them_works(tmp_path) -> None:
     for part, error in (("nois", UnknownNameError), ("bn-inversion", UsageError), ("real", UsageError)):
         with pytest.raises(error):
             made(f"mix:noise=1,{part}=1", 4, tick=lambda *progress: told.append(progress))
-    with pytest.raises(UsageError, match="4 images hold none of 'fractal'"):
-        made("mix:fractal=1,noise=99", 4, tick=lambda *progress: told.append(progress))
+    for mixed in ("fractal=1,noise=99", "noise=99,fractal=1"):
+        with pytest.raises(UsageError, match="4 images hold none of 'fractal'"):
+            made(f"mix:{mixed}", 4, tick=lambda *progress: told.append(progress))
     assert told == []
 
 
@@ -105,6 +108,18 @@ def test_network_inputs_and_pixels_become_network_inputs(folder, tmp_path) -> No
         np.testing.assert_array_equal(mixed[i], parts[i % 2][i // 2])
     np.testing.assert_array_equal(mixed.labels, np.stack([part.labels for part in parts], 1).reshape(-1))
     assert mixed.provenance.labels == "data"
+
+
+def test_photographs_of_a_mix_are_not_evaluated(folder, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "inverted.npz", images=rng.standard_normal((4, 3, 32, 32)).astype(np.float32), domain="network")
+    mixed = made(f"mix:real:imagefolder:{folder}=1,npz:{tmp_path / 'inverted.npz'}=1", 8)
+    assert mixed.domain == "network"
+    data = open_dataset(f"imagefolder:{folder}", SPEC, None)
+    with pytest.raises(DataError, match="is in the calibration set and in the evaluation set"):
+        list(data.images(calibration_hashes(mixed)).items)
+    with pytest.raises(DataError, match="come out of the evaluation set"):
+        refuse_same_images(mixed.provenance.source, data, EvaluationOptions())
 
 
 def test_progress_goes_through_all_sources() -> None:
