@@ -79,18 +79,27 @@ def fake_quantize(
     return np.clip(np.rint((values - low) / step), 0, levels - 1) * step + low
 
 
+def powers_of_two(largest: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """The power of two at or above each magnitude, and five halvings."""
+    above = np.exp2(np.ceil(np.log2(np.maximum(largest, np.finfo(np.float64).tiny))))
+    return [above * 0.5**halvings for halvings in range(6)]
+
+
+def nearest(rows: NDArray[np.float64], scale: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+    """Integers in -limit..limit nearest to rows [R, I] in units of scale [R]."""
+    return np.clip(np.rint(rows / scale[:, None]), -limit, limit)
+
+
 def candidate_ranges(
     low: NDArray[np.float64], high: NDArray[np.float64], levels: int, ranges: str
 ) -> Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Ranges to choose from, each low [C] and high [C]."""
     if ranges == "power-of-two":
         # A power of two is the end of the range that the next level would have: (levels - 1) / levels of it is reached.
-        above = np.exp2(np.ceil(np.log2(np.maximum(np.maximum(-low, high), np.finfo(np.float64).tiny))))
-        for halvings in range(6):
-            top = above * 0.5**halvings
+        for top in powers_of_two(np.maximum(-low, high)):
             signed = low < 0
             step = np.where(signed, 2 * top, top) / levels
-            yield np.where(signed, -top, 0.0), np.where(signed, top, top) - step
+            yield np.where(signed, -top, 0.0), top - step
     else:
         for share in SHARES if ranges == "mse" else (1.0,):
             yield zero_on_grid(share * low, share * high, levels)
@@ -127,12 +136,11 @@ def choose_scale(weights: NDArray[np.float64], limit: int, ranges: str, by_chann
     rows = weights if by_channel else weights.reshape(1, -1)
     largest = np.abs(rows).max(1)
     if ranges == "power-of-two":
-        above = np.exp2(np.ceil(np.log2(np.maximum(largest, np.finfo(np.float64).tiny))))
-        tried = [above * 0.5**halvings / (limit + 1) for halvings in range(6)]
+        tried = [top / (limit + 1) for top in powers_of_two(largest)]
     else:
         tried = [share * largest / limit for share in (SHARES if ranges == "mse" else (1.0,))]
     scales = np.where(largest > 0, np.stack(tried), 1.0)  # [S, R]
-    errors = [np.sum((np.clip(np.rint(rows / s[:, None]), -limit, limit) * s[:, None] - rows) ** 2, 1) for s in scales]
+    errors = [np.sum((nearest(rows, scale, limit) * scale[:, None] - rows) ** 2, 1) for scale in scales]
     best: NDArray[np.float64] = np.take_along_axis(scales, np.argmin(errors, axis=0)[None], 0)[0]
     return best if by_channel else np.repeat(best, len(weights))
 
@@ -168,7 +176,7 @@ def _coarser_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
             continue
         rows = rounding.exact.reshape(-1, rounding.exact.shape[-1])
         scale = choose_scale(rows, limit, bits.ranges, rounding.by_channel)
-        integers = np.clip(np.rint(rows / scale[:, None]), -limit, limit).astype(np.int8)
+        integers = nearest(rows, scale, limit).astype(np.int8)
         rounding.write(integers.reshape(rounding.exact.shape), scale.reshape(rounding.exact.shape[:2]))
 
 
