@@ -155,8 +155,9 @@ def quantize(
         if calibration is None:
             download = recipe.evaluation.download
             calibration = make_set(
-                options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time
-            )
+                options, model, progress, download=download, resume=work.resume, out_of_time=out_of_time,
+                graph=exported.graph,
+            )  # fmt: skip
         calibration.save(work.path, options.keep_images, options.preview)
         warnings = [*model.warnings, *ready.warnings, *calibration.provenance.warnings]
 

@@ -7,7 +7,7 @@ A source is a module with three things:
     generate    (Request, Options) -> Generated
 
 and, if its default number of images is not 300, `images_wanted(spec, argument) -> int`; if its argument is not a file,
-`ARGUMENT`, what to write for it.
+`ARGUMENT`, what to write for it; if its argument names other sources, `parts(argument) -> tuple[str, ...]`.
 
 To add one, write its file and its line in SOURCES; the command line, `-O`, `ovcalib sources` and the contract tests
 read the table. Installed packages add theirs through the entry-point group `ovcalib.sources`.
@@ -22,6 +22,7 @@ SOURCES = Registry(
         "real": "ovcalib.calibration.real",
         "npz": "ovcalib.calibration.npz",
         "mix": "ovcalib.calibration.mix",
+        "auto": "ovcalib.calibration.auto",
         "noise": "ovcalib.calibration.noise",
         "fractal": "ovcalib.calibration.fractal",
         "bn-inversion": "ovcalib.calibration.bn_inversion",

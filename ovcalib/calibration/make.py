@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from ovcalib.models.load import Model
 from ovcalib.progress import Progress
 from ovcalib.records.calibration import Provenance, SetScore
 from ovcalib.records.options import CalibrationOptions
+
+if TYPE_CHECKING:
+    import openvino as ov
+    from torch import nn
 
 SHORTER = "fewer images (`num_samples`), or fewer optimisation steps (-O steps=N, -O budget=quick)."
 
@@ -35,7 +40,7 @@ def resolve_calibration(
     calib = options.calib
     warnings: tuple[str, ...] = ()
     if calib is None:
-        obstacle = inversion_obstacle(model)
+        obstacle = inversion_obstacle(model.module, model.spec.name)
         calib = "fractal" if obstacle else "bn-inversion"
         if obstacle:
             if options.options:
@@ -52,14 +57,14 @@ def resolve_calibration(
     return options.model_copy(update={"calib": calib, "num_samples": count}), warnings
 
 
-def inversion_obstacle(model: Model) -> str | None:
+def inversion_obstacle(module: nn.Module | None, name: str) -> str | None:
     """Why the BatchNorm statistics of a model cannot be inverted; None where they can."""
-    if model.module is None:
+    if module is None:
         return "the BatchNorm layers of a graph are folded away"
     from ovcalib.calibration.bn_taps import find_layers
 
     try:
-        find_layers(model.module, model.spec.name)
+        find_layers(module, name)
     except ModelError as error:
         return str(error)
     return None
@@ -74,6 +79,7 @@ def make_set(
     resume: Path | None = None,
     score: bool = True,
     out_of_time: Callable[[], bool] = lambda: False,
+    graph: ov.Model | None = None,
 ) -> CalibrationSet:
     """The calibration set of resolved options.
 
@@ -81,6 +87,7 @@ def make_set(
     resume     folder from which an interrupted generation continues
     score      compare the set with the model's BatchNorm statistics
     out_of_time   tells a source that optimises to end with its images so far, and a warning
+    graph      float, batch 1, where the model has been exported
     raises     DataError, UsageError
     """
     assert options.calib is not None
@@ -93,6 +100,7 @@ def make_set(
                 seed=options.seed,
                 spec=model.spec,
                 module=model.module,
+                graph=lambda: graph or export_once(model),
                 tick=tick,
                 resume=resume,
                 download=download,
@@ -100,7 +108,22 @@ def make_set(
             ),
             options.options,
         )
+    if trials := calibration.provenance.trials:
+        from ovcalib.reports.provenance import compared
+
+        taken = calibration.provenance.parts[0].source
+        progress.say(
+            f"calibrating with {taken}; INT8 error on all candidates' images, times the least: {compared(trials)}"
+        )
     return _checked(calibration, model, score)
+
+
+def export_once(model: Model) -> ov.Model:
+    """The float graph of a model, batch 1; nothing is left of the files."""
+    from ovcalib.export.convert import export
+
+    with tempfile.TemporaryDirectory() as folder:
+        return export(model, Path(folder), Progress()).graph.clone()
 
 
 def set_of_object(source: Any, options: CalibrationOptions, model: Model) -> CalibrationSet:
@@ -146,7 +169,7 @@ def _checked(calibration: CalibrationSet, model: Model, score: bool) -> Calibrat
 
 def score_calibration(model: Model, calibration: CalibrationSet) -> tuple[SetScore | None, str | None]:
     """The score of a calibration set, or the reason why there is none."""
-    obstacle = inversion_obstacle(model)
+    obstacle = inversion_obstacle(model.module, model.spec.name)
     if obstacle:
         return None, obstacle
     from ovcalib.calibration.score import score_set

@@ -50,17 +50,18 @@ def shares(argument: str) -> dict[str, float]:
             raise UsageError(f"mix:{argument}: {part!r} is no share of a source. Expected {ARGUMENT}, each above 0.")
         if reference in found:
             raise UsageError(f"mix:{argument}: {reference!r} is named twice. Add up its shares.")
-        if reference.startswith("mix:"):
-            raise UsageError(f"mix:{argument}: a mix cannot hold another one. Name their sources.")
+        if reference.partition(":")[0] in ("mix", "auto"):
+            raise UsageError(
+                f"mix:{argument}: a mix cannot hold {reference!r}. Name sources that make images themselves."
+            )
         found[reference] = share
     total = sum(found.values())
     return {reference: share / total for reference, share in found.items()}
 
 
-def parts_of(reference: str) -> tuple[str, ...]:
-    """The sources of a mix; any other reference is its own only part."""
-    name, _, argument = reference.partition(":")
-    return tuple(shares(argument)) if name == "mix" else (reference,)
+def parts(argument: str) -> tuple[str, ...]:
+    """The sources that are mixed."""
+    return tuple(shares(argument))
 
 
 def turns(parts: NDArray[np.float64], count: int) -> NDArray[np.int64]:
@@ -84,12 +85,12 @@ def images_wanted(spec: ModelSpec, argument: str) -> int:
 
 def generate(request: Request, options: Options) -> Generated:
     """The images of all sources, which take turns."""
-    parts = shares(request.argument)
-    for reference in parts:  # refused before any of them works
+    wanted = shares(request.argument)
+    for reference in wanted:  # refused before any of them works
         open_source(reference, request.spec, request.module)
-    order = turns(np.array(list(parts.values())), request.count)
-    places = [np.flatnonzero(order == i) for i in range(len(parts))]
-    for reference, place in zip(parts, places, strict=True):
+    order = turns(np.array(list(wanted.values())), request.count)
+    places = [np.flatnonzero(order == i) for i in range(len(wanted))]
+    for reference, place in zip(wanted, places, strict=True):
         if not len(place):
             raise UsageError(
                 f"mix:{request.argument}: {request.count} images hold none of {reference!r}. Ask for more images "
@@ -97,7 +98,7 @@ def generate(request: Request, options: Options) -> Generated:
             )
     made: list[CalibrationSet] = []
     done = 0
-    for i, (reference, place) in enumerate(zip(parts, places, strict=True)):
+    for i, (reference, place) in enumerate(zip(wanted, places, strict=True)):
 
         def tick(finished: float, note: str, before: int = done, name: str = reference) -> None:
             request.tick(before + finished, f"{name.partition(':')[0]}{f', {note}' if note else ''}")
@@ -123,12 +124,12 @@ def generate(request: Request, options: Options) -> Generated:
         real=any(part.provenance.real for part in made),
         licence="; ".join(
             f"{reference}: {part.provenance.licence or 'not stated'}"
-            for reference, part in zip(parts, made, strict=True)
+            for reference, part in zip(wanted, made, strict=True)
         ),
         parts=tuple(part.provenance for part in made),
         warnings=tuple(
             f"{reference}: {warning}"
-            for reference, part in zip(parts, made, strict=True)
+            for reference, part in zip(wanted, made, strict=True)
             for warning in part.provenance.warnings
         ),
     )

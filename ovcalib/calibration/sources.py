@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import refuse_reference
 from ovcalib.errors import UnknownNameError, UsageError
-from ovcalib.records.calibration import Domain, LabelOrigin, Provenance
+from ovcalib.records.calibration import Domain, LabelOrigin, Provenance, Trial
 from ovcalib.records.model import ModelSpec
 
 if TYPE_CHECKING:
+    import openvino as ov
     from torch import nn
 
 
@@ -34,6 +35,7 @@ class Request:
     count        images
     spec         the model that the images are for
     module       the torch module itself, where there is one
+    graph        gives the float graph, batch 1, which takes an export where there has been none
     argument     what follows the colon in the reference
     tick         receives the number of finished images, and a word on how it goes
     resume       the resume folder, with the state of an interrupted run, or None
@@ -45,6 +47,7 @@ class Request:
     seed: int
     spec: ModelSpec
     module: nn.Module | None = None
+    graph: Callable[[], ov.Model] | None = None
     argument: str = ""
     tick: Callable[[float, str], None] = lambda done, note: None
     resume: Path | None = None
@@ -61,6 +64,7 @@ class Generated:
     real      they are photographs or the user's own, not made
     options   as they were resolved, where the source fills in some of them itself
     parts     where the images are those of other sources
+    trials    what sources were compared by
     """
 
     images: NDArray[Any]
@@ -71,6 +75,7 @@ class Generated:
     licence: str | None = None
     options: Mapping[str, Any] | None = None
     parts: tuple[Provenance, ...] = ()
+    trials: tuple[Trial, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -148,6 +153,7 @@ def generate(reference: str, request: Request, overrides: Mapping[str, str] | No
             licence=made.licence or licence_statement(made.real, source, request.spec),
             model=request.spec.name if "checkpoint" in source.NEEDS else None,
             parts=made.parts,
+            trials=made.trials,
             warnings=made.warnings,
         ),
     )
@@ -170,6 +176,15 @@ def images_wanted(reference: str, spec: ModelSpec) -> int:
     name, _, argument = reference.partition(":")
     suggest = getattr(SOURCES[name], "images_wanted", None)
     return suggest(spec, argument) if suggest is not None else DEFAULT_IMAGES
+
+
+def parts_of(reference: str) -> tuple[str, ...]:
+    """The sources that a reference to several of them names; any other reference is its own only part."""
+    from ovcalib.calibration import SOURCES
+
+    name, _, argument = reference.partition(":")
+    named = getattr(SOURCES[name], "parts", None)
+    return named(argument) if named is not None else (reference,)
 
 
 def usage(name: str, source: Source) -> str:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ovcalib.calibration.mix import parts_of
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.calibration.sources import parts_of
 from ovcalib.data.objects import ObjectImages, refuse_shuffling
 from ovcalib.data.sets import ImageData, Reader, choose, class_names, model_labels, open_data
 from ovcalib.errors import DataError, UnknownNameError
@@ -104,7 +104,8 @@ class ObjectSet:
 
     def images(self, forbidden: frozenset[bytes] = frozenset()) -> Images:
         """As of a `DataSet`."""
-        items = Items(lambda: object_items(islice(self.found.read(self.order), self.count), forbidden))
+        found, pre = self.found, self.spec.preprocessing
+        items = Items(lambda: object_items(islice(found.read(self.order), self.count), pre, forbidden))
         return Images(self.reference, self.count, items)
 
 

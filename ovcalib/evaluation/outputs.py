@@ -13,6 +13,7 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImage
 from ovcalib.data.sets import Reader
 from ovcalib.errors import DataError
+from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.runtime import Runner
 
 # Outputs of a reference are kept for the comparison; large output maps are compared on fewer items.
@@ -62,10 +63,12 @@ def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Itera
         yield Item(reader.spec.preprocessing.normalise(sample.pixels)[None], sample.label, digest)
 
 
-def object_items(images: Iterable[ObjectImage], forbidden: frozenset[bytes] = frozenset()) -> Iterator[Item]:
-    """Items of a Python object; otherwise as `items_of`."""
+def object_items(
+    images: Iterable[ObjectImage], preprocessing: Preprocessing, forbidden: frozenset[bytes] = frozenset()
+) -> Iterator[Item]:
+    """Items of a Python object; otherwise as `items_of`. Network inputs are recognised by the pixels they come from."""
     for i, image in enumerate(images):
-        digest = pixel_hash(image.input if image.pixels is None else image.pixels)
+        digest = pixel_hash(preprocessing.denormalise(image.input) if image.pixels is None else image.pixels)
         _refuse_overlap(f"Image {i}", digest, forbidden)
         yield Item(image.input[None], image.label, digest)
 

@@ -31,6 +31,20 @@ class SetScore(Frozen):
     output_range_distance: float
 
 
+class Trial(Frozen):
+    """How a source did in the comparison of `auto`.
+
+    seconds   to make its images for the comparison
+    nmse      of INT8 calibrated with its images, on the images of each source in the order of the trials
+    excess    how many times the least of these errors its own are, geometric mean; 1 is best on everybody's images
+    """
+
+    source: str
+    seconds: float
+    nmse: tuple[float, ...]
+    excess: float
+
+
 Domain = Literal["pixels", "network"]
 
 LabelOrigin = Literal["data", "method", "pseudo"]
@@ -46,7 +60,8 @@ class Provenance(Frozen):
     real           the images are photographs or the user's own, not made by a source; those of earlier versions are
                    taken for real where they came from a data set or a file
     labels         where labels come from: "data", "method", "pseudo" (the model's own argmax), or None
-    parts          of a mix, each source's own
+    parts          of a mix, each source's own; of `auto`, that of the source that was taken
+    trials         of `auto`, how each candidate did
     warnings       what the user should know about the set
     score          how the set looks to the model; where it was not scored, `score_reason` says why
     """
@@ -63,6 +78,7 @@ class Provenance(Frozen):
     licence: str | None = None
     model: str | None = None
     parts: tuple[Provenance, ...] = ()
+    trials: tuple[Trial, ...] = ()
     warnings: tuple[str, ...] = ()
     score: SetScore | None = None
     score_reason: str | None = "not asked for"

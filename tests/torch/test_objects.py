@@ -9,8 +9,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import ovcalib
+from ovcalib.calibration.make import set_of_object
 from ovcalib.data.objects import ObjectImages
 from ovcalib.errors import DataError, UsageError
+from ovcalib.evaluation.dataset import ObjectSet, calibration_hashes
+from ovcalib.models.load import Model
+from ovcalib.records.options import CalibrationOptions
 from tests.conftest import toy_images
 
 FIELDS: dict[str, Any] = {
@@ -62,6 +66,19 @@ def test_every_object_gives_the_same_images(toy):
         np.testing.assert_allclose(np.stack([x.input for x in found]), normalised.numpy(), atol=1e-6)
         assert [x.label for x in found] in ([None] * 6, labels.tolist())
     assert [x.label for x in ObjectImages((images, labels), toy.spec).read([3, 1])] == labels[[3, 1]].tolist()
+
+
+@pytest.mark.parametrize("calibrated", ["pixels", "inputs"])
+@pytest.mark.parametrize("evaluated", ["pixels", "inputs"])
+def test_a_calibration_image_is_found_among_the_evaluation_images_in_either_form(toy, calibrated, evaluated):
+    images, labels = toy.images[:6], toy.labels[:6]
+    forms = {"pixels": images, "inputs": inputs(toy, images)}
+    calibration = set_of_object(forms[calibrated][:3], CalibrationOptions(), Model(toy.spec))
+    other = ObjectSet((forms[evaluated][3:], labels[3:]), toy.spec).images(calibration_hashes(calibration))
+    assert len(list(other.items)) == 3
+    same = ObjectSet((forms[evaluated], labels), toy.spec).images(calibration_hashes(calibration))
+    with pytest.raises(DataError, match="Image 0 is in the calibration set and in the evaluation set"):
+        list(same.items)
 
 
 @pytest.mark.parametrize(

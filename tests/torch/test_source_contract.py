@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from ovcalib.calibration import SOURCES
+from ovcalib.calibration.make import export_once
 from ovcalib.calibration.sets import preflight
 from ovcalib.calibration.sources import Generated, Request, generate
 from ovcalib.models import builtin
+from ovcalib.models.load import Model
 from ovcalib.records.calibration import Domain, LabelOrigin
 from tests.toy import ToyNet
 
@@ -68,7 +70,10 @@ def mixed(folder):
 
 
 # What follows the colon: a function that makes it in a folder.
-ARGUMENTS = {"real": image_folder, "npz": npz_file, "stylegan2-ada": teacher, "distylegan": student, "mix": mixed}
+ARGUMENTS = {
+    "real": image_folder, "npz": npz_file, "stylegan2-ada": teacher, "distylegan": student, "mix": mixed,
+    "auto": lambda folder: "noise,fractal",
+}  # fmt: skip
 # Sources that take images in their order, whatever the seed.
 IN_ORDER = {"npz"}
 
@@ -109,9 +114,16 @@ def references(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make(module, references):
+def graph(module):
+    return export_once(Model(SPEC, module))
+
+
+@pytest.fixture(scope="module")
+def make(module, graph, references):
     def make(name, count=COUNT, seed=0, resume=None, tick=lambda done, note: None, **options):
-        request = Request(count=count, seed=seed, spec=SPEC, module=module, resume=resume, tick=tick)
+        request = Request(
+            count=count, seed=seed, spec=SPEC, module=module, graph=lambda: graph, resume=resume, tick=tick
+        )
         tiny = {key: value for key, value in TINY.items() if key in options_of(name)}
         return generate(references[name], request, {**tiny, **options})
 

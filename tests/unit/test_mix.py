@@ -54,7 +54,7 @@ def test_shares_are_relative() -> None:
         ("noise=1,,fractal=1", "'' is no share"),
         ("=1", "is no share"),
         ("noise=1,noise=2", "'noise' is named twice"),
-        ("mix:noise=1,fractal=1", "a mix cannot hold another one"),
+        ("mix:noise=1,fractal=1", "a mix cannot hold 'mix:noise'"),
     ],
 )
 def test_shares_that_make_no_sense_are_refused(argument, message) -> None:

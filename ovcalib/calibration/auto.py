@@ -1,0 +1,165 @@
+"""The best of several sources for this model, found without real data.
+
+Every candidate makes a few images. The model is quantized with one half of each candidate's images, and its INT8 error
+is measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
+candidates, and ranges that are too wide cost levels on all images, so the source whose quantization does best on
+everybody's images is taken. The calibration set is then the one that this source makes by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.calibration.make import inversion_obstacle
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.calibration.sources import Generated, Request, open_source
+from ovcalib.calibration.sources import generate as generate_set
+from ovcalib.calibration.sources import images_wanted as wanted_of
+from ovcalib.errors import UsageError
+from ovcalib.evaluation.metrics import nmse
+from ovcalib.kernels import without_saturation
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.settings import resolve_settings
+from ovcalib.records.calibration import Trial
+from ovcalib.records.model import ModelSpec
+from ovcalib.records.options import QuantizationOptions
+from ovcalib.runtime import outputs_of
+
+NEEDS = frozenset({"optional argument"})
+ARGUMENT = "SOURCE,SOURCE"
+# Ranges alone tell the sources apart; corrections would take longer than all the rest.
+QUICK = QuantizationOptions(deploy_isa="vnni", rounding="nearest", bias_correction="none", guard=False)
+# An error of zero, which a network without anything to quantize has, is no reason to divide by it.
+LEAST_NMSE = 1e-12
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    trial   images of each candidate in the comparison
+    """
+
+    trial: int = 32
+
+    def __post_init__(self) -> None:
+        if self.trial < 2:
+            raise ValueError(f"trial={self.trial}: expected at least 2, one to quantize with and one to compare on")
+
+
+def parts(argument: str) -> tuple[str, ...]:
+    """The candidates that are named, in their order; raises UsageError."""
+    if not argument:
+        return ()
+    named = tuple(part.strip() for part in argument.split(","))
+    for reference in named:
+        if not reference or reference.partition(":")[0] in ("auto", "mix"):
+            raise UsageError(f"auto:{argument}: {reference!r} is no candidate. Expected {ARGUMENT}, such as fractal.")
+        if named.count(reference) > 1:
+            raise UsageError(f"auto:{argument}: {reference!r} is named twice.")
+    return named
+
+
+def usual_candidates(request: Request) -> tuple[str, ...]:
+    """The sources that need nothing but this model."""
+    found = ["bn-inversion", "dgh"] if inversion_obstacle(request.module, request.spec.name) is None else []
+    if request.spec.input_shape == (3, 32, 32) and request.spec.num_classes == 10:
+        found.append("distylegan")
+    return (*found, "fractal")
+
+
+def images_wanted(spec: ModelSpec, argument: str) -> int:
+    """As many as the most expensive of the candidates makes by default."""
+    return min(wanted_of(reference, spec) for reference in parts(argument) or ("bn-inversion",))
+
+
+def errors_on_each_other(graph: ov.Model, sets: Sequence[CalibrationSet]) -> NDArray[np.float64]:
+    """INT8 error by the set that calibrates and the set that it is measured on.
+
+    graph     float, batch 1
+    sets      at least two images each; the first half of a set calibrates, the other half judges
+    returns   float64 [S, S], NMSE of the outputs: entry [i, j] is calibrated with set i, on images of set j
+    """
+    settings = resolve_settings(QUICK, graph)
+    inputs = [s.inputs(first=len(s) // 2) for s in sets]
+    bounds = np.cumsum([len(part) for part in inputs])[:-1]
+    everything = list(chain.from_iterable(inputs))
+    reference = np.split(outputs_of(graph, everything), bounds)
+    errors = np.empty((len(sets), len(sets)))
+    for i, own in enumerate(sets):
+        int8 = quantize_default(graph, own.subset(range(len(own) // 2)), settings)
+        outputs = np.split(outputs_of(without_saturation(int8), everything), bounds)
+        errors[i] = [nmse(expected, found) for expected, found in zip(reference, outputs, strict=True)]
+    return errors
+
+
+def excess(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many times the least error each set has, as the geometric mean over all images that judge.
+
+    errors    float64 [S, J], NMSE
+    returns   float64 [S], at least 1; 1 for a set that nobody surpasses on any images
+    """
+    bounded = np.maximum(errors, LEAST_NMSE)
+    ratios: NDArray[np.float64] = np.exp(np.log(bounded / bounded.min(0)).mean(1))
+    return ratios
+
+
+def generate(request: Request, options: Options) -> Generated:
+    """The images of the best candidate, as it makes them by itself."""
+    candidates = parts(request.argument) or usual_candidates(request)
+    for reference in candidates:  # refused before any of them works
+        open_source(reference, request.spec, request.module)
+    trial = min(options.trial, request.count)
+    tried = candidates if len(candidates) > 1 and trial > 1 else ()
+    share = request.count / (request.count + len(tried) * trial)
+
+    def images_of(reference: str, turn: int, count: int) -> CalibrationSet:
+        """The images of one source, whose turn is after `turn` trials."""
+
+        def tick(done: float, note: str) -> None:
+            doing = "trying " if count < request.count else ""
+            request.tick(share * (turn * trial + done), f"{doing}{reference}{f', {note}' if note else ''}")
+
+        folder = request.resume and request.resume / f"turn-{turn}"
+        return generate_set(reference, dataclasses.replace(request, count=count, tick=tick, resume=folder))
+
+    sets: list[CalibrationSet] = []
+    for turn, reference in enumerate(tried):
+        if not sets or not request.out_of_time():
+            sets.append(images_of(reference, turn, trial))
+    trials: tuple[Trial, ...] = ()
+    if len(sets) > 1:
+        assert request.graph is not None, "sources are compared by what they do to the model"
+        trials = compare(request.graph(), sets)
+    best = int(np.argmin([t.excess for t in trials])) if trials else 0
+    enough = bool(sets) and (trial == request.count or request.out_of_time())
+    made = sets[best] if enough else images_of(candidates[best], len(tried), request.count)
+    found = made.provenance
+    if enough:
+        request.tick(len(made), found.source)
+    return Generated(
+        images=made.images,
+        domain=found.domain,
+        labels=made.labels,
+        label_origin=found.labels,
+        real=found.real,
+        licence=found.licence,
+        parts=(found,),
+        trials=trials,
+        warnings=found.warnings,
+    )
+
+
+def compare(graph: ov.Model, sets: Sequence[CalibrationSet]) -> tuple[Trial, ...]:
+    """What each set does on the images of all of them."""
+    errors = errors_on_each_other(graph, sets)
+    return tuple(
+        Trial(source=made.source, seconds=made.seconds, nmse=tuple(map(float, row)), excess=float(factor))
+        for made, row, factor in zip((s.provenance for s in sets), errors, excess(errors), strict=True)
+    )
