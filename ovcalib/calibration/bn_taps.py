@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ovcalib.errors import ModelError
 from ovcalib.models.weights import never_trained, statistics_layers
@@ -134,16 +135,30 @@ class Taps:
         self.moments.clear()
 
 
+def _normalised_by_own(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """What a BatchNorm layer computes in training mode, and the moments; its stored statistics stay as they are."""
+    values = _flat(x)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    out = F.batch_norm(x, None, None, weight, bias, training=True, eps=float(layer.eps))  # type: ignore[arg-type]
+    return out, values.mean(1), values.square().mean(1)
+
+
 @contextmanager
-def tapped(layers: list[Layer]) -> Iterator[Taps]:
-    """Let the layers record their inputs' moments; they are as they were afterwards, whatever happens."""
+def tapped(layers: list[Layer], own_statistics: bool = False) -> Iterator[Taps]:
+    """Let the layers record their inputs' moments; they are as they were afterwards, whatever happens.
+
+    own_statistics   normalise by the statistics of the batch, as in training, in place of the stored ones
+    """
     taps = Taps()
 
     def recording(layer: Layer) -> Any:
         def forward(x: Tensor) -> Tensor:
-            out, mean, square = _BatchNormWithMoments.apply(x, layer.scale, layer.shift)
+            if own_statistics:
+                out, mean, square = _normalised_by_own(x, layer.module)
+            else:
+                out, mean, square = _BatchNormWithMoments.apply(x, layer.scale, layer.shift)
             taps.moments.append(Moments(layer, mean, square, math.prod(x.shape[2:])))
-            return out  # type: ignore[no-any-return]
+            return out
 
         return forward
 

@@ -49,5 +49,25 @@ def features_kept(module: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+@contextmanager
+def last_map_kept(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside of the block a pass leaves in the list, as its only entry, the last feature map, [N, D, h, w].
+
+    That is the last output of a module that has more than one position: what a global pooling reads.
+    """
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            kept[:] = [output]
+
+    hooks = [part.register_forward_hook(keep) for part in module.modules()]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -203,12 +203,12 @@ def refuse_same_images(calib: str | None, evaluation: EvaluationSet | None, opti
 
 
 def _is_of(source: str, data: str) -> bool:
-    """Whether a source takes its images from a data set."""
+    """Whether a source takes its images, or what it knows of them, from a data set."""
     name, _, own = source.partition(":")
     plain = [reference.removeprefix("imagefolder:").removeprefix("npz:") for reference in (own, data)]
     # CIFAR-10 has a half for each.
     return (
-        name in ("real", "npz")
+        name in ("real", "npz", "fdda")
         and not own.startswith("cifar10")
         and Path(plain[0]).resolve() == Path(plain[1]).resolve()
     )

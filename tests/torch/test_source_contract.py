@@ -71,8 +71,8 @@ def mixed(folder):
 
 # What follows the colon: a function that makes it in a folder.
 ARGUMENTS = {
-    "real": image_folder, "npz": npz_file, "stylegan2-ada": teacher, "distylegan": student, "mix": mixed,
-    "auto": lambda folder: "noise,fractal",
+    "real": image_folder, "npz": npz_file, "fdda": image_folder, "stylegan2-ada": teacher, "distylegan": student,
+    "mix": mixed, "auto": lambda folder: "noise,fractal",
 }  # fmt: skip
 # Sources that take images in their order, whatever the seed.
 IN_ORDER = {"npz"}

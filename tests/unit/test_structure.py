@@ -29,7 +29,8 @@ HEAVY = {
 LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mobilenetv2.py",
         "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py",
         *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
-                                                        "genie_generator", "bfloat16", "parallel"))}  # fmt: skip
+                                                        "genie_generator", "generator_training", "bfloat16",
+                                                        "parallel"))}  # fmt: skip
 FILES = sorted(
     p.relative_to(ROOT).as_posix()
     for folder in ("ovcalib", "export", "gan")
