@@ -20,6 +20,13 @@ ENTRY = re.compile(r"(?P<names>\w+(?:, \w+)*) {2,}(?P<text>\S.*)")
 # "    name: type" with the description below, as `documented` lists keywords.
 KEYWORD = re.compile(r" {4}(?P<name>\w+): (?P<type>\S.*)")
 
+# Sources whose options are those of another one, and perhaps more.
+OPTIONS_OF = {
+    **dict.fromkeys(("zeroq", "dsg", "intraq", "genie", "dgh"), "bn-inversion"),
+    "acq": "gdfq",
+    "fdda": "gdfq",
+}
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page."""
@@ -92,11 +99,11 @@ def source_options() -> Iterator[str]:
             continue
         defaults = " ".join(f"{key}={value}" for key, value in entry["options"].items())
         yield from (f"Defaults: `{defaults}`", "")
-        if source in ("zeroq", "dsg", "intraq", "genie", "dgh"):
-            shared = ovcalib.sources()["bn-inversion"]["help"].splitlines()
+        if base := OPTIONS_OF.get(source):
+            shared = ovcalib.sources()[base]["help"].splitlines()
             lines = [line for line in entry["help"].splitlines() if line.strip() and line not in shared]
             own = inspect.cleandoc("\n".join(["", *lines]))
-            yield from (f"The options are those of `bn-inversion`{', and:' if own else '.'}", "")
+            yield from (f"The options are those of `{base}`{', and:' if own else '.'}", "")
             yield from ("```text", own, "```", "") if own else ()
         else:
             yield from ("```text", entry["help"], "```", "")

@@ -14,7 +14,7 @@ both halves. The paper does not say whether its batch counts pairs or images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ovcalib.calibration.generator_options import GeneratorOptions
 from ovcalib.calibration.sources import Generated, Request
@@ -52,6 +52,8 @@ class Options(GeneratorOptions):
     pair_weight: float | None = None
     free_attention: float = 0.2
     free_difference: float = 0.1
+
+    PASSES: ClassVar[int] = 2
 
     def filled_in(self, small: bool, classes: int) -> dict[str, Any]:
         published = next((values for most, values in PUBLISHED if classes <= most), ON_IMAGENET)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ovcalib.calibration.generator_options import GeneratorOptions
 from ovcalib.calibration.sources import Generated, Request
@@ -48,6 +48,8 @@ class Options(GeneratorOptions):
     centre_weight: float = 0.05
     mean_noise: float = 0.5
     variance_noise: float = 1.0
+
+    PASSES: ClassVar[int] = 2
 
 
 def generate(request: Request, options: Options) -> Generated:

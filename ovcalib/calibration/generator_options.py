@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 # Sides up to which the published settings for CIFAR hold, and beyond those for ImageNet.
 SMALL = 96
+# At the published rate a few hundred steps hardly reach the classes.
+SHORT = {"rate": 5e-3, "schedule": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class GeneratorOptions:
     train_batch     images of a step
     width           channels of the generator's widest layer
     latent          length of a latent vector
-    rate            learning rate of Adam
+    rate            learning rate of Adam; the short budgets take five times the published one
     schedule        cosine to zero, or tenths: a tenth of the rate after every quarter of the steps, as published. Short
                     budgets take cosine: with tenths most of their steps would hardly move anything
     bn_weight       weight of the BatchNorm statistics against the classes
@@ -31,9 +33,12 @@ class GeneratorOptions:
     train_batch: int | None = None
     width: int | None = None
     latent: int = 100
-    rate: float = 1e-3
+    rate: float | None = None
     schedule: Literal["cosine", "tenths"] | None = None
     bn_weight: float | None = 0.1
+
+    # Of a batch through the network at every step; short budgets take so many times fewer steps.
+    PASSES: ClassVar[int] = 1
 
     def filled_in(self, small: bool, classes: int) -> dict[str, Any]:
         """What takes the place of None, by option.
@@ -41,18 +46,19 @@ class GeneratorOptions:
         small     the images have sides of at most 96 pixels
         classes   of the network
         """
+        short, long = (1000, 5000) if small else (100, 500)
         return {
-            "quick": {"steps": 400 if small else 100, "train_batch": 32 if small else 8, "width": 32},
-            "standard": {"steps": 2000 if small else 500, "train_batch": 64 if small else 16, "width": 64},
+            "quick": {"steps": short // self.PASSES, "train_batch": 16 if small else 8, "width": 32},
+            "standard": {"steps": long // self.PASSES, "train_batch": 32 if small else 16, "width": 64},
             "paper": {"steps": 80_000, "train_batch": 200 if small else 16, "width": 128},
-        }[self.budget] | {"schedule": "tenths" if self.budget == "paper" else "cosine"}
+        }[self.budget] | ({"rate": 1e-3, "schedule": "tenths"} if self.budget == "paper" else SHORT)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("train_batch", 2), ("width", 2), ("latent", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, but must be at least {least}")
-        if not self.rate > 0:
+        if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate is {self.rate}, but must be positive")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -126,6 +126,7 @@ class Training(Generic[Options]):
         grid = self.network.grid(spec.input_shape) if positions else None
         o = self.options
         assert o.width is not None
+        assert o.rate is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(step_seed(request.seed, 0, INITIAL))
             generator = class_generator(spec.input_shape, self.classes, o.latent, o.width, grid)
@@ -181,6 +182,7 @@ class Training(Generic[Options]):
             )
         self.optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
+        assert self.options.rate is not None
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate * self.rate_factor()
         self.between_steps = False
