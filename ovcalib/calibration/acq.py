@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NEEDS = frozenset({"checkpoint"})
 
-# By the largest number of classes that it is for: (e1, e2, alpha, gamma). e3 and beta are 1 everywhere.
+# By the largest number of classes that it is for; e3 and beta are 1 everywhere.
 PUBLISHED = (
     (10, {"training_classes": 0.5, "training_bn": 1.0, "bn_weight": 0.5, "pair_weight": 1.0}),
     (100, {"training_classes": 0.05, "training_bn": 1.0, "bn_weight": 0.1, "pair_weight": 1.0}),

@@ -59,8 +59,8 @@ def generate(request: Request, options: Options) -> Generated:
     from ovcalib.calibration.generator_training import Training
     from ovcalib.gan.class_losses import distorted, first_deep_layer, statistics_gap
 
-    photographs, warnings = one_image_a_class(request)
     training = Training(request, options)
+    photographs, warnings = one_image_a_class(request)
     o = training.options
     assert o.bn_weight is not None
     bn_weight = o.bn_weight
@@ -116,6 +116,6 @@ def one_image_a_class(request: Request) -> tuple[dict[int, NDArray[np.float32]],
     if len(found) == classes:
         return found, ()
     return found, (
-        f"{request.argument!r} holds readable images of {len(found)} of the model's {classes} classes: images of the "
-        "others were made without a class's statistics",
+        f"{len(found)} of the model's {classes} classes have an image that can be read: images of the others were made "
+        "without a class's statistics",
     )
