@@ -86,7 +86,7 @@ def generate(request: Request, options: Options) -> Generated:
     assert o.training_classes is not None
     assert o.training_bn is not None
     assert o.pair_weight is not None
-    alpha, beta, gamma = o.bn_weight, o.attention_weight, o.pair_weight
+    e1, e2, alpha, beta, gamma = o.training_classes, o.training_bn, o.bn_weight, o.attention_weight, o.pair_weight
 
     def loss(draws: torch.Generator) -> torch.Tensor:
         pairs = training.batch // 2
@@ -97,8 +97,8 @@ def generate(request: Request, options: Options) -> Generated:
         assert seen.last_map is not None
         assert in_training.last_map is not None
         looked, looked_in_training = attention(seen.last_map), attention(in_training.last_map)
-        classes = cross_entropy(seen.logits, labels) + o.training_classes * cross_entropy(in_training.logits, labels)
-        statistics = statistics_gap(seen.found, seen.stored) + o.training_bn * statistics_gap(
+        classes = cross_entropy(seen.logits, labels) + e1 * cross_entropy(in_training.logits, labels)
+        statistics = statistics_gap(seen.found, seen.stored) + e2 * statistics_gap(
             in_training.found, in_training.stored
         )
         place = attention_at(looked, positions, o.free_attention) + o.mode_weight * attention_difference(
