@@ -107,11 +107,12 @@ def print_benchmark(found: Benchmark) -> None:
 def diagnose(given: dict[str, Any], common: Common) -> None:
     """Find the operations with which INT8 loses accuracy.
 
-    Shows the error of every quantized operation, the ranges behind it, and what to leave in float. FP32 is FILE.xml or
-    FILE.onnx; INT8 is FILE.xml, quantized from it.
+    Shows the error of every quantized operation, the ranges behind it, and what to leave in float. Where INT8 loses
+    more than --max-drop, the model is quantized again with the first --calib, and the command that mends it is shown
+    with what it gives back. FP32 is FILE.xml or FILE.onnx; INT8 is FILE.xml, quantized from it.
     """
     from ovcalib import api
-    from ovcalib.reports.diagnosis import candidate_table, ignore_options, operation_table
+    from ovcalib.reports.diagnosis import candidate_table, ignore_options, operation_table, remedy_lines
 
     target = common.target("diagnosis")
     found = api.diagnose(
@@ -131,6 +132,8 @@ def diagnose(given: dict[str, Any], common: Common) -> None:
         print(line)
     if found.suggested is not None:
         print(f"\nto quantize without them: {ignore_options(found.candidates[found.suggested])}")
+    for note, command in remedy_lines(found):
+        print(f"\n{note}:\n    {command}")
     print(f"\nwrote {target / 'report.html'}")
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ovcalib import __version__
 from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.diagnosis.distortion import Distortion, Histogram, Spread
+from ovcalib.diagnosis.remedies import NOT_INSTALLED, can_quantize, try_remedies
 from ovcalib.errors import ModelError
 from ovcalib.evaluation.dataset import calibration_images, open_dataset
 from ovcalib.evaluation.metrics import hits, nmse, same_class
@@ -22,12 +23,20 @@ from ovcalib.evaluation.outputs import Item, Items, Outputs, collect
 from ovcalib.graph.editing import restore
 from ovcalib.graph.files import batch_one, is_quantized
 from ovcalib.graph.probing import instrument, observe
-from ovcalib.graph.reading import layer_name, quantized_operations
+from ovcalib.graph.reading import layer_name, literal_pattern, quantized_operations
 from ovcalib.kernels import SATURATED_NMSE, outputs_on
 from ovcalib.measurement.benchmark import interleaved_latency
 from ovcalib.models.load import Model, load_model
 from ovcalib.progress import Progress
-from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis, QuantizedInput, SignalQuality
+from ovcalib.records.diagnosis import (
+    Candidate,
+    Diagnosis,
+    Metrics,
+    OperationDiagnosis,
+    QuantizedInput,
+    Remedy,
+    SignalQuality,
+)
 from ovcalib.records.options import CalibrationOptions, DiagnosisOptions, ModelOptions
 from ovcalib.runtime import Inference, OpenVINORunner, check_device, groups_that_fit, outputs_of, size_of
 
@@ -85,12 +94,27 @@ def diagnose(about: ModelOptions, int8: str, options: DiagnosisOptions, progress
     found_faults = [*([saturation] if saturation else []), *faults(operations, on)]
     search = Search(fp32, quantized, items, options, model.spec.num_classes is not None, progress)
     found = search.run(worst)
+    int8_metrics: Candidate = found["int8"]
+    warnings = list(model.warnings)
+    remedies: tuple[Remedy, ...] = ()
+    if options.calib and not search.good_enough(int8_metrics):
+        if can_quantize():
+            back = () if found["suggested"] is None else found["candidates"][found["suggested"]].in_float
+            remedies = try_remedies(
+                about, model, fp32, options.calib[0], options.seed + 1, [literal_pattern(name) for name in back],
+                search.measure, search.good_enough, progress,
+            )  # fmt: skip
+        else:
+            warnings.append(NOT_INSTALLED)
+    best_remedy = search.best(remedies)
+    if best_remedy is not None and search.value(remedies[best_remedy]) <= search.value(int8_metrics):
+        best_remedy = None
     return Diagnosis(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,
         model=model.spec.name, fp32_sha256=model.sha256, int8_sha256=other.sha256, device=options.device, on=on,
         count=len(search.reference), signal_count=len(sets[on]), max_drop=options.max_drop, sets=tuple(sets),
-        operations=operations, faults=tuple(found_faults),
-        warnings=tuple(model.warnings), **found,
+        operations=operations, faults=tuple(found_faults), remedies=remedies,
+        remedy=best_remedy, warnings=tuple(warnings), **found,
     )  # fmt: skip
 
 
@@ -247,10 +271,11 @@ class Search:
         """The fields of Diagnosis about candidates; `worst` lists all operations, most harmful first."""
         models = {"fp32": self.fp32, "int8": self.quantized}
         measured = {"fp32": self.measure(self.fp32), "int8": self.measure(self.quantized)}
+        self.goal = self.value(measured["fp32"]) - self.options.max_drop
         sizes: list[int] = []
         count = 1
         with self.progress.task("giving operations their precision back", len(worst)) as tick:
-            while count < len(worst) and not self.reached(measured, sizes):
+            while count < len(worst) and not self.good_enough(measured[str(sizes[-1]) if sizes else "int8"]):
                 key = str(count)
                 models[key] = restore(self.quantized, self.fp32, worst[:count])
                 measured[key] = self.measure(models[key])
@@ -265,46 +290,44 @@ class Search:
         operations = {op.get_friendly_name(): layer_name(op) for op in self.quantized.get_ops()}
 
         def candidate(key: str, names: Sequence[str]) -> Candidate:
-            return Candidate(
-                in_float=tuple(operations[name] for name in names), latency_p50_ms=latency[key], **measured[key]
-            )
+            in_float = tuple(operations[name] for name in names)
+            return Candidate(in_float=in_float, latency_p50_ms=latency[key], **measured[key].model_dump())
 
         candidates = tuple(candidate(str(size), worst[:size]) for size in sizes)
-        suggested = None
-        if candidates:
-            best = max(range(len(sizes)), key=lambda i: (self.value(measured[str(sizes[i])]), -i))
-            # The search stops at the first that is good enough, which is then the last.
-            suggested = len(sizes) - 1 if self.reached(measured, sizes) else best
+        # The search stops at the first that is good enough, which is then the last.
+        last = len(candidates) - 1 if candidates and self.good_enough(candidates[-1]) else None
         return {
             "metric": self.metric,
             "fp32": candidate("fp32", ()),
             "int8": candidate("int8", ()),
             "candidates": candidates,
-            "suggested": suggested,
+            "suggested": self.best(candidates) if last is None else last,
         }
 
-    def reached(self, measured: Mapping[str, Mapping[str, float | None]], sizes: Sequence[int]) -> bool:
-        last = measured[str(sizes[-1])] if sizes else measured["int8"]
-        return self.value(measured["fp32"]) - self.value(last) <= self.options.max_drop
+    def good_enough(self, found: Metrics) -> bool:
+        """Whether no more than `max_drop` of FP32's metric is lost."""
+        return self.value(found) >= self.goal
 
-    def value(self, measured: Mapping[str, float | None]) -> float:
+    def best(self, found: Sequence[Metrics]) -> int | None:
+        """Index of the best, the first of equals; None of none."""
+        return max(range(len(found)), key=lambda i: (self.value(found[i]), -i), default=None)
+
+    def value(self, found: Metrics) -> float:
         """The metric, higher is better; a missing one is the worst."""
-        value = measured[self.metric]
+        value: float | None = getattr(found, self.metric)
         if value is None:
             return -math.inf
         return -value if self.metric == "nmse" else value
 
-    def measure(self, graph: ov.Model) -> dict[str, float | None]:
+    def measure(self, graph: ov.Model) -> Metrics:
         outputs: Outputs = collect(OpenVINORunner(graph), self.items)
         labels = self.reference.labels if self.classification else None
         error = nmse(self.reference.values, outputs.values)
-        return {
-            "top1": None if labels is None else float(hits(outputs.values, labels).mean()),
-            "agreement": float(same_class(self.reference.values, outputs.values).mean())
-            if self.classification
-            else None,
-            "nmse": error if math.isfinite(error) else None,
-        }
+        return Metrics(
+            top1=None if labels is None else float(hits(outputs.values, labels).mean()),
+            agreement=float(same_class(self.reference.values, outputs.values).mean()) if self.classification else None,
+            nmse=error if math.isfinite(error) else None,
+        )
 
 
 def saturation_fault(fp32: ov.Model, int8: ov.Model, inputs: Sequence[NDArray[np.float32]]) -> str | None:

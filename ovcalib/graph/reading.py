@@ -141,6 +141,11 @@ def constant_value(value: ov.Output) -> NDArray[np.float64]:
     return np.array(_node(_fold(value)).get_data(), np.float64)
 
 
+def literal_pattern(name: str) -> str:
+    """The pattern that matches one name alone: wildcard characters stand for themselves."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def match_operations(graph: ov.Model, patterns: Iterable[str]) -> dict[str, list[ov.Node]]:
     """Operations of a float graph by wildcard pattern on their names, or by `type:Convolution`.
 

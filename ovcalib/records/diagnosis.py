@@ -72,21 +72,37 @@ class OperationDiagnosis(Frozen):
     inputs: tuple[QuantizedInput, ...]
 
 
-class Candidate(Frozen):
-    """A model with some operations in float, and its metrics.
+class Metrics(Frozen):
+    """How good a model is.
+
+    top1        accuracy, a fraction; None without labels
+    agreement   with FP32, a fraction; None for models without class logits
+    nmse        output error against FP32; None where the output is not finite
+    """
+
+    top1: float | None
+    agreement: float | None
+    nmse: float | None
+
+
+class Candidate(Metrics):
+    """A model with some operations in float.
 
     in_float         operations that compute in float, worst first; names for --ignore
-    top1             accuracy, a fraction; None without labels
-    agreement        with FP32, a fraction; None for models without class logits
-    nmse             output error against FP32; None where the output is not finite
     latency_p50_ms   single-stream, measured in turns with the others; None where it was left out
     """
 
     in_float: tuple[str, ...]
-    top1: float | None
-    agreement: float | None
-    nmse: float | None
     latency_p50_ms: float | None
+
+
+class Remedy(Metrics):
+    """A new quantization of the FP32 model.
+
+    command   that makes it
+    """
+
+    command: str
 
 
 class Diagnosis(Frozen):
@@ -97,6 +113,8 @@ class Diagnosis(Frozen):
     operations   every quantized operation, most harmful first
     candidates   more and more operations, most harmful first, back in float
     suggested    index of the candidate to choose: the first within `max_drop` of FP32, else the best
+    remedies     new quantizations that were tried, where INT8 drops more than `max_drop`
+    remedy       index of the best of them; None where none is better than INT8 as it is
     faults       what is wrong with the ranges of the most harmful operations, in words
     """
 
@@ -118,5 +136,7 @@ class Diagnosis(Frozen):
     int8: Candidate
     candidates: tuple[Candidate, ...]
     suggested: int | None
+    remedies: tuple[Remedy, ...] = ()
+    remedy: int | None = None
     faults: tuple[str, ...]
     warnings: tuple[str, ...]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovcalib.records.diagnosis import Candidate, Diagnosis, OperationDiagnosis
+from ovcalib.graph.reading import literal_pattern
+from ovcalib.records.diagnosis import Candidate, Diagnosis, Metrics, OperationDiagnosis
 from ovcalib.reports import charts
 from ovcalib.reports.markdown import escape_markdown
 from ovcalib.reports.render import FORMATS, render, tile, write
@@ -75,8 +76,8 @@ def metric_name(d: Diagnosis) -> str:
     return {"top1": "top-1 accuracy", "agreement": "agreement", "nmse": "output error (NMSE)"}[d.metric]
 
 
-def metric(d: Diagnosis, candidate: Candidate) -> str:
-    value = getattr(candidate, d.metric)
+def metric(d: Diagnosis, found: Metrics) -> str:
+    value = getattr(found, d.metric)
     return shown(value) if d.metric == "nmse" else points(value)
 
 
@@ -93,11 +94,24 @@ def worth(d: Diagnosis, candidate: Candidate) -> str:
     return f"{count} operations in float give {metric_name(d)} {metric(d, candidate)}{price(d, candidate)}"
 
 
+def remedy_lines(d: Diagnosis) -> list[tuple[str, str]]:
+    """What was tried against the loss and what came of it, and the command that does it; the best one last."""
+    order = sorted(range(len(d.remedies)), key=lambda i: i == d.remedy)
+    return [
+        (
+            f"{'mends it' if i == d.remedy else 'tried'}: {metric_name(d)} {metric(d, d.remedies[i])} "
+            f"(INT8 as it is {metric(d, d.int8)}, FP32 {metric(d, d.fp32)})",
+            d.remedies[i].command,
+        )
+        for i in order
+    ]
+
+
 def ignore_options(candidate: Candidate) -> str:
     """The operations of a candidate as options of `ovcalib quantize`; wildcard characters stand for themselves."""
     words: list[str] = []
     for name in candidate.in_float:
-        words += ["--ignore", "".join(f"[{c}]" if c in "*?[" else c for c in name)]
+        words += ["--ignore", literal_pattern(name)]
     return shlex.join(words)
 
 
@@ -115,6 +129,7 @@ def diagnosis_context(d: Diagnosis) -> dict[str, Any]:
             logarithmic=True,
         ),
         "candidates": candidate_table(d),
+        "remedies": remedy_lines(d),
         "operations": operation_table(d),
         "ignore": ignore_options(best) if best else None,
         "ignore_note": worth(d, best) if best else None,
@@ -180,5 +195,9 @@ def diagnosis_markdown(d: Diagnosis) -> str:
     ]
     if context["ignore"]:
         lines += [f"{escape_markdown(context['ignore_note'])}:", f"    {context['ignore']}"]
+    if d.remedies:
+        lines.append("## Quantizing again")
+    for note, command in remedy_lines(d):
+        lines += [f"{escape_markdown(note)}:", f"    {command}"]
     lines += ["## Operations, most harmful first", operation_table(d).markdown()]
     return "\n\n".join(line for line in lines if line) + "\n"

@@ -114,6 +114,11 @@ def test_one_candidate_is_not_compared(make, files) -> None:
     assert (made.provenance.trials, len(made)) == ((), 8)
 
 
+def test_one_image_has_no_halves_to_compare(make, files) -> None:
+    made = make(f"auto:{files['dull']},{files['good']}", 1, graph=None)
+    assert (made.provenance.trials, made.provenance.parts[0].source) == ((), files["dull"])
+
+
 def test_a_trial_of_the_whole_number_is_the_set(make, files) -> None:
     ticks = []
     made = make(f"auto:{files['dull']},{files['good']}", 8, tick=lambda done, note: ticks.append(done))

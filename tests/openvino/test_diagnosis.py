@@ -1,6 +1,8 @@
 """The diagnosis finds what was planted."""
 
+import html
 import json
+import shlex
 
 import jsonschema
 import numpy as np
@@ -75,6 +77,79 @@ def test_a_planted_bad_layer_is_named_first(toy, toy_graph, int8, tmp_path, plan
     assert len(worst.inputs[0].counts) == len(found.sets) == 2
     jsonschema.validate(json.loads((tmp_path / "out/diagnosis.json").read_text()), schema("diagnosis"))
     assert planted in (tmp_path / "out/report.html").read_text()
+    # Quantizing again mends it, and the command that is shown does just that.
+    assert found.remedy == 0
+    (remedy,) = found.remedies
+    assert remedy.top1 >= found.fp32.top1 - 0.01
+    _, _, *words = shlex.split(remedy.command)
+    assert words == [
+        fp32,
+        "--calib",
+        f"npz:{tmp_path / 'set' / 'calibration.npz'}",
+        "--num-samples",
+        "20",
+        "--seed",
+        "1",
+    ]
+    again = ovcalib.quantize(
+        fp32, calib=words[2], num_samples=20, seed=1, eval=str(tmp_path / "images"), benchmark_time=0
+    ).record  # fmt: skip
+    assert (again.accuracy.int8.top1, again.agreement.nmse) == (remedy.top1, pytest.approx(remedy.nmse, rel=1e-4))
+    assert remedy.command.replace("&", "&amp;") in html.unescape((tmp_path / "out/report.html").read_text())
+
+
+def test_where_quantizing_again_is_not_enough_the_most_harmful_operations_stay_in_float(
+    toy, toy_graph, int8, tmp_path, monkeypatch
+) -> None:
+    fp32, bad = write_pair(tmp_path, toy_graph, plant_narrow_range(int8, "fc", 0.02))
+    toy.calibration(20).save(tmp_path / "set")
+
+    def diagnosed(**more):
+        return ovcalib.diagnose(
+            fp32, bad, calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"], num_samples=16, benchmark_time=0, **more
+        )
+
+    strict = diagnosed(max_drop=0)
+    assert strict.fp32.agreement == 1
+    sound = int(strict.remedies[0].agreement == 1)
+    assert len(strict.remedies) == 2 - sound
+    best = max(r.agreement for r in strict.remedies)
+    assert strict.remedies[strict.remedy].agreement == best > strict.int8.agreement
+
+    def spoiled(graph, ranges, settings, **more):
+        made = quantize_default(graph, ranges, settings, **more)
+        return made if settings.ignored else plant_narrow_range(made, "fc", 0.02)
+
+    monkeypatch.setattr(ovcalib.quantization.quantize, "quantize_default", spoiled)
+    found = diagnosed()
+    assert [("--ignore fc" in r.command) for r in found.remedies] == [False, True]
+    assert found.remedy == 1
+    assert found.remedies[1].agreement >= 0.99 > found.remedies[0].agreement
+
+
+def test_without_nncf_nothing_is_quantized_again(toy, toy_graph, int8, tmp_path, monkeypatch) -> None:
+    fp32, bad = write_pair(tmp_path, toy_graph, plant_narrow_range(int8, "fc", 0.02))
+    toy.calibration(20).save(tmp_path / "set")
+    monkeypatch.setattr(ovcalib.diagnosis.diagnose, "can_quantize", lambda: False)
+    found = ovcalib.diagnose(
+        fp32, bad, calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"], num_samples=16, benchmark_time=0
+    )
+    assert (found.remedies, found.remedy) == ((), None)
+    assert "NNCF or scipy is not installed" in found.warnings[-1]
+
+
+def test_a_sound_model_is_not_quantized_again(toy, toy_graph, int8, tmp_path) -> None:
+    fp32, sound = write_pair(tmp_path, toy_graph, int8)
+    toy.calibration(20).save(tmp_path / "set")
+    found = ovcalib.diagnose(
+        fp32,
+        sound,
+        calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"],
+        num_samples=16,
+        benchmark_time=0,
+        max_drop=0.2,
+    )
+    assert (found.remedies, found.remedy) == ((), None)
 
 
 def test_instrumented_references_are_those_of_the_float_graph(toy, toy_graph, int8) -> None:

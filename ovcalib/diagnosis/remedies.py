@@ -1,0 +1,67 @@
+"""What mends an INT8 model: new quantizations of its FP32 model, tried and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+
+import openvino as ov
+
+from ovcalib.calibration.make import make_set, resolve_calibration
+from ovcalib.models.load import Model
+from ovcalib.progress import Progress
+from ovcalib.quantization.quantize import quantize_graph
+from ovcalib.quantization.settings import resolve_settings
+from ovcalib.records.diagnosis import Metrics, Remedy
+from ovcalib.records.options import CalibrationOptions, ModelOptions, QuantizationOptions
+from ovcalib.records.recipe import Recipe
+from ovcalib.reports.result import quantize_command
+
+NOT_INSTALLED = "No new quantization was tried: NNCF or scipy is not installed here (pip install 'ovcalib[quantize]')."
+
+
+def can_quantize() -> bool:
+    return all(find_spec(name) is not None for name in ("nncf", "scipy"))
+
+
+def try_remedies(
+    about: ModelOptions,
+    model: Model,
+    fp32: ov.Model,
+    source: str,
+    seed: int,
+    harmful: Sequence[str],
+    measure: Callable[[ov.Model], Metrics],
+    good_enough: Callable[[Metrics], bool],
+    progress: Progress,
+) -> tuple[Remedy, ...]:
+    """Quantize with the defaults and, where that is not good enough, with the most harmful operations in float.
+
+    about       how the FP32 model was named; model and fp32 are what it holds
+    source      calibration source, at its own number of images
+    seed        of the source: another than that of the images to measure on, so that made images are not the same
+    harmful     patterns of operations for `ignore`
+    measure     the metrics of an INT8 graph
+    returns     in the order in which they were tried; the first that is good enough is the last
+    raises      DataError, ModelError
+    """
+    options, _ = resolve_calibration(CalibrationOptions(calib=source, seed=seed), model, progress)
+    calibration = make_set(options, model, progress, score=False, graph=fp32)
+
+    def attempts() -> Iterator[QuantizationOptions]:
+        yield QuantizationOptions()
+        if harmful:
+            yield QuantizationOptions(ignore=tuple(harmful))
+
+    tried: list[Remedy] = []
+    for asked in attempts():
+        settings = resolve_settings(asked, fp32)
+        made = quantize_graph(
+            asked, settings, fp32, calibration, None, model.spec.num_classes is not None, lambda: False, progress
+        )
+        found = measure(made.int8)
+        recipe = Recipe(model=about, calibration=options, quantization=asked)
+        tried.append(Remedy(command=quantize_command(recipe), **found.model_dump()))
+        if good_enough(found):
+            break
+    return tuple(tried)
