@@ -37,13 +37,14 @@ def numbers(text: str) -> tuple[float, ...]:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The model and its input, which `about` gives to ovcalib."""
     parser.add_argument("model")
+    parser.add_argument("--weights", metavar="FILE")
     parser.add_argument("--input-shape", type=numbers, metavar="C,H,W")
     parser.add_argument("--mean", type=numbers, metavar="A,B,C")
     parser.add_argument("--std", type=numbers, metavar="A,B,C")
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"input_shape": args.input_shape, "mean": args.mean, "std": args.std}
+    return {"weights": args.weights, "input_shape": args.input_shape, "mean": args.mean, "std": args.std}
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ from ovcalib.records.options import CALIBRATION, EvaluationOptions, Quantization
 AGREEMENT_IMAGES = 100
 # Classes keep their shares of a limited set; which images of them are taken never depends on a run's seed.
 ORDER_SEED = 0
+# Sources whose images are those of a data set, and those that make images from what they learned of it.
+TAKE_FROM = ("real", "npz")
+LEARN_FROM = ("fdda",)
 
 
 @dataclass(frozen=True)
@@ -189,29 +192,27 @@ def calibration_images(calibration: CalibrationSet, limit: int | None = None) ->
 
 
 def refuse_same_images(calib: str | None, evaluation: EvaluationSet | None, options: EvaluationOptions) -> None:
-    """Raise DataError where calibration takes its images from the very set that all of is evaluated.
+    """Raise DataError where calibration takes its images from the very set that is evaluated.
 
-    Images that two sets have in common show only when they are read; this is known before anything is made.
+    Images that two sets have in common show only when they are read; this is known before anything is made. Of a part
+    of a set (`limit`) the images may be others, but what a source learned of them never shows.
     """
-    if calib is None or options.allow_overlap or not isinstance(evaluation, DataSet) or options.limit is not None:
+    if calib is None or options.allow_overlap or not isinstance(evaluation, DataSet):
         return
-    if any(_is_of(source, evaluation.reference) for source in parts_of(calib)):
+    sources = LEARN_FROM if options.limit is not None else (*LEARN_FROM, *TAKE_FROM)
+    if any(_is_of(source, evaluation.reference, sources) for source in parts_of(calib)):
         raise DataError(
             f"The calibration images come out of the evaluation set ({evaluation.reference}), so the accuracy would be "
             "flattered. Use separate images, or pass `allow_overlap=True`."
         )
 
 
-def _is_of(source: str, data: str) -> bool:
-    """Whether a source takes its images, or what it knows of them, from a data set."""
+def _is_of(source: str, data: str, sources: Sequence[str]) -> bool:
+    """Whether it is one of some sources, and its images are those of a data set."""
     name, _, own = source.partition(":")
     plain = [reference.removeprefix("imagefolder:").removeprefix("npz:") for reference in (own, data)]
     # CIFAR-10 has a half for each.
-    return (
-        name in ("real", "npz", "fdda")
-        and not own.startswith("cifar10")
-        and Path(plain[0]).resolve() == Path(plain[1]).resolve()
-    )
+    return name in sources and not own.startswith("cifar10") and Path(plain[0]).resolve() == Path(plain[1]).resolve()
 
 
 def proof_images(evaluation: EvaluationSet | None, calibration: CalibrationSet, allow_overlap: bool) -> Images:

@@ -78,6 +78,17 @@ def test_calibrating_on_the_evaluation_images_is_refused_before_anything_is_made
         refuse_same_images(calib, evaluation, options)
 
 
+def test_a_source_that_learns_from_the_evaluation_set_is_refused_on_any_part_of_it(tmp_path):
+    write(tmp_path / "a", "red", "green")
+    reference = f"imagefolder:{tmp_path / 'a'}"
+    part = EvaluationOptions(eval=reference, limit=1)
+    evaluation = open_dataset(reference, spec(), 1)
+    with pytest.raises(DataError, match="come out of the evaluation set"):
+        refuse_same_images(f"fdda:{reference}", evaluation, part)
+    # Its images are made, so hashes do not find them; those of a part of a folder are found by their hashes.
+    refuse_same_images(f"real:{reference}", evaluation, part)
+
+
 def test_classes_of_imagenet_have_names_where_folders_are_wordnet_ids(tmp_path):
     wnids = imagenet_wnids()
     data = open_data(str(write(tmp_path, wnids[0], wnids[1], wnids[999])))
