@@ -253,7 +253,7 @@ def evaluate(
         dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
     else:
         dataset = ObjectSet(data, loaded.spec, asked.limit)
-    if dataset.labels is None:
+    if dataset.labels is None or loaded.spec.num_classes is None:
         raise DataError(
             f"{dataset.reference!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure."
         )

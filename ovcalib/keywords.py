@@ -14,6 +14,7 @@ class InputKeywords(TypedDict, total=False):
     crop_share: float | None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None
     channel_order: Literal["RGB", "BGR"] | None
+    task: Literal["auto", "classification", "segmentation", "dense"]
 
 
 class LoadKeywords(InputKeywords, total=False):
@@ -39,12 +40,13 @@ class QuantizeKeywords(LoadKeywords, total=False):
     equalize: Literal["auto", "on", "off"]
     model_type: Literal["auto", "cnn", "transformer"]
     ignore: Sequence[str]
-    metric: Literal["top1", "agreement", "expected-top1"] | None
+    metric: Literal["top1", "agreement", "expected-top1", "nmse"] | None
     max_drop: float
     validate_on: str | None
     max_time: float | None
     max_iterations: int | None
     limit: int | None
+    metric_function: str | None
     allow_overlap: bool
     download: bool
     device: str

@@ -19,6 +19,7 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImages
 from ovcalib.data.sets import open_image
 from ovcalib.errors import UsageError, require_installed
+from ovcalib.evaluation.custom import MetricFunction
 from ovcalib.evaluation.dataset import (
     EvaluationSet,
     Images,
@@ -27,6 +28,7 @@ from ovcalib.evaluation.dataset import (
     open_validation,
     proof_images,
     refuse_same_images,
+    require_task,
 )
 from ovcalib.evaluation.metrics import probabilities
 from ovcalib.evaluation.proof import prove, reference_outputs
@@ -43,10 +45,10 @@ from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.recipe import Recipe
-from ovcalib.records.result import Result, SizeBytes
+from ovcalib.records.result import CustomMetric, Result, SizeBytes
 from ovcalib.reports.result import write_result_report
 from ovcalib.rundir import RunDir, write_json
-from ovcalib.runtime import OpenVINORunner, check_device
+from ovcalib.runtime import OpenVINORunner, check_device, output_ports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,6 +174,8 @@ def quantize(
             fault = fp32_fault(lambda: OpenVINORunner(exported.graph), validation, steered, progress)
         if fault is not None:
             progress.say(fault)
+        ports = output_ports(exported.graph)
+        custom_fp32 = None if ready.metric is None else ready.metric.of(reference, ports)
 
         steering: Images | None = None
         if recipe.quantization.mode == "accuracy-aware":
@@ -179,7 +183,7 @@ def quantize(
             if validation is not None and validation is proven_on:
                 warnings.append(STEERED_BY_EVALUATION)
         quantized = quantize_graph(
-            recipe.quantization, settings, exported.graph, calibration, steering, model.spec.num_classes is not None,
+            recipe.quantization, settings, exported.graph, calibration, steering, model.spec.task,
             out_of_time, progress, log, steered,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
@@ -194,6 +198,13 @@ def quantize(
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
         kernels = proof_kernels(recipe.quantization.deploy_isa)
         proof = prove(reference, int8, images, proven_on, model.spec, kernels, progress)
+        custom = None
+        if ready.metric is not None and custom_fp32 is not None:
+            custom_int8 = ready.metric.of(proof.outputs, ports)
+            custom = CustomMetric(
+                function=ready.metric.reference, count=len(reference), on=images.on, fp32=custom_fp32,
+                int8=custom_int8, difference=custom_int8 - custom_fp32,
+            )  # fmt: skip
         latency, latency_reason = measure_pair(recipe.measurement, work.path, progress)
 
         record = Result(
@@ -209,6 +220,7 @@ def quantize(
             accuracy_reason=proof.accuracy_reason,
             fp32_fault=fault,
             agreement=proof.agreement,
+            custom_metric=custom,
             parity=exported.parity,
             parity_reason=exported.parity_reason,
             size_bytes=SizeBytes(fp32=ir_bytes(work.path / "fp32"), int8=ir_bytes(work.path / "int8")),
@@ -238,6 +250,7 @@ class Prepared:
     calibration   the set, where it was given
     exported      the FP32 model; its files are written
     warnings      about the choice of the source
+    metric        of the user's own
     """
 
     recipe: Recipe
@@ -249,6 +262,7 @@ class Prepared:
     exported: Exported
     settings: Settings
     warnings: tuple[str, ...]
+    metric: MetricFunction | None
 
 
 def prepare(
@@ -266,6 +280,9 @@ def prepare(
     """
     model = load_model(recipe.model, module, progress.say)
     require_installed(("nncf", "scipy"), "Quantization")
+    require_task(recipe.quantization.metric, model.spec)
+    asked = recipe.evaluation.metric_function
+    metric = None if asked is None else MetricFunction(asked)
     warnings: tuple[str, ...] = ()
     if calibration is None:
         options, warnings = resolve_calibration(recipe.calibration, model, progress)
@@ -282,7 +299,7 @@ def prepare(
     spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
     exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
     settings = resolve_settings(recipe.quantization, exported.graph)
-    return Prepared(recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings)
+    return Prepared(recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric)
 
 
 def graphs_of(folder: Path | None, fp32: ov.Model, int8: ov.Model) -> tuple[ov.Model, ov.Model]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +20,27 @@ EVALUATION_PRECISION = "f32"
 GROUP_BYTES = 256 * 2**20
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An output tensor, and its shape for one item."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def output_ports(graph: ov.Model) -> tuple[Port, ...]:
+    """The outputs of a graph with batch 1; a batch that an output does not have is not taken off."""
+    shapes = [tuple(port.get_shape()) for port in graph.outputs]
+    return tuple(
+        Port(min(port.get_names()), shape[1:] if shape[:1] == (1,) else shape)
+        for port, shape in zip(graph.outputs, shapes, strict=True)
+    )
 
 
 class Runner(Protocol):

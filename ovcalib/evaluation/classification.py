@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ovcalib.evaluation.metrics import hits, nmse, paired_drop, same_class, wilson_interval
+from ovcalib.evaluation.metrics import hits, nmse, paired_drop, same_class, same_pixels, wilson_interval
 from ovcalib.evaluation.outputs import Outputs
-from ovcalib.records.result import Accuracy, Agreement, ClassAccuracy, Confusion, Top
+from ovcalib.records.model import Task, is_class_map
+from ovcalib.records.result import Accuracy, Agreement, ClassAccuracy, Confusion, OutputAgreement, Top
+from ovcalib.runtime import Port
 
 MAX_CONFUSIONS = 20
 
@@ -25,11 +27,37 @@ def accuracy(values: NDArray[np.float32], labels: NDArray[np.int64]) -> Top:
     )
 
 
-def agreement(reference: Outputs, other: Outputs, on: str, classification: bool = True) -> Agreement:
-    """How well a model agrees with the reference on the same items; top1 is None where outputs are not logits."""
-    top1 = float(same_class(reference.values, other.values).mean()) if classification else None
-    error = nmse(reference.values, other.values)
-    return Agreement(count=len(reference), top1=top1, nmse=error if math.isfinite(error) else None, on=on)
+def agreement(
+    reference: Outputs, other: Outputs, on: str, task: Task = "classification", ports: Sequence[Port] = ()
+) -> Agreement:
+    """How well a model agrees with the reference on the same items.
+
+    task    decides what besides the output error means something: the class of logits, the classes of pixels
+    ports   the outputs, to compare each of them
+    """
+    names = [other.by_name(ports), reference.by_name(ports)]
+    outputs = tuple(
+        OutputAgreement(
+            name=port.name,
+            shape=port.shape,
+            nmse=finite(nmse(expected, found)),
+            pixels=same_pixels(expected, found) if task == "segmentation" and is_class_map(port.shape) else None,
+        )
+        for port in ports
+        for found, expected in [[values[port.name] for values in names]]
+    )
+    return Agreement(
+        count=len(reference),
+        top1=float(same_class(reference.values, other.values).mean()) if task == "classification" else None,
+        pixels=next((output.pixels for output in outputs if output.pixels is not None), None),
+        nmse=finite(nmse(reference.values, other.values)),
+        on=on,
+        outputs=outputs,
+    )
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def per_class(

@@ -12,7 +12,7 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import parts_of
 from ovcalib.data.objects import ObjectImages, refuse_shuffling
 from ovcalib.data.sets import ImageData, Reader, choose, class_names, model_labels, open_data
-from ovcalib.errors import DataError, UnknownNameError
+from ovcalib.errors import DataError, UnknownNameError, UsageError
 from ovcalib.evaluation.outputs import Items, calibration_items, items_of, object_items, pixel_hash
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import CALIBRATION, EvaluationOptions, QuantizationOptions
@@ -39,7 +39,7 @@ class Images:
 class DataSet:
     """A labelled or unlabelled data set, and which of its images count.
 
-    labels   int64 [N] for all images, or None
+    labels   int64 [N] for all images, or None; of a model without class logits those of the data set as they are
     order    indices of the images that count
     """
 
@@ -88,7 +88,7 @@ class ObjectSet:
         self.count = self.total if limit is None else min(limit, self.total)
         self.order = None if limit is None else choose(self.found.labels, self.total, ORDER_SEED)[:limit]
         first = next(iter(self.found.read()), None)
-        self.labels = None if first is None or first.label is None or spec.num_classes is None else (first.label,)
+        self.labels = None if first is None or first.label is None else (first.label,)
 
     def __len__(self) -> int:
         return self.count
@@ -122,8 +122,8 @@ def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, down
     raises   DataError where labels are there but do not fit the model, or all are of one class
     """
     data = open_data(reference, split="test", download=download)
-    labels = None
-    if data.labels is not None and spec.num_classes is not None:
+    labels = data.labels
+    if labels is not None and spec.num_classes is not None:
         labels = model_labels(data, spec)
         present = len(set(labels.tolist()))
         if present < min(2, spec.num_classes):
@@ -170,6 +170,17 @@ def open_validation(
     if validation is not None:
         require_labels(quantization.metric, validation.labels, validation.reference)
     return validation
+
+
+def require_task(metric: str | None, spec: ModelSpec) -> None:
+    """Raise UsageError where a metric needs class logits, or the classes of pixels, and the model gives neither."""
+    fits = {"top1": ("classification",), "expected-top1": ("classification",),
+            "agreement": ("classification", "segmentation")}  # fmt: skip
+    if metric in fits and spec.task not in fits[metric]:
+        raise UsageError(
+            f"`metric={metric}` needs outputs that are {' or '.join(fits[metric])} logits, and those of {spec.name} "
+            f"are taken for {spec.task} (`task`). Use `metric=nmse`."
+        )
 
 
 def require_labels(metric: str | None, labels: Any, on: str) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
+# Values that are converted to float64 at once: output maps of a whole set would take eight times their memory.
+CHUNK = 2**22
 
 
 def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
@@ -82,5 +84,22 @@ def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -
 
 def nmse(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
     """Normalised mean squared error of outputs: sum |reference - values|^2 / sum |reference|^2, over all items."""
-    reference, values = reference.astype(np.float64), values.astype(np.float64)
-    return float(((reference - values) ** 2).sum() / max((reference**2).sum(), np.finfo(np.float64).tiny))
+    step = max(1, CHUNK // max(1, reference[:1].size))
+    error = power = 0.0
+    for i in range(0, len(reference), step):
+        expected = reference[i : i + step].astype(np.float64)
+        error += float(((expected - values[i : i + step]) ** 2).sum())
+        power += float((expected**2).sum())
+    return error / max(power, float(np.finfo(np.float64).tiny))
+
+
+def same_pixels(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
+    """The share of pixels of all items of which both models name the same class; a non-finite one agrees with nothing.
+
+    reference, values   [N, K, H, W], a score for each class
+    """
+    same = 0
+    for expected, found in zip(reference, values, strict=True):
+        finite = np.isfinite(expected).all(0) & np.isfinite(found).all(0)
+        same += int(((expected.argmax(0) == found.argmax(0)) & finite).sum())
+    return same / max(1, reference[:, 0].size)

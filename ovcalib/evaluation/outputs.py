@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from ovcalib.data.objects import ObjectImage
 from ovcalib.data.sets import Reader
 from ovcalib.errors import DataError
 from ovcalib.records.preprocessing import Preprocessing
-from ovcalib.runtime import Runner
+from ovcalib.runtime import Port, Runner
 
 # Outputs of a reference are kept for the comparison; large output maps are compared on fewer items.
 MAX_KEPT_BYTES = 512 * 2**20
@@ -25,7 +25,7 @@ class Outputs:
     """The outputs of a model on a set.
 
     values   float32 [N, K]
-    labels   int64 [N], or None
+    labels   int64 [N], or None: classes of the model where it is a classifier, else of the data set
     digest   SHA-256 over the pixels and labels of the items, in order
     """
 
@@ -35,6 +35,14 @@ class Outputs:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def by_name(self, ports: Sequence[Port]) -> dict[str, NDArray[np.float32]]:
+        """Views of the single outputs, [N, ...] each."""
+        ends = np.cumsum([port.size for port in ports])
+        return {
+            port.name: self.values[:, end - port.size : end].reshape(len(self), *port.shape)
+            for port, end in zip(ports, ends, strict=True)
+        }
 
 
 def pixel_hash(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> bytes:

@@ -14,7 +14,7 @@ from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.result import Accuracy, Agreement, Kernels
-from ovcalib.runtime import OpenVINORunner
+from ovcalib.runtime import OpenVINORunner, output_ports
 
 SHORTER = "evaluate on a part of the images (`limit`)."
 # Below this agreement with FP32 the INT8 model is another model.
@@ -23,11 +23,15 @@ COLLAPSED_AGREEMENT = 0.8
 
 @dataclass(frozen=True)
 class Proof:
-    """The result of the comparison; `accuracy_reason` says why `accuracy` is None."""
+    """The result of the comparison; `accuracy_reason` says why `accuracy` is None.
+
+    outputs   of INT8
+    """
 
     accuracy: Accuracy | None
     accuracy_reason: str | None
     agreement: Agreement
+    outputs: Outputs
     warnings: tuple[str, ...]
 
 
@@ -59,18 +63,26 @@ def prove(
             "Leave out random transforms and shuffling."
         )
     where = {"kernels": kernels, "emulated": is_emulated(kernels)}
-    agreed = agreement(reference, outputs, images.on, spec.num_classes is not None).model_copy(update=where)
+    agreed = agreement(reference, outputs, images.on, spec.task, output_ports(int8)).model_copy(update=where)
     warnings = []
-    if agreed.top1 is not None and agreed.top1 < COLLAPSED_AGREEMENT:
+    shares = {"": agreed.top1, "the pixels of ": agreed.pixels}
+    for what, share in shares.items():
+        if share is None or share >= COLLAPSED_AGREEMENT:
+            continue
         warnings.append(
-            f"agreement collapsed: INT8 names another class than FP32 for {1 - agreed.top1:.1%} of {images.on}. "
+            f"agreement collapsed: INT8 names another class than FP32 for {1 - share:.1%} of {what}{images.on}. "
             "Calibrate with another source, or use `mode=accuracy-aware`."
         )
     if agreed.nmse is None:
         warnings.append("The INT8 model gives non-finite outputs.")
+    accuracy = reason = None
     if evaluation is None:
-        return Proof(None, "no evaluation images were given (`eval`)", agreed, tuple(warnings))
-    accuracy = compare(reference, outputs, evaluation.protocol, evaluation.class_names)
-    if accuracy is None:
-        return Proof(None, f"{evaluation.reference} has no labels", agreed, tuple(warnings))
-    return Proof(accuracy.model_copy(update=where), None, agreed, tuple(warnings))
+        reason = "no evaluation images were given (`eval`)"
+    elif spec.num_classes is None:
+        reason = f"the outputs of {spec.name} are no class logits"
+    elif reference.labels is None:
+        reason = f"{evaluation.reference} has no labels"
+    else:
+        accuracy = compare(reference, outputs, evaluation.protocol, evaluation.class_names)
+    accuracy = accuracy and accuracy.model_copy(update=where)
+    return Proof(accuracy, reason, agreed, outputs, tuple(warnings))

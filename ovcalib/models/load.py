@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from traceback import TracebackException
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ovcalib.data.sets import imagenet_names
-from ovcalib.errors import ModelError, OvcalibError, UnknownNameError, UsageError, brief, excerpt, require
+from ovcalib.errors import ModelError, UnknownNameError, UsageError, brief, excerpt, require
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
 from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained, unreachable
-from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Weights
+from ovcalib.records.model import ModelInput, ModelRecord, ModelSpec, Task, Weights, is_class_map
 from ovcalib.records.options import ModelOptions
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, USUAL_CROP, Preprocessing
 from ovcalib.rundir import file_sha256
+from ovcalib.usercode import load_reference, users_code
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -42,8 +41,6 @@ REFERENCES = (
 EXPECTED_OUTPUTS = (
     "Expected floating-point tensors [N, ...], such as logits before softmax or argmax; let the network return those."
 )
-MAX_REFERENCE = 300
-MAX_FRAMES = 12
 
 
 @dataclass
@@ -101,7 +98,7 @@ def _load(options: ModelOptions, module: nn.Module | None, say: Callable[[str], 
     loader = {"torchvision": _from_torchvision, "timm": _from_timm, "hub": _from_hub}.get(prefix)
     if loader is not None:
         return loader(rest, options, say)
-    return _from_factory(prefix, rest, options)
+    return _from_factory(reference, options)
 
 
 def model_record(model: Model, graph: ov.Model, dynamic_batch: bool) -> ModelRecord:
@@ -119,6 +116,7 @@ def model_record(model: Model, graph: ov.Model, dynamic_batch: bool) -> ModelRec
         parameters=model.parameters,
         sha256=model.sha256,
         weights=model.spec.weights,
+        task=model.spec.task,
     )
 
 
@@ -262,19 +260,12 @@ def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> M
     return _from_module(module, f"hub:{rest}", weights, options)
 
 
-def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Model:
-    reference = f"{module_name}:{attribute}"
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)) or len(reference) > MAX_REFERENCE:
-        raise UsageError(f"{brief(reference)} is not a model reference. {REFERENCES}")
-    require("torch", "quantize", f"The model {reference!r}")
-    with users_code(reference):
-        module = _imported(module_name, reference)
-        if not hasattr(module, attribute):
-            raise UsageError(f"The module {module_name!r} has no {attribute!r}.")
-    factory = getattr(module, attribute)
+def _from_factory(reference: str, options: ModelOptions) -> Model:
+    require("torch", "quantize", f"The model {brief(reference)}")
+    factory = load_reference(reference, "model", ModelError, REFERENCES)
 
     def make() -> Any:
-        with users_code(reference):
+        with users_code(reference, ModelError):
             return factory()
 
     if options.weights is None:
@@ -282,39 +273,6 @@ def _from_factory(module_name: str, attribute: str, options: ModelOptions) -> Mo
     else:
         made, weights = _with_file(make, reference, options)
     return _from_module(made, reference, weights, options)
-
-
-def _imported(name: str, reference: str) -> Any:
-    sys.path.insert(0, "")  # a factory.py in the current folder, as `python -m` would find it
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and not name.startswith(error.name):
-            raise ModelError(f"{reference!r} needs the package {error.name!r}, which is not installed.") from error
-        raise UsageError(f"There is no module {name!r} for the model {reference!r}. {REFERENCES}") from error
-    finally:
-        with suppress(ValueError):  # the module may have changed the path
-            sys.path.remove("")
-
-
-@contextmanager
-def users_code(reference: str) -> Iterator[None]:
-    """Run code of the user's: what it prints goes to stderr, and what it raises becomes a ModelError.
-
-    Its message ends with the traceback of the user's lines, which is where the mistake is.
-    """
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except (OvcalibError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # also SystemExit
-        trace = TracebackException.from_exception(error, limit=-MAX_FRAMES)
-        ours = (str(Path(__file__).parents[1]), "<frozen importlib", importlib.__file__)
-        trace.stack[:] = [frame for frame in trace.stack if not frame.filename.startswith(ours)]
-        raise ModelError(
-            f"{reference!r} failed with {type(error).__name__}: {excerpt(error)}.\n{''.join(trace.format(chain=False))}"
-        ) from error
 
 
 def _from_file(reference: str, options: ModelOptions) -> Model:
@@ -325,7 +283,7 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
     said = ("input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order")
-    if spec is not None and all(getattr(options, name) is None for name in said):
+    if spec is not None and options.task == "auto" and all(getattr(options, name) is None for name in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
         return Model(spec, graph=graph, sha256=digest)
     if len(graph.inputs) != 1:
@@ -353,11 +311,13 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
         if not port.get_element_type().is_real() or outside.rank == ov.Dimension(0) or 0 in outside:
             raise ModelError(f"{reference!r} returns {port.get_element_type()} {outside}. {EXPECTED_OUTPUTS}")
     preprocessing, warnings = _preprocessing(shape, options, spec.preprocessing if spec else None)
-    output = graph.outputs[0].get_partial_shape()
-    classes = output[1].get_length() if len(graph.outputs) == 1 and output.is_static and len(output) == 2 else None
+    shapes = [tuple(d.get_length() if d.is_static else 0 for d in port.get_partial_shape()) for port in graph.outputs]
+    last = graph.outputs[0].get_node().input_value(0).get_node()
+    softmax = last.get_type_name() == "Softmax" and last.get_attributes()["axis"] in (1, -3)
+    task, classes = _task_of(shapes, softmax, options.task, reference)
     digest = file_sha256(Path(reference).with_suffix(".bin" if reference.endswith(".xml") else ".onnx"))
     built = ModelSpec(
-        name=Path(reference).stem, input_shape=shape, num_classes=classes, preprocessing=preprocessing,
+        name=Path(reference).stem, task=task, input_shape=shape, num_classes=classes, preprocessing=preprocessing,
         classes=spec.classes if spec else None, weights=Weights(origin="file", sha256=digest),
     )  # fmt: skip
     return Model(built, graph=graph, sha256=digest, warnings=warnings)
@@ -381,12 +341,12 @@ def _from_module(
         raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example `input_shape=3,224,224`.")
     c, h, w = shape
     preprocessing, warnings = _preprocessing((c, h, w), options, published)
-    with users_code(name):
+    with users_code(name, ModelError):
         module.cpu().float().eval()
-        num_classes = _count_classes(module, name, (c, h, w))
+        task, num_classes = _task_of_module(module, name, (c, h, w), options.task)
         digest = state_sha256(module)
     spec = ModelSpec(
-        name=name, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
+        name=name, task=task, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
         classes=classes if len(classes) == num_classes else None, weights=weights,
         dataset="imagenet" if num_classes in (1000, 1001) else None,
     )  # fmt: skip
@@ -517,10 +477,10 @@ def _preprocessing(
     return known.model_copy(update=changes), warnings
 
 
-def _count_classes(module: nn.Module, name: str, shape: tuple[int, int, int]) -> int | None:
-    """The width of the logits, from forward passes in eval mode; None for any other kind of output.
+def _task_of_module(module: nn.Module, name: str, shape: tuple[int, int, int], asked: str) -> tuple[Task, int | None]:
+    """The task and the width of the logits, from forward passes in eval mode.
 
-    raises   ModelError where the outputs are nothing that can be compared
+    raises   ModelError where the outputs are nothing that can be compared; as `_task_of`
     """
     import torch
 
@@ -547,4 +507,34 @@ def _count_classes(module: nn.Module, name: str, shape: tuple[int, int, int]) ->
             f"{name!r} gives other outputs each time for the same input, so that INT8 cannot be compared with it. Let "
             "dropout and noise depend on `self.training`; the network runs in eval mode."
         )
-    return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 else None
+    sums = tensors[0].sum(1) if tensors[0].ndim > 1 else tensors[0]
+    softmax = bool((tensors[0] >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+    if asked == "auto" and type(module).__module__.startswith("torchvision.models.segmentation"):
+        asked = "segmentation"
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if not isinstance(output, torch.Tensor) and len(shapes) == 1 and asked == "auto":
+        asked = "dense" if len(shapes[0]) == 2 else asked  # a dict of one vector names it otherwise than logits
+    return _task_of(shapes, softmax, asked, name)
+
+
+def _task_of(shapes: Sequence[tuple[int, ...]], softmax: bool, asked: str, name: str) -> tuple[Task, int | None]:
+    """What the outputs are, and how many classes the logits have.
+
+    shapes    of all outputs, batch first; 0 where a length is open
+    softmax   the first output sums to 1 over its channels
+    asked     the option `task`
+    raises    UsageError where no output has the shape that the task has
+    """
+    single = shapes[0] if len(shapes) == 1 else ()
+    logits = single[1] if len(single) == 2 and single[1] else None
+    maps = [shape for shape in shapes if is_class_map(shape[1:])]
+    if asked == "auto":
+        asked = "classification" if logits else "segmentation" if softmax and single and maps else "dense"
+    fits = {"classification": logits is not None, "segmentation": bool(maps), "dense": True}[asked]
+    if not fits:
+        expected = {"classification": "one output [N, K]", "segmentation": "an output [N, K, H, W] with 2 or more K"}
+        raise UsageError(
+            f"`task={asked}` expects {expected[asked]}, but {name!r} returns {', '.join(map(str, map(list, shapes)))}. "
+            "Pass another `task`, or leave it out."
+        )
+    return cast("Task", asked), logits if asked == "classification" else None

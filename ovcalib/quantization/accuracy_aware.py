@@ -10,17 +10,19 @@ from typing import Any
 
 import openvino as ov
 
+from ovcalib.evaluation.classification import agreement
 from ovcalib.evaluation.dataset import Images, require_labels
-from ovcalib.evaluation.metrics import expected_hits, hits, nmse, same_class
+from ovcalib.evaluation.metrics import expected_hits, hits, nmse
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.graph.editing import restore
 from ovcalib.graph.reading import layer_name, quantized_operations
 from ovcalib.kernels import proof_kernels, runner_for
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import Restoration, restore_accuracy
+from ovcalib.records.model import Task
 from ovcalib.records.options import GoalMetric, QuantizationOptions
 from ovcalib.records.result import Restored
-from ovcalib.runtime import OpenVINORunner
+from ovcalib.runtime import OpenVINORunner, output_ports
 
 SHORTER = "a limit (`max_time`, `max_iterations`), or a part of the images (`limit`)."
 # Items on which candidates of accuracy-aware quantization are ranked.
@@ -32,23 +34,26 @@ def restore_to_goal(
     fp32: ov.Model,
     int8: ov.Model,
     steering: Images,
-    classification: bool,
+    task: Task,
     out_of_time: Callable[[], bool],
     progress: Progress,
     reference: Outputs | None = None,
 ) -> tuple[Restoration[ov.Model], Restored]:
     """Revert operations of a default INT8 model to float until the metric drops by at most `max_drop`.
 
-    classification   outputs are class logits
-    reference        outputs of FP32 on the steering images, where they are known
-    raises           DataError where the metric needs labels, and the images have none
+    task        what the outputs are
+    reference   outputs of FP32 on the steering images, where they are known
+    raises      DataError where the metric needs labels, and the images have none
     """
     items, kernels = steering.items, proof_kernels(options.deploy_isa)
     reference = reference or collect(OpenVINORunner(fp32), items)
     require_labels(options.metric, reference.labels, steering.on)
-    # Outputs that are no logits have no expected top-1.
-    without_labels: GoalMetric = "expected-top1" if classification else "agreement"
-    metric = options.metric or (without_labels if reference.labels is None else "top1")
+    usual: dict[Task, GoalMetric] = {
+        "classification": "expected-top1" if reference.labels is None else "top1",
+        "segmentation": "agreement",
+    }
+    metric = options.metric or usual.get(task, "nmse")
+    ports = output_ports(fp32)
     subset = list(islice(items, RANKING_ITEMS))
 
     def score(outputs: Outputs) -> float:
@@ -57,7 +62,12 @@ def restore_to_goal(
             return float(hits(outputs.values, reference.labels).mean())
         if metric == "expected-top1":
             return float(expected_hits(reference.values, outputs.values).mean())
-        return float(same_class(reference.values, outputs.values).mean())
+        if metric == "nmse":
+            return 1 - nmse(reference.values, outputs.values)
+        agreed = agreement(reference, outputs, steering.on, task, ports)
+        share = agreed.top1 if agreed.pixels is None else agreed.pixels
+        assert share is not None
+        return share
 
     def error(model: ov.Model) -> float:
         return nmse(reference.values[: len(subset)], collect(runner_for(model, kernels), subset).values)

@@ -31,6 +31,7 @@ from ovcalib.quantization.selection import (
     select_settings,
 )
 from ovcalib.quantization.settings import Settings, auto_fields
+from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import Equalized, Outcome, Quantization
 
@@ -88,7 +89,7 @@ def quantize_graph(
     fp32: ov.Model,
     calibration: CalibrationSet,
     steering: Images | None,
-    classification: bool,
+    task: Task,
     out_of_time: Callable[[], bool],
     progress: Progress,
     log: TextIO | None = None,
@@ -99,7 +100,7 @@ def quantize_graph(
     settings         what `resolve_settings` made of the options
     fp32             float, batch 1
     steering         the images of the accuracy-aware algorithm; None for the default one
-    classification   outputs are class logits
+    task             what the outputs are
     log              receives what NNCF prints
     steering_reference   outputs of FP32 on the steering images, where they are known
     raises           ModelError, DataError
@@ -143,7 +144,7 @@ def quantize_graph(
     restored = None
     if steering is not None:
         found, restored = restore_to_goal(
-            options, best.source, int8, steering, classification, out_of_time, progress, steering_reference
+            options, best.source, int8, steering, task, out_of_time, progress, steering_reference
         )
         int8, outcome, reverted = found.model, found.outcome, found.reverted
         if restored.metric == "agreement" and 2 * len(reverted) > len(restored.ranking):

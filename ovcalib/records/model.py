@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ovcalib.records.base import Frozen, ImageShape
 from ovcalib.records.preprocessing import Preprocessing
+
+# What the outputs are: classification, logits [N, K]; segmentation, [N, K, H, W] with the class of every pixel;
+# detection, the raw heads of a detector; dense, anything else, such as heatmaps.
+Task = Literal["classification", "segmentation", "detection", "dense"]
+
+
+def is_class_map(shape: Sequence[int]) -> bool:
+    """Whether an output of this shape of one item, [K, H, W], can hold the class of every pixel."""
+    return len(shape) == 3 and shape[0] > 1
 
 
 class Weights(Frozen):
@@ -32,15 +42,25 @@ class ModelSpec(Frozen):
     input_shape   (C, H, W) of one item
     num_classes   width of the logits; None where the output is not [N, classes]
     classes       names in class order, where they are known
+    task          of specs of earlier versions: classification where there are logits, else dense
     """
 
     name: str
+    task: Task = "dense"
     dataset: str | None = None
     input_shape: ImageShape
     num_classes: int | None = Field(gt=0)
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing
     weights: Weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_outputs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "task" not in values:
+            logits = values.get("num_classes") is not None
+            return {**values, "task": "classification" if logits else "dense"}
+        return values
 
 
 class ModelInput(Frozen):
@@ -60,7 +80,7 @@ class ModelRecord(Frozen):
     """The model block of a result.
 
     sha256   of the weights as they were loaded
-    input    None in records of earlier versions
+    input, task   None in records of earlier versions
     """
 
     name: str
@@ -69,3 +89,4 @@ class ModelRecord(Frozen):
     sha256: str
     weights: Weights
     input: ModelInput | None = None
+    task: Task | None = None

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, Shown
 
-GoalMetric = Literal["top1", "agreement", "expected-top1"]
+GoalMetric = Literal["top1", "agreement", "expected-top1", "nmse"]
 Mode = Literal["default", "accuracy-aware"]
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
@@ -106,6 +106,14 @@ class ModelOptions(Frozen):
     channel_order: Annotated[ChannelOrder | None, Shown(default="the model's, else RGB")] = Field(
         default=None, description="Order of the colour channels that the model takes."
     )
+    task: Annotated[
+        Literal["auto", "classification", "segmentation", "dense"],
+        Shown(default="auto: classification for [N, K], segmentation where channels sum to 1, else dense"),
+    ] = Field(
+        default="auto",
+        description="What the outputs are: class logits, the class of every pixel [N, K, H, W], or anything else, such "
+        "as heatmaps.",
+    )
     trust_remote_code: bool = Field(default=False, description="Allow hub: references, which run somebody's code.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch of the written IR open.")
 
@@ -195,10 +203,12 @@ class QuantizationOptions(Frozen):
     ignore: Annotated[tuple[str, ...], Shown(metavar="PATTERN", default="none", repeat=True)] = Field(
         default=(), description="Operations to leave in float, by wildcard (layer1.*) or type:NAME. Repeatable."
     )
-    metric: Annotated[GoalMetric | None, Shown(default="top1 with labels, else expected-top1")] = Field(
+    metric: Annotated[
+        GoalMetric | None, Shown(default="top1 with labels, else expected-top1; nmse where outputs are no logits")
+    ] = Field(
         default=None,
-        description="Metric that `max_drop` bounds. expected-top1 (top-1 expected under FP32's probabilities) and "
-        "agreement with FP32 need no labels.",
+        description="Metric that `max_drop` bounds. expected-top1 (top-1 expected under FP32's probabilities), "
+        "agreement with FP32 and nmse (1 - NMSE of the outputs) need no labels.",
     )
     max_drop: Annotated[float, Shown(metavar="FRACTION")] = Field(
         default=0.01, ge=0, le=1, description="Allowed drop of the metric: 0.01 is one point."
@@ -250,6 +260,11 @@ class EvaluationOptions(Frozen):
     )
     limit: Annotated[int | None, Shown(metavar="N", default="all")] = Field(
         default=None, ge=1, le=MAX_WHOLE, description="Evaluate on at most N images, chosen class by class."
+    )
+    metric_function: Annotated[str | None, Shown(metavar="PACKAGE.MODULE:METRIC", default="none")] = Field(
+        default=None,
+        description="A metric of your own: gets the outputs by name, arrays [N, ...], and the labels or None, and "
+        "returns a number.",
     )
     allow_overlap: bool = Field(default=False, description="Evaluate even on images of the calibration set.")
     download: bool = Field(default=False, description="Allow the CIFAR-10 data set to be downloaded.")

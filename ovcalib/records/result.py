@@ -74,21 +74,53 @@ class Accuracy(Frozen):
     emulated: bool = False
 
 
-class Agreement(Frozen):
-    """How often INT8 names the class that FP32 names; says nothing of whether it is the right one.
+class OutputAgreement(Frozen):
+    """INT8 against FP32 in one output tensor.
 
-    top1   fraction in 0..1; None for models without class logits
-    nmse   squared error of the outputs over the squared outputs of FP32; None where INT8 is not finite
-    on     which images
+    shape    of one item
+    nmse     as in Agreement, of this output alone
+    pixels   share of positions at which both have their maximum in the same channel; None where channels are no classes
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nmse: float | None
+    pixels: float | None = None
+
+
+class Agreement(Frozen):
+    """How well INT8 agrees with FP32; says nothing of whether either is right.
+
+    top1     how often INT8 names the class that FP32 names, a fraction; None for models without class logits
+    pixels   the same for the pixels of a segmentation network; None for any other
+    nmse     squared error of all outputs over the squared outputs of FP32; None where INT8 is not finite
+    on       which images
+    outputs  every output tensor; empty in records of earlier versions
     kernels, emulated   see KernelsError; None in records of earlier versions
     """
 
     count: int
     top1: float | None
+    pixels: float | None = None
     nmse: float | None
     on: str
+    outputs: tuple[OutputAgreement, ...] = ()
     kernels: Kernels | None = None
     emulated: bool = False
+
+
+class CustomMetric(Frozen):
+    """The user's own metric, of both models on the same `count` images of `on`.
+
+    difference   INT8 minus FP32
+    """
+
+    function: str
+    count: int
+    on: str
+    fp32: float
+    int8: float
+    difference: float
 
 
 class Parity(Frozen):
@@ -314,6 +346,7 @@ class Result(Frozen):
     accuracy_reason: str | None
     fp32_fault: str | None = None
     agreement: Agreement
+    custom_metric: CustomMetric | None = None
     parity: Parity
     parity_reason: str | None
     size_bytes: SizeBytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovcalib.records.result import KernelsError, Quantization, Result
+from ovcalib.records.result import Agreement, KernelsError, OutputAgreement, Quantization, Result
 from ovcalib.reports.provenance import (
     MODEL_API,
     calibration_facts,
@@ -12,7 +12,16 @@ from ovcalib.reports.provenance import (
     snippet,
     without_paths,
 )
-from ovcalib.reports.verdict import KERNELS, execution, points, reliable_latency, result_verdict, speedup
+from ovcalib.reports.verdict import (
+    KERNELS,
+    agreement_note,
+    custom_metric,
+    execution,
+    points,
+    reliable_latency,
+    result_verdict,
+    speedup,
+)
 
 
 def megabytes(size: int) -> str:
@@ -33,11 +42,29 @@ def summary(result: Result) -> dict[str, str]:
         emulated = " (emulated)" if result.accuracy.emulated else ""
         row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}{emulated}"
         row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
-    row["agreement"] = points(result.agreement.top1) + (" (emulated)" if result.agreement.emulated else "")
+    if result.custom_metric:
+        row[result.custom_metric.function] = f"{result.custom_metric.fp32:.4g} -> {result.custom_metric.int8:.4g}"
+    name, value = agreement_figure(result.agreement)
+    row[name] = value + (" (emulated)" if result.agreement.emulated else "")
     row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
     fp32, int8 = (latency.latency_ms[kind].p50 for kind in ("fp32", "int8")) if latency else (None, None)
     row["p50 ms"] = "-" if latency is None else f"{fp32:.3g} -> {int8:.3g}"
     return row
+
+
+def agreement_figure(found: Agreement) -> tuple[str, str]:
+    """The name and the value of the figure that says most about two models without labels."""
+    if found.top1 is not None:
+        return "agreement", points(found.top1)
+    if found.pixels is not None:
+        return "pixel agreement", points(found.pixels)
+    return "output error (NMSE)", "-" if found.nmse is None else f"{found.nmse:.3g}"
+
+
+def output_row(found: OutputAgreement) -> list[str]:
+    """Name, shape, error and agreement of pixels of one output."""
+    error = "not finite" if found.nmse is None else f"{found.nmse:.4g}"
+    return [found.name, " x ".join(map(str, found.shape)), error, points(found.pixels)]
 
 
 def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
@@ -170,12 +197,16 @@ def markdown_report(result: Result) -> str:
         ]
     else:
         lines += [f"Accuracy was not measured: {escape_markdown(result.accuracy_reason or '')}."]
-    lines += [
-        f"Agreement is how often INT8 names the class that FP32 names, here on {result.agreement.count} images of "
-        f"{escape_markdown(result.agreement.on)}; it is not accuracy. Output error (NMSE): "
-        f"{'-' if result.agreement.nmse is None else f'{result.agreement.nmse:.4g}'}{execution(result.agreement)}.",
-        "",
-    ]
+    lines += [escape_markdown(agreement_note(result.agreement)), ""]
+    if result.custom_metric:
+        lines += [escape_markdown(custom_metric(result.custom_metric)), ""]
+    if len(result.agreement.outputs) > 1:
+        lines += [
+            "| output | shape | NMSE | pixels of the same class |",
+            "|---|---|---|---|",
+            *(f"| {' | '.join(map(escape_markdown, row))} |" for row in map(output_row, result.agreement.outputs)),
+            "",
+        ]
     if result.warnings:
         lines += ["## Warnings", "", *(f"- {escape_markdown(warning)}" for warning in result.warnings), ""]
     lines += [

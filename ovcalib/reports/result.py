@@ -19,7 +19,7 @@ from ovcalib.reports import charts
 from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
 from ovcalib.reports.comparison import results_table
 from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
-from ovcalib.reports.markdown import markdown_report, megabytes, quantization_facts
+from ovcalib.reports.markdown import agreement_figure, markdown_report, megabytes, output_row, quantization_facts
 from ovcalib.reports.provenance import (
     MODEL_API,
     calibration_facts,
@@ -31,7 +31,14 @@ from ovcalib.reports.provenance import (
 )
 from ovcalib.reports.render import FORMATS, data_uri, machine_facts, render, tile, write
 from ovcalib.reports.tables import Table, shown
-from ovcalib.reports.verdict import execution, points, reliable_latency, result_verdict, speedup
+from ovcalib.reports.verdict import (
+    agreement_note,
+    custom_metric,
+    execution,
+    reliable_latency,
+    result_verdict,
+    speedup,
+)
 
 CLASSES = 30
 
@@ -94,9 +101,11 @@ def result_page(
         f"{accuracy.drop_ci95[1]:.2f}{execution(accuracy)}."
         if accuracy
         else f"Accuracy was not measured: {result.accuracy_reason}.",
-        agreement_note=f"INT8 names the class that FP32 names for {points(result.agreement.top1)} of "
-        f"{result.agreement.count} images of {result.agreement.on}; that is agreement, not accuracy. Output error "
-        f"(NMSE): {shown(result.agreement.nmse)}{execution(result.agreement)}.",
+        agreement_note=agreement_note(result.agreement),
+        custom_note=custom_metric(result.custom_metric) if result.custom_metric else None,
+        outputs=Table(
+            ["output", "shape", "NMSE", "pixels of the same class"], [*map(output_row, result.agreement.outputs)]
+        ),
         classes=class_table(result),
         confusions=confusion_table(result),
         source=calibration.source,
@@ -155,7 +164,10 @@ def result_tiles(result: Result, benchmarks: Sequence[Benchmark]) -> list[dict[s
         )  # fmt: skip
     else:
         own = "calibration images" if result.recipe.evaluation.eval is None else "images"
-        first = tile("agreement with FP32", points(result.agreement.top1), f"{result.agreement.count} {own}")
+        name, value = agreement_figure(result.agreement)
+        first = tile(
+            name if result.agreement.top1 is None else "agreement with FP32", value, f"{result.agreement.count} {own}"
+        )
     tiles = [first]
     if latency:
         fp32, int8 = latency.latency_ms["fp32"], latency.latency_ms["int8"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from ovcalib.records.environment import Environment
-from ovcalib.records.result import Accuracy, Agreement, LatencyComparison, Result
+from ovcalib.records.result import Accuracy, Agreement, CustomMetric, LatencyComparison, Result
 
 KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
 TOO_NOISY = "not shown: the machine is too noisy"
 # Below this agreement with FP32 a verdict is bad.
 BAD_AGREEMENT = 0.9
+# Above this share of FP32's outputs an error is bad.
+BAD_NMSE = 0.1
 # Instruction sets that INT8 gains from most.
 FAST_INT8 = ("AMX-INT8", "AVX512-VNNI", "AVX-VNNI", "NEON-DOTPROD")
 
@@ -60,16 +64,53 @@ def result_verdict(result: Result) -> dict[str, str]:
 def _accuracy(result: Result) -> tuple[str, str]:
     accuracy, agreed = result.accuracy, result.agreement
     if accuracy:
-        return _drop(accuracy, 100 * result.recipe.quantization.max_drop)
+        text, mood = _drop(accuracy, 100 * result.recipe.quantization.max_drop)
+        return (text if result.custom_metric is None else f"{text} {custom_metric(result.custom_metric)}"), mood
     run_on = execution(agreed) if agreed.emulated else ""
-    if agreed.top1 is None:
-        return f"Output error (NMSE) {agreed.nmse or float('nan'):.4g}{run_on}. Accuracy was not measured.", "unsure"
     own = " of the calibration set itself" if result.recipe.evaluation.eval is None else ""
-    mood = "bad" if agreed.top1 < BAD_AGREEMENT else "unsure"
+    on = f"{agreed.count} images{own}{run_on}"
+    if agreed.nmse is None:
+        text, bad = f"INT8 gives outputs that are not finite, on {on}.", True
+    elif agreed.top1 is not None:
+        text, bad = f"INT8 names the same class as FP32 for {points(agreed.top1)} of {on}.", agreed.top1 < BAD_AGREEMENT
+    elif agreed.pixels is not None:
+        text = f"INT8 names the same class as FP32 for {points(agreed.pixels)} of the pixels of {on}."
+        bad = agreed.pixels < BAD_AGREEMENT
+    else:
+        text, bad = f"{output_error(agreed)}, on {on}.", agreed.nmse > BAD_NMSE
+    if result.custom_metric is not None:
+        return f"{custom_metric(result.custom_metric)} {text}", "bad" if bad else "unsure"
+    return f"{text} Accuracy was not measured.", "bad" if bad else "unsure"
+
+
+def output_error(found: Agreement) -> str:
+    """The error of all outputs, and of the worst of several."""
+    text = f"Output error (NMSE) {'not finite' if found.nmse is None else f'{found.nmse:.4g}'}"
+    if len(found.outputs) < 2:
+        return text
+    worst = max(found.outputs, key=lambda output: math.inf if output.nmse is None else output.nmse)
+    error = "not finite" if worst.nmse is None else f"{worst.nmse:.4g}"
+    return f"{text} over {len(found.outputs)} outputs, largest in {worst.name!r} ({error})"
+
+
+def agreement_note(found: Agreement) -> str:
+    """What agreement and output error came to, in the terms of what the outputs are."""
+    images = f"{found.count} images of {found.on}"
+    ends = f"{output_error(found)}{execution(found)}."
+    if found.top1 is None and found.pixels is None:
+        return f"INT8 was compared with FP32 on {images}, by the outputs' squared error over FP32's squares. {ends}"
+    share, what = (found.top1, "") if found.top1 is not None else (found.pixels, "the pixels of ")
     return (
-        f"INT8 names the same class as FP32 for {points(agreed.top1)} of {agreed.count} images{own}{run_on}. "
-        "Accuracy was not measured.",
-        mood,
+        f"INT8 names the class that FP32 names for {points(share)} of {what}{images}; that is agreement, not accuracy. "
+        f"{ends}"
+    )
+
+
+def custom_metric(found: CustomMetric) -> str:
+    """The user's own metric of both models."""
+    return (
+        f"{found.function}: FP32 {found.fp32:.4g}, INT8 {found.int8:.4g}, difference {found.difference:+.4g} "
+        f"({found.count} images)."
     )
 
 

@@ -196,6 +196,8 @@ def outcome_line(result: Result) -> str:
     words = [f"drop {accuracy.drop_points:+.2f} points"] if accuracy else []
     if agreement.top1 is not None:
         words.append(f"agreement {100 * agreement.top1:.2f} %")
+    if agreement.pixels is not None:
+        words.append(f"pixel agreement {100 * agreement.pixels:.2f} %")
     if agreement.nmse is not None:
         words.append(f"NMSE {agreement.nmse:.3g}")
     return ", ".join([*words, *([result.outcome] if result.outcome != "done" else [])])

@@ -260,7 +260,7 @@ def planted(toy, toy_graph):
 def search(toy, toy_graph, int8, **fields):
     options = QuantizationOptions(mode="accuracy-aware", **fields)
     images = calibration_images(toy.calibration(images=toy.images))
-    return restore_to_goal(options, toy_graph, int8, images, True, lambda: False, Progress())
+    return restore_to_goal(options, toy_graph, int8, images, "classification", lambda: False, Progress())
 
 
 def test_p4_a_planted_layer_is_found_and_the_outcome_is_true(toy, toy_graph, planted) -> None:

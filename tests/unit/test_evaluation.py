@@ -198,3 +198,26 @@ def test_calibration_images_are_refused_in_the_evaluation_set(rng) -> None:
     with pytest.raises(DataError, match="in the calibration set and in the evaluation set"):
         list(items_of(Reader(data, spec()), forbidden))
     assert len(list(items_of(Reader(data, spec())))) == 5
+
+
+def test_the_output_error_does_not_depend_on_how_much_is_converted_at_once(rng, monkeypatch) -> None:
+    reference, values = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(7, 5)).astype(np.float32)
+    whole = np.square(reference.astype(float) - values).sum() / np.square(reference.astype(float)).sum()
+    for chunk in (1, 11, 10**6):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        assert metrics.nmse(reference, values) == pytest.approx(whole, rel=1e-12)
+
+
+def test_pixels_agree_where_the_largest_channel_is_the_same(rng) -> None:
+    reference, values = (
+        rng.normal(size=(2, 3, 4, 5)).astype(np.float32),
+        rng.normal(size=(2, 3, 4, 5)).astype(np.float32),
+    )
+    values[1, 2, 0, 0] = np.nan
+    reference[1, :, 0, 0] = values[1, :, 0, 0]  # the same position is largest, but not a number
+    same = sum(
+        np.argmax(reference[n, :, y, x]) == np.argmax(values[n, :, y, x])
+        for n in range(2) for y in range(4) for x in range(5)
+        if (n, y, x) != (1, 0, 0)
+    )  # fmt: skip
+    assert metrics.same_pixels(reference, values) == pytest.approx(same / 40)
