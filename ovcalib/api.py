@@ -35,7 +35,7 @@ from ovcalib.keywords import (
     QuantizeKeywords,
 )
 from ovcalib.models import builtin
-from ovcalib.models.load import Model, list_models
+from ovcalib.models.load import Model, list_models, with_statistics
 from ovcalib.models.load import load_model as _load_model
 from ovcalib.pipeline import QuantizationResult
 from ovcalib.pipeline import quantize as _quantize
@@ -179,7 +179,7 @@ def generate(
     reference, module = _reference(model)
     about, rest = model_options(reference, options)
     asked = checked(GenerateOptions, {"calib": source, "num_samples": count, **rest})
-    loaded = _load_model(about, module, progress.say)
+    loaded = with_statistics(_load_model(about, module, progress.say))
     resolved, _ = resolve_calibration(asked, loaded, progress)
     request = {"model": about.model_dump(mode="json"), "calibration": resolved.model_dump(mode="json")}
     with RunDir(_path(output), overwrite, request) as work:

@@ -131,7 +131,8 @@ class MissingDependencyError(UsageError):
 # The extra that brings each optional package.
 EXTRAS = {
     **dict.fromkeys(
-        ("datumaro", "nncf", "onnx", "onnxscript", "safetensors", "scipy", "torch", "torchvision"), "quantize"
+        ("datumaro", "nncf", "onnx", "onnxscript", "pycocotools", "safetensors", "scipy", "torch", "torchvision"),
+        "quantize",
     ),
     "timm": "timm",
     "onnxruntime": "parity",

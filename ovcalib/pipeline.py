@@ -30,15 +30,17 @@ from ovcalib.evaluation.dataset import (
     refuse_same_images,
     require_task,
 )
+from ovcalib.evaluation.detection import Decoder, graph_decoder
 from ovcalib.evaluation.metrics import probabilities
 from ovcalib.evaluation.proof import prove, reference_outputs
 from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import Exported, export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, stored_spec, write_ir
+from ovcalib.graph.heads import raw_heads
 from ovcalib.kernels import proof_kernels
 from ovcalib.measurement.benchmark import measure_pair
 from ovcalib.measurement.environment import environment
-from ovcalib.models.load import Model, load_model, model_record
+from ovcalib.models.load import Model, load_model, model_record, with_statistics
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import deadline
 from ovcalib.quantization.quantize import quantize_graph
@@ -187,17 +189,20 @@ def quantize(
             out_of_time, progress, log, steered,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
-            describe(quantized.fp32, ready.spec, recipe.model.dynamic_batch)
-            write_ir(quantized.fp32, work.path / "fp32" / "model.xml")
-        describe(quantized.int8, ready.spec, recipe.model.dynamic_batch)
+            fp32 = exported.whole(quantized.fp32)
+            describe(fp32, ready.spec, recipe.model.dynamic_batch)
+            write_ir(fp32, work.path / "fp32" / "model.xml")
+        written = exported.whole(quantized.int8)
+        describe(written, ready.spec, recipe.model.dynamic_batch)
         how = quantized.record.model_dump_json(exclude={"restoration", "seconds"})
-        quantized.int8.set_rt_info(how, ["ovcalib", "quantization"])
-        write_ir(quantized.int8, work.path / "int8" / "model.xml")
+        written.set_rt_info(how, ["ovcalib", "quantization"])
+        write_ir(written, work.path / "int8" / "model.xml")
 
         # What is measured from here on is the file, not the graph that it was written from.
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
         kernels = proof_kernels(recipe.quantization.deploy_isa)
-        proof = prove(reference, int8, images, proven_on, model.spec, kernels, progress)
+        body = int8 if exported.detector is None else raw_heads(int8)
+        proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
         custom = None
         if ready.metric is not None and custom_fp32 is not None:
             custom_int8 = ready.metric.of(proof.outputs, ports)
@@ -220,6 +225,7 @@ def quantize(
             accuracy_reason=proof.accuracy_reason,
             fp32_fault=fault,
             agreement=proof.agreement,
+            detection=proof.detection,
             custom_metric=custom,
             parity=exported.parity,
             parity_reason=exported.parity_reason,
@@ -238,7 +244,7 @@ def quantize(
         write_json(work.path / "result.json", record.model_dump(mode="json"))
         progress.say(f"done in {time.monotonic() - began:.0f} s")
         folder = work.finish()
-    return QuantizationResult(record, *graphs_of(folder, exported.graph, int8), calibration, folder)
+    return QuantizationResult(record, *graphs_of(folder, exported.whole(exported.graph), int8), calibration, folder)
 
 
 @dataclass(frozen=True)
@@ -251,6 +257,7 @@ class Prepared:
     exported      the FP32 model; its files are written
     warnings      about the choice of the source
     metric        of the user's own
+    decode        from raw heads to boxes; None for what is no detector, or returns boxes in an unknown layout
     """
 
     recipe: Recipe
@@ -263,6 +270,7 @@ class Prepared:
     settings: Settings
     warnings: tuple[str, ...]
     metric: MetricFunction | None
+    decode: Decoder | None
 
 
 def prepare(
@@ -278,7 +286,7 @@ def prepare(
     folder   for the FP32 files
     others   as of `quantize`
     """
-    model = load_model(recipe.model, module, progress.say)
+    model = with_statistics(load_model(recipe.model, module, progress.say))
     require_installed(("nncf", "scipy"), "Quantization")
     require_task(recipe.quantization.metric, model.spec)
     asked = recipe.evaluation.metric_function
@@ -299,7 +307,16 @@ def prepare(
     spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
     exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
     settings = resolve_settings(recipe.quantization, exported.graph)
-    return Prepared(recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric)
+    decode = None
+    if exported.detector is not None:
+        decode = graph_decoder(exported.detector, model.spec.input_shape[1:])
+    elif model.spec.task == "detection":
+        from ovcalib.models.detectors import RawHeads
+
+        decode = model.module.boxes if isinstance(model.module, RawHeads) else None
+    return Prepared(
+        recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric, decode
+    )
 
 
 def graphs_of(folder: Path | None, fp32: ov.Model, int8: ov.Model) -> tuple[ov.Model, ov.Model]:

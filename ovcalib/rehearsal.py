@@ -30,7 +30,7 @@ from ovcalib.measurement.benchmark import (
     workers,
 )
 from ovcalib.measurement.worker import MEMORY_REASON, memory_bytes
-from ovcalib.models.load import Model, load_model
+from ovcalib.models.load import Model, load_model, with_statistics
 from ovcalib.pipeline import prepare
 from ovcalib.progress import Progress, Rehearsal, Rehearsed
 from ovcalib.records.model import ModelSpec
@@ -109,7 +109,7 @@ def plan_generate(
 ) -> Plan:
     """What `ovcalib generate` would do."""
     free_to_write(target, overwrite)
-    model = load_model(about, None, progress.say)
+    model = with_statistics(load_model(about, None, progress.say))
     options, _ = resolve_calibration(asked, model, progress)
     stage, made = rehearse_set(options, model, asked.download, asked.score, progress)
     in_memory = 0 if made is not None else set_bytes(options, model.spec, None, as_pixels=False)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import openvino as ov
     from torch import nn
 
+# BatchNorm layers for a convolution; below it the statistics of most layers are unknown.
+ENOUGH_STATISTICS = 0.5
 SHORTER = "fewer images (`num_samples`), or fewer optimisation steps (-O steps=N, -O budget=quick)."
 
 
@@ -40,7 +42,7 @@ def resolve_calibration(
     calib = options.calib
     warnings: tuple[str, ...] = ()
     if calib is None:
-        obstacle = inversion_obstacle(model.module, model.spec.name)
+        obstacle = model.obstacle or inversion_obstacle(model.module, model.spec.name) or few_statistics(model)
         calib = "fractal" if obstacle else "bn-inversion"
         if obstacle:
             if options.options:
@@ -68,6 +70,21 @@ def inversion_obstacle(module: nn.Module | None, name: str) -> str | None:
     except ModelError as error:
         return str(error)
     return None
+
+
+def few_statistics(model: Model) -> str | None:
+    """Why inversion is not the usual source for a file that has folded most of its BatchNorm layers; else None."""
+    if model.graph is None or model.module is None:
+        return None
+    from ovcalib.models.graph_module import layer_counts
+
+    norms, convolutions = layer_counts(model.module)
+    if norms >= ENOUGH_STATISTICS * convolutions:
+        return None
+    return (
+        f"{model.spec.name} has {norms} BatchNorm layers for {convolutions} convolutions, so most are folded away. The "
+        "training checkpoint has them all"
+    )
 
 
 def make_set(
@@ -169,7 +186,7 @@ def _checked(calibration: CalibrationSet, model: Model, score: bool) -> Calibrat
 
 def score_calibration(model: Model, calibration: CalibrationSet) -> tuple[SetScore | None, str | None]:
     """The score of a calibration set, or the reason why there is none."""
-    obstacle = inversion_obstacle(model.module, model.spec.name)
+    obstacle = model.obstacle or inversion_obstacle(model.module, model.spec.name)
     if obstacle:
         return None, obstacle
     from ovcalib.calibration.score import score_set

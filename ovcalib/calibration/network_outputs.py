@@ -11,17 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 
 def network_outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
-    """All output tensors of a network, batch first.
-
-    Torchvision's detectors turn their maps into boxes with operations that have no gradient, and take lists of images;
-    for them backbone and head are run, without that.
-    """
-    backbone, head = getattr(module, "backbone", None), getattr(module, "head", None)
-    if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) and hasattr(module, "transform"):
-        features: Any = backbone(images)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
-        return _tensors(head(features))
-    return _tensors(module(images))
+    """All output tensors of a network, batch first."""
+    outputs: Any = module(images)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def flat_outputs(outputs: list[Tensor]) -> list[Tensor]:
@@ -67,7 +59,3 @@ def last_map_kept(module: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -110,7 +110,8 @@ def open_source(
     if "checkpoint" in source.NEEDS and module is None:
         raise UsageError(
             f"The calibration source {name!r} needs the torch module, and {spec.name!r} is a graph whose "
-            "BatchNorm layers are folded away. Pass the PyTorch model, or calibrate with fractal or real:DATA."
+            "BatchNorm layers are folded away, or which cannot be read as one. Pass the PyTorch model (the training "
+            "checkpoint), or calibrate with fractal or real:DATA."
         )
     return source, argument, options
 

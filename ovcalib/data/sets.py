@@ -11,6 +11,7 @@ model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import os
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.data.arrays import Npz
+from ovcalib.data.boxes import Boxes
 from ovcalib.data.objects import refuse_reference
 from ovcalib.errors import DataError, UnknownNameError, UsageError, excerpt, require
 from ovcalib.records.model import ModelSpec
@@ -67,6 +69,10 @@ class ImageData(ABC):
 
     def name(self, index: int) -> str:
         return str(index)
+
+    def boxes(self, index: int) -> Boxes | None:
+        """The objects in an image, in its own pixels, with labels of the set; None where the set has no boxes."""
+        return None
 
 
 # What Pillow raises for a file that it cannot decode, or that claims to be too large.
@@ -155,7 +161,7 @@ class ArrayData(ImageData):
 
 
 class DatumaroData(ImageData):
-    """Any classification format that Datumaro reads; the first label annotation of an item counts."""
+    """Any format that Datumaro reads: the first label annotation of an item, or its boxes."""
 
     def __init__(self, reference: str, form: str, folder: Path) -> None:
         dm = require("datumaro", "quantize", f"The data reference {reference!r}")
@@ -177,7 +183,9 @@ class DatumaroData(ImageData):
         ]
         categories = dataset.categories().get(dm.AnnotationType.label)
         complete = categories is not None and all(label is not None for label in labels)
-        self.class_names = tuple(category.name for category in categories) if complete else None
+        self.has_boxes = any(a.type == dm.AnnotationType.bbox for item in self.items for a in item.annotations)
+        named = categories is not None and (complete or self.has_boxes)
+        self.class_names = tuple(category.name for category in categories) if named else None
         self.labels = np.array(labels, dtype=np.int64) if complete else None
 
     def __len__(self) -> int:
@@ -194,6 +202,17 @@ class DatumaroData(ImageData):
 
     def name(self, index: int) -> str:
         return str(self.items[index].id)
+
+    def boxes(self, index: int) -> Boxes | None:
+        if not self.has_boxes:
+            return None
+        found = [a for a in self.items[index].annotations if a.type.name == "bbox"]
+        corners = [(a.x, a.y, a.x + a.w, a.y + a.h) for a in found]
+        return Boxes(
+            np.array(corners, np.float64).reshape(-1, 4),
+            np.array([a.label for a in found], np.int64),
+            crowd=np.array([bool(a.attributes.get("is_crowd")) for a in found], np.bool_),
+        )
 
 
 def open_data(reference: str, split: Split = "test", download: bool = False) -> ImageData:
@@ -355,6 +374,31 @@ def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:
     return np.array(index, dtype=np.int64)[data.labels]
 
 
+def box_classes(data: ImageData, spec: ModelSpec) -> NDArray[np.int64] | None:
+    """The detector's class for each class of a set with boxes, by name where both have names, else the same number.
+
+    returns   int64 [K], -1 for a class that the detector does not know; None for a set without boxes
+    raises    DataError where no name is known to both, or images are cropped
+    """
+    if not len(data) or data.boxes(0) is None or data.class_names is None:
+        return None
+    if spec.preprocessing.short_side is not None:
+        raise DataError(
+            f"{data.reference!r} has boxes, and `short_side={spec.preprocessing.short_side}` crops images, which cuts "
+            "boxes off. Pass `short_side=0`."
+        )
+    if not spec.classes:
+        return np.arange(len(data.class_names))
+    known = {_plain(name): i for i, name in enumerate(spec.classes)}
+    found = np.array([known.get(_plain(name), -1) for name in data.class_names], np.int64)
+    if (found < 0).all():
+        raise DataError(
+            f"{data.reference!r} has the classes {', '.join(data.class_names[:10])}, none of which {spec.name} knows: "
+            f"{', '.join(spec.classes[:10])}, ..."
+        )
+    return found
+
+
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", " ")
 
@@ -368,11 +412,13 @@ class Sample:
 
     pixels   uint8 [H, W, C], scaled and cropped
     label    class index of the model, or None
+    boxes    in the same pixels, with classes of the model; None where the set has none
     """
 
     pixels: NDArray[np.uint8]
     label: int | None
     name: str
+    boxes: Boxes | None = None
 
 
 @dataclass
@@ -381,6 +427,7 @@ class Reader:
 
     order        indices to read, in this order; None for all
     labels       class indices of the model for the whole set, or None
+    box_classes  the model's class for each class of the set, to read boxes too; -1 for one that it does not know
     unreadable   names of the files that could not be decoded
     """
 
@@ -388,6 +435,7 @@ class Reader:
     spec: ModelSpec
     labels: NDArray[np.int64] | None = None
     order: Sequence[int] | None = None
+    box_classes: NDArray[np.int64] | None = None
     unreadable: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -416,11 +464,17 @@ class Reader:
 
     def _read(self, index: int) -> Sample | str:
         try:
-            pixels = self.spec.preprocessing.fit(self.data.image(index))
+            image = self.data.image(index)
+            pixels = self.spec.preprocessing.fit(image)
         except UNDECODABLE:
             return self.data.name(index)
         label = None if self.labels is None else int(self.labels[index])
-        return Sample(pixels, label, self.data.name(index))
+        boxes = None if self.box_classes is None else self.data.boxes(index)
+        if boxes is not None and self.box_classes is not None:
+            boxes = boxes.scaled(pixels.shape[1] / image.width, pixels.shape[0] / image.height)
+            classes = self.box_classes[boxes.labels]
+            boxes = dataclasses.replace(boxes, labels=classes).only(classes >= 0)
+        return Sample(pixels, label, self.data.name(index), boxes)
 
     def _refuse_too_many(self, tried: int) -> None:
         if len(self.unreadable) > max(1, MAX_UNREADABLE * tried) or len(self.unreadable) == tried:

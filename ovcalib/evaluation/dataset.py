@@ -11,7 +11,7 @@ from typing import Any
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import parts_of
 from ovcalib.data.objects import ObjectImages, refuse_shuffling
-from ovcalib.data.sets import ImageData, Reader, choose, class_names, model_labels, open_data
+from ovcalib.data.sets import ImageData, Reader, box_classes, choose, class_names, model_labels, open_data
 from ovcalib.errors import DataError, UnknownNameError, UsageError
 from ovcalib.evaluation.outputs import Items, calibration_items, items_of, object_items, pixel_hash
 from ovcalib.records.model import ModelSpec
@@ -41,12 +41,14 @@ class DataSet:
 
     labels   int64 [N] for all images, or None; of a model without class logits those of the data set as they are
     order    indices of the images that count
+    box_classes   see ovcalib.data.sets.box_classes; None for a set without boxes, or a model that is no detector
     """
 
     data: ImageData
     spec: ModelSpec
     labels: Any
     order: Sequence[int]
+    box_classes: Any = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -71,7 +73,9 @@ class DataSet:
 
     def images(self, forbidden: frozenset[bytes] = frozenset()) -> Images:
         """forbidden   pixel hashes of images that must not turn up, else DataError"""
-        items = Items(lambda: items_of(Reader(self.data, self.spec, self.labels, self.order), forbidden))
+        items = Items(
+            lambda: items_of(Reader(self.data, self.spec, self.labels, self.order, self.box_classes), forbidden)
+        )
         return Images(self.reference, len(self), items)
 
 
@@ -133,7 +137,7 @@ def open_dataset(reference: str, spec: ModelSpec, limit: int | None = None, down
                 "Accuracy on one class is not the model's accuracy: give a folder with all classes."
             )
     order = range(len(data)) if limit is None else choose(labels, len(data), ORDER_SEED)[:limit]
-    return DataSet(data, spec, labels, order)
+    return DataSet(data, spec, labels, order, box_classes(data, spec) if spec.task == "detection" else None)
 
 
 def open_evaluation(options: EvaluationOptions, spec: ModelSpec, source: Any = None) -> EvaluationSet | None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.data.boxes import Boxes
 from ovcalib.data.objects import ObjectImage
 from ovcalib.data.sets import Reader
 from ovcalib.errors import DataError
@@ -27,11 +28,13 @@ class Outputs:
     values   float32 [N, K]
     labels   int64 [N], or None: classes of the model where it is a classifier, else of the data set
     digest   SHA-256 over the pixels and labels of the items, in order
+    boxes    the truth of each item, or None
     """
 
     values: NDArray[np.float32]
     labels: NDArray[np.int64] | None
     digest: str
+    boxes: list[Boxes] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -52,11 +55,12 @@ def pixel_hash(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> bytes:
 
 @dataclass(frozen=True)
 class Item:
-    """One network input, float32 [1, C, H, W], with its label where there is one, and a hash of its content."""
+    """One network input, float32 [1, C, H, W], with its label or boxes where it has some, and a hash of its content."""
 
     input: NDArray[np.float32]
     label: int | None
     digest: bytes
+    boxes: Boxes | None = None
 
 
 def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Iterator[Item]:
@@ -68,7 +72,7 @@ def items_of(reader: Reader, forbidden: frozenset[bytes] = frozenset()) -> Itera
     for sample in reader:
         digest = pixel_hash(sample.pixels)
         _refuse_overlap(repr(sample.name), digest, forbidden)
-        yield Item(reader.spec.preprocessing.normalise(sample.pixels)[None], sample.label, digest)
+        yield Item(reader.spec.preprocessing.normalise(sample.pixels)[None], sample.label, digest, sample.boxes)
 
 
 def object_items(
@@ -130,12 +134,16 @@ def collect(runner: Runner, items: Iterable[Item], tick: Callable[[int], None] =
     raises   DataError where there are none
     """
     labels: list[int | None] = []
+    boxes: list[Boxes | None] = []
     digest = hashlib.sha256()
 
     def inputs() -> Iterator[NDArray[np.float32]]:
         for item in items:
             labels.append(item.label)
+            boxes.append(item.boxes)
             digest.update(item.digest + str(item.label).encode())
+            if item.boxes is not None:
+                digest.update(item.boxes.corners.tobytes() + item.boxes.labels.tobytes())
             yield item.input
 
     values: list[NDArray[np.float32]] = []
@@ -147,6 +155,10 @@ def collect(runner: Runner, items: Iterable[Item], tick: Callable[[int], None] =
     if not values:
         raise DataError("There are no images to evaluate on.")
     known = [label for label in labels[: len(values)] if label is not None]
+    truth = [found for found in boxes[: len(values)] if found is not None]
     return Outputs(
-        np.stack(values), np.array(known, dtype=np.int64) if len(known) == len(values) else None, digest.hexdigest()
+        np.stack(values),
+        np.array(known, dtype=np.int64) if len(known) == len(values) else None,
+        digest.hexdigest(),
+        truth if len(truth) == len(values) else None,
     )

@@ -9,11 +9,12 @@ import openvino as ov
 from ovcalib.errors import DataError
 from ovcalib.evaluation.classification import agreement, compare
 from ovcalib.evaluation.dataset import EvaluationSet, Images
+from ovcalib.evaluation.detection import Decoder, box_agreement, decoded, detection_accuracy
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec
-from ovcalib.records.result import Accuracy, Agreement, Kernels
+from ovcalib.records.result import Accuracy, Agreement, DetectionAccuracy, Kernels
 from ovcalib.runtime import OpenVINORunner, output_ports
 
 SHORTER = "evaluate on a part of the images (`limit`)."
@@ -31,6 +32,7 @@ class Proof:
     accuracy: Accuracy | None
     accuracy_reason: str | None
     agreement: Agreement
+    detection: DetectionAccuracy | None
     outputs: Outputs
     warnings: tuple[str, ...]
 
@@ -49,11 +51,13 @@ def prove(
     spec: ModelSpec,
     kernels: Kernels,
     progress: Progress,
+    decode: Decoder | None = None,
 ) -> Proof:
     """Compare an INT8 model (batch 1) with the outputs of FP32.
 
     evaluation   the data set that the images are of; None for calibration images, which say nothing of accuracy
     kernels      on which INT8 runs, or is emulated
+    decode       from the outputs of one image to boxes, for a detector
     """
     with progress.task("evaluating INT8", images.count, SHORTER) as tick:
         outputs = collect(runner_for(int8, kernels), images.items, tick)
@@ -65,6 +69,13 @@ def prove(
     where = {"kernels": kernels, "emulated": is_emulated(kernels)}
     agreed = agreement(reference, outputs, images.on, spec.task, output_ports(int8)).model_copy(update=where)
     warnings = []
+    detection = None
+    ports = output_ports(int8)
+    if decode is not None:
+        before, after = decoded(reference, ports, decode), decoded(outputs, ports, decode)
+        agreed = agreed.model_copy(update={"boxes": box_agreement(before, after)})
+        if evaluation is not None and reference.boxes is not None:
+            detection = detection_accuracy(reference.boxes, before, after, evaluation.protocol, reference.digest)
     shares = {"": agreed.top1, "the pixels of ": agreed.pixels}
     for what, share in shares.items():
         if share is None or share >= COLLAPSED_AGREEMENT:
@@ -85,4 +96,4 @@ def prove(
     else:
         accuracy = compare(reference, outputs, evaluation.protocol, evaluation.class_names)
     accuracy = accuracy and accuracy.model_copy(update=where)
-    return Proof(accuracy, reason, agreed, outputs, tuple(warnings))
+    return Proof(accuracy, reason, agreed, detection, outputs, tuple(warnings))

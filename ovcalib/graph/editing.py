@@ -21,11 +21,11 @@ from ovcalib.graph.reading import (
     WEIGHTED,
     Layer,
     _fold,
-    _is_constant,
     _is_quantized,
     _node,
     _range,
     activation_quantizers,
+    is_constant,
     quantized_layers,
     quantized_operations,
 )
@@ -118,7 +118,7 @@ def add_to_biases(graph: ov.Model, shifts: Mapping[str, NDArray[np.float64]]) ->
                 reader.replace_source_output(add.output(0))
             continue
         for i, value in enumerate(layer.add.input_values()):
-            if _is_constant(value):
+            if is_constant(value):
                 before = np.array(_node(_fold(value)).get_data(), np.float64)
                 after = before + (shift.reshape(before.shape) if before.size == shift.size else shift)
                 layer.add.input(i).replace_source_output(ops.constant(after.astype(np.float32)).output(0))
@@ -205,7 +205,7 @@ def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str])
             continue
         wanted.remove(name)
         for i, value in enumerate(op.input_values()):
-            if _is_constant(value):
+            if is_constant(value):
                 if name in before and op.get_type_name() in WEIGHTED:
                     op.input(i).replace_source_output(_fold(before[name].input_value(i)))
             else:
@@ -245,7 +245,7 @@ def _restore_bias(op: ov.Node, before: dict[str, ov.Node]) -> None:
         if add.get_type_name() != "Add":
             continue
         for i, value in enumerate(add.input_values()):
-            if not _is_constant(value):
+            if not is_constant(value):
                 continue
             origin = before.get(add.get_friendly_name())
             if origin is not None and origin.get_input_size() == 2:

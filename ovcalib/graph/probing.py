@@ -15,10 +15,10 @@ from ovcalib.graph.editing import _as_arguments, _restore_in_place
 from ovcalib.graph.reading import (
     WEIGHTED,
     _bias,
-    _is_constant,
     _node,
     _quantizers,
     _range,
+    is_constant,
     layer_name,
     quantized_operations,
 )
@@ -86,7 +86,7 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
         if name not in wanted:
             continue
         plain, rounded = op.input_values(), quantized_inputs[name]
-        constant = [_is_constant(value) for value in rounded]
+        constant = [is_constant(value) for value in rounded]
         bias = _bias(op)
         had_bias = corrected[name]
         fixed_bias = had_bias.value if had_bias else None

@@ -66,7 +66,7 @@ def float_operations(graph: ov.Model) -> list[ov.Node]:
     return [
         op
         for op in graph.get_ordered_ops()
-        if op.get_type_name() in WEIGHTED and op.get_name() not in quantized and _is_constant(op.input_value(1))
+        if op.get_type_name() in WEIGHTED and op.get_name() not in quantized and is_constant(op.input_value(1))
     ]
 
 
@@ -93,7 +93,7 @@ def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
     found = []
     for op in graph.get_ordered_ops():
         kind, values = op.get_type_name(), op.input_values()
-        constant = [_is_constant(value) for value in values]
+        constant = [is_constant(value) for value in values]
         if kind in ("Convolution", "GroupConvolution", "MatMul") and constant == [False, True]:
             weights = _by_group(op, np.array(_node(_fold(values[1])).get_data(), np.float64))
         elif kind == "Add" and not any(constant):
@@ -133,7 +133,7 @@ def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def signals_of(op: ov.Node) -> list[ov.Output]:
     """The inputs of an operation that depend on the network's input."""
-    return [value for value in op.input_values() if not _is_constant(value)]
+    return [value for value in op.input_values() if not is_constant(value)]
 
 
 def constant_value(value: ov.Output) -> NDArray[np.float64]:
@@ -226,14 +226,12 @@ def quantized_layers(graph: ov.Model) -> list[Layer]:
     return [
         Layer.of(op)
         for op in quantized_operations(graph)
-        if op.get_type_name() in WEIGHTED and [_is_constant(value) for value in op.input_values()][:2] == [False, True]
+        if op.get_type_name() in WEIGHTED and [is_constant(value) for value in op.input_values()][:2] == [False, True]
     ]
 
 
 def activation_quantizers(graph: ov.Model) -> list[ov.Node]:
-    return [
-        op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and not _is_constant(op.input_value(0))
-    ]
+    return [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and not is_constant(op.input_value(0))]
 
 
 def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]] | None:
@@ -296,7 +294,7 @@ def _bias(op: ov.Node) -> _Bias | None:
     readers = [reader.get_node() for reader in op.output(0).get_target_inputs()]
     if op.get_type_name() not in WEIGHTED or len(readers) != 1 or readers[0].get_type_name() != "Add":
         return None
-    constants = [value for value in readers[0].input_values() if _is_constant(value)]
+    constants = [value for value in readers[0].input_values() if is_constant(value)]
     return _Bias(readers[0], constants[0]) if constants else None
 
 
@@ -347,12 +345,18 @@ def _is_weight_scaling(node: ov.Node) -> bool:
     )
 
 
-def _is_constant(value: ov.Output) -> bool:
+def is_constant(value: ov.Output) -> bool:
     """Whether a value depends on constants alone."""
-    node = _node(value)
-    if node.get_type_name() == "Constant":
-        return True
-    return node.get_input_size() > 0 and all(_is_constant(v) for v in node.input_values())
+    waiting, seen = [_node(value)], set()
+    while waiting:  # detectors are deeper than Python recurses
+        node = waiting.pop()
+        if node.get_type_name() == "Constant" or node.get_name() in seen:
+            continue
+        if node.get_input_size() == 0:
+            return False
+        seen.add(node.get_name())
+        waiting += [_node(v) for v in reversed(node.input_values())]
+    return True
 
 
 def _fold(value: ov.Output) -> ov.Output:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,8 +46,11 @@ EXPECTED_OUTPUTS = (
 
 @dataclass
 class Model:
-    """A loaded model: `module` (torch) or `graph` (OpenVINO), never both.
+    """A loaded model: `module` (torch), or `graph` (OpenVINO) of a file.
 
+    module     beside a graph, the same network with its BatchNorm layers, see `with_statistics`
+    file       that the graph was read from
+    obstacle   why there is no module beside a graph
     sha256     of the weights as loaded
     warnings   assumptions about the model
     """
@@ -54,14 +58,16 @@ class Model:
     spec: ModelSpec
     module: nn.Module | None = None
     graph: ov.Model | None = None
+    file: Path | None = None
+    obstacle: str | None = None
     sha256: str = ""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
-        if self.module is not None:
+        if self.graph is None:
+            assert self.module is not None
             return sum(p.numel() for p in self.module.parameters())
-        assert self.graph is not None
         constants = (op for op in self.graph.get_ops() if op.get_type_name() == "Constant")
         return sum(int(np.prod(list(op.shape))) for op in constants)
 
@@ -84,6 +90,22 @@ def load_model(
             f"variance 1){UNTRAINED}"
         )
     return model
+
+
+def with_statistics(model: Model) -> Model:
+    """The model, where it is a file with the torch module that its BatchNorm layers can be inverted in, or why not."""
+    if model.file is None or model.module is not None:
+        return model
+    require("torch", "quantize", "Calibration")
+    from ovcalib.graph.files import batch_one
+    from ovcalib.models.graph_module import read_module
+
+    assert model.graph is not None
+    try:
+        graph = batch_one(model.graph, model.spec)
+        return replace(model, module=read_module(model.file, model.spec.input_shape, model.spec.name, graph))
+    except ModelError as error:
+        return replace(model, obstacle=str(error).removesuffix("."))
 
 
 def _load(options: ModelOptions, module: nn.Module | None, say: Callable[[str], None]) -> Model:
@@ -191,12 +213,15 @@ def _from_torchvision(name: str, options: ModelOptions, say: Callable[[str], Non
     if name not in torchvision.models.list_models():
         raise UnknownNameError("torchvision model", name, torchvision.models.list_models())
     tag = torchvision.models.get_model_weights(name).DEFAULT
+    # Detectors and segmentation networks would download a backbone, also where no weights are asked for.
+    builder = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    bare = {"weights": None, **({"weights_backbone": None} if "weights_backbone" in builder else {})}
     if options.weights in (None, "published"):
         say(f"downloading the weights of torchvision:{name} from {tag.url}")
         module = _downloading(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=tag))
         weights = Weights(origin="torchvision", licence="BSD-3-Clause", url=tag.url)
     else:
-        module, weights = _with_file(lambda: torchvision.models.get_model(name, weights=None), name, options)
+        module, weights = _with_file(lambda: torchvision.models.get_model(name, **bare), name, options)
     transform = tag.transforms()
     shape = options.input_shape
     published = None
@@ -279,13 +304,14 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
     import openvino as ov
 
     from ovcalib.graph.files import read_graph, stored_spec
+    from ovcalib.graph.heads import split_detector
 
     graph = read_graph(Path(reference))
     spec = stored_spec(graph)
     said = ("input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order")
     if spec is not None and options.task == "auto" and all(getattr(options, name) is None for name in said):
         digest = file_sha256(Path(reference).with_suffix(".bin"))
-        return Model(spec, graph=graph, sha256=digest)
+        return Model(spec, graph=graph, file=Path(reference), sha256=digest)
     if len(graph.inputs) != 1:
         raise ModelError(f"{reference!r} has {len(graph.inputs)} inputs. Expected one image input [N, C, H, W].")
     shape = options.input_shape or (spec.input_shape if spec else None)
@@ -306,21 +332,24 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
         ) from error
     if not graph.outputs:
         raise ModelError(f"{reference!r} has no outputs. {EXPECTED_OUTPUTS}")
-    for port in graph.outputs:
+    detector = split_detector(graph)
+    heads = graph if detector is None else detector.body
+    for port in heads.outputs:
         outside = port.get_partial_shape()
         if not port.get_element_type().is_real() or outside.rank == ov.Dimension(0) or 0 in outside:
             raise ModelError(f"{reference!r} returns {port.get_element_type()} {outside}. {EXPECTED_OUTPUTS}")
     preprocessing, warnings = _preprocessing(shape, options, spec.preprocessing if spec else None)
-    shapes = [tuple(d.get_length() if d.is_static else 0 for d in port.get_partial_shape()) for port in graph.outputs]
-    last = graph.outputs[0].get_node().input_value(0).get_node()
+    shapes = [tuple(d.get_length() if d.is_static else 0 for d in port.get_partial_shape()) for port in heads.outputs]
+    last = heads.outputs[0].get_node().input_value(0).get_node()
     softmax = last.get_type_name() == "Softmax" and last.get_attributes()["axis"] in (1, -3)
-    task, classes = _task_of(shapes, softmax, options.task, reference)
+    task, classes = _task_of(shapes, softmax, options.task if detector is None else "dense", reference)
+    task = task if detector is None else "detection"
     digest = file_sha256(Path(reference).with_suffix(".bin" if reference.endswith(".xml") else ".onnx"))
     built = ModelSpec(
         name=Path(reference).stem, task=task, input_shape=shape, num_classes=classes, preprocessing=preprocessing,
         classes=spec.classes if spec else None, weights=Weights(origin="file", sha256=digest),
     )  # fmt: skip
-    return Model(built, graph=graph, sha256=digest, warnings=warnings)
+    return Model(built, graph=graph, file=Path(reference), sha256=digest, warnings=warnings)
 
 
 def _from_module(
@@ -334,8 +363,16 @@ def _from_module(
 ) -> Model:
     import torch
 
+    from ovcalib.models.detectors import is_detector, usual_input, with_raw_heads
+
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name!r} is a {type(module).__name__}. Expected a torch.nn.Module.")
+    detector = is_detector(module)
+    if detector:
+        usual, own = usual_input(module)
+        shape, published = options.input_shape or usual, own
+        with users_code(name, ModelError):
+            module = with_raw_heads(module, name, shape)
     shape = options.input_shape or shape
     if shape is None:
         raise UsageError(f"{name!r} does not tell its input shape. Pass it, for example `input_shape=3,224,224`.")
@@ -343,11 +380,12 @@ def _from_module(
     preprocessing, warnings = _preprocessing((c, h, w), options, published)
     with users_code(name, ModelError):
         module.cpu().float().eval()
-        task, num_classes = _task_of_module(module, name, (c, h, w), options.task)
+        task, num_classes = _task_of_module(module, name, (c, h, w), "dense" if detector else options.task)
         digest = state_sha256(module)
+    task = "detection" if detector else task
     spec = ModelSpec(
         name=name, task=task, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
-        classes=classes if len(classes) == num_classes else None, weights=weights,
+        classes=classes if classes and (detector or len(classes) == num_classes) else None, weights=weights,
         dataset="imagenet" if num_classes in (1000, 1001) else None,
     )  # fmt: skip
     return Model(spec, module=module, sha256=digest, warnings=warnings)

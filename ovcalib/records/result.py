@@ -88,11 +88,52 @@ class OutputAgreement(Frozen):
     pixels: float | None = None
 
 
+class BoxAgreement(Frozen):
+    """Boxes of INT8 and FP32 in common: same class, and an intersection over union of `iou` or more.
+
+    score        boxes of a lower score do not count
+    fp32, int8   how many boxes each model finds on all images, `matched` of which both find
+    share        2 matched / (fp32 + int8); None where neither finds any. Says nothing of whether they are right
+    """
+
+    iou: float
+    score: float
+    fp32: int
+    int8: int
+    matched: int
+    share: float | None
+
+
+class MeanPrecision(Frozen):
+    """COCO's mean average precision in 0..1: `map` over IoU 0.50 to 0.95, `map50` at 0.50."""
+
+    map: float
+    map50: float
+
+
+class DetectionAccuracy(Frozen):
+    """Mean average precision of the FP32 and the INT8 detector on the same labelled images.
+
+    boxes         of the truth
+    drop_points   100 times `map` of FP32 minus that of INT8
+    data_sha256   of the pixels and boxes, in order
+    """
+
+    protocol: str
+    count: int
+    boxes: int
+    data_sha256: str
+    fp32: MeanPrecision
+    int8: MeanPrecision
+    drop_points: float
+
+
 class Agreement(Frozen):
     """How well INT8 agrees with FP32; says nothing of whether either is right.
 
     top1     how often INT8 names the class that FP32 names, a fraction; None for models without class logits
     pixels   the same for the pixels of a segmentation network; None for any other
+    boxes    of a detector; None for any other
     nmse     squared error of all outputs over the squared outputs of FP32; None where INT8 is not finite
     on       which images
     outputs  every output tensor; empty in records of earlier versions
@@ -102,6 +143,7 @@ class Agreement(Frozen):
     count: int
     top1: float | None
     pixels: float | None = None
+    boxes: BoxAgreement | None = None
     nmse: float | None
     on: str
     outputs: tuple[OutputAgreement, ...] = ()
@@ -346,6 +388,7 @@ class Result(Frozen):
     accuracy_reason: str | None
     fp32_fault: str | None = None
     agreement: Agreement
+    detection: DetectionAccuracy | None = None
     custom_metric: CustomMetric | None = None
     parity: Parity
     parity_reason: str | None

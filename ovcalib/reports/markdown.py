@@ -17,6 +17,7 @@ from ovcalib.reports.verdict import (
     agreement_note,
     custom_metric,
     execution,
+    mean_precision,
     points,
     reliable_latency,
     result_verdict,
@@ -42,6 +43,8 @@ def summary(result: Result) -> dict[str, str]:
         emulated = " (emulated)" if result.accuracy.emulated else ""
         row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}{emulated}"
         row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
+    if result.detection:
+        row["mAP"] = f"{points(result.detection.fp32.map)} -> {points(result.detection.int8.map)}"
     if result.custom_metric:
         row[result.custom_metric.function] = f"{result.custom_metric.fp32:.4g} -> {result.custom_metric.int8:.4g}"
     name, value = agreement_figure(result.agreement)
@@ -56,6 +59,8 @@ def agreement_figure(found: Agreement) -> tuple[str, str]:
     """The name and the value of the figure that says most about two models without labels."""
     if found.top1 is not None:
         return "agreement", points(found.top1)
+    if found.boxes is not None and found.boxes.share is not None:
+        return "box agreement", points(found.boxes.share)
     if found.pixels is not None:
         return "pixel agreement", points(found.pixels)
     return "output error (NMSE)", "-" if found.nmse is None else f"{found.nmse:.3g}"
@@ -194,6 +199,10 @@ def markdown_report(result: Result) -> str:
         lines += [
             f"Accuracy was measured on {escape_markdown(accuracy.protocol)}{execution(accuracy)}. The drop has the "
             f"95 % interval {low:+.2f} to {high:+.2f} points (paired).",
+        ]
+    elif result.detection:
+        lines += [
+            f"{escape_markdown(mean_precision(result.detection))} On {escape_markdown(result.detection.protocol)}."
         ]
     else:
         lines += [f"Accuracy was not measured: {escape_markdown(result.accuracy_reason or '')}."]

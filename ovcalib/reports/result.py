@@ -35,6 +35,7 @@ from ovcalib.reports.verdict import (
     agreement_note,
     custom_metric,
     execution,
+    mean_precision,
     reliable_latency,
     result_verdict,
     speedup,
@@ -100,6 +101,8 @@ def result_page(
         f"{accuracy.drop_points:.2f} points has the paired 95 % interval {accuracy.drop_ci95[0]:.2f} to "
         f"{accuracy.drop_ci95[1]:.2f}{execution(accuracy)}."
         if accuracy
+        else f"{mean_precision(result.detection)} On {result.detection.protocol}."
+        if result.detection
         else f"Accuracy was not measured: {result.accuracy_reason}.",
         agreement_note=agreement_note(result.agreement),
         custom_note=custom_metric(result.custom_metric) if result.custom_metric else None,

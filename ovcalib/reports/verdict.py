@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 
 from ovcalib.records.environment import Environment
-from ovcalib.records.result import Accuracy, Agreement, CustomMetric, LatencyComparison, Result
+from ovcalib.records.result import (
+    Accuracy,
+    Agreement,
+    BoxAgreement,
+    CustomMetric,
+    DetectionAccuracy,
+    LatencyComparison,
+    Result,
+)
 
 KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
 TOO_NOISY = "not shown: the machine is too noisy"
@@ -73,14 +81,40 @@ def _accuracy(result: Result) -> tuple[str, str]:
         text, bad = f"INT8 gives outputs that are not finite, on {on}.", True
     elif agreed.top1 is not None:
         text, bad = f"INT8 names the same class as FP32 for {points(agreed.top1)} of {on}.", agreed.top1 < BAD_AGREEMENT
+    elif agreed.boxes is not None and agreed.boxes.share is not None:
+        text = f"{box_agreement(agreed.boxes)} On {on}."
+        bad = agreed.boxes.share < BAD_AGREEMENT
     elif agreed.pixels is not None:
         text = f"INT8 names the same class as FP32 for {points(agreed.pixels)} of the pixels of {on}."
         bad = agreed.pixels < BAD_AGREEMENT
     else:
         text, bad = f"{output_error(agreed)}, on {on}.", agreed.nmse > BAD_NMSE
+    if result.detection is not None:
+        text = f"{mean_precision(result.detection)} {text}"
     if result.custom_metric is not None:
         return f"{custom_metric(result.custom_metric)} {text}", "bad" if bad else "unsure"
-    return f"{text} Accuracy was not measured.", "bad" if bad else "unsure"
+    unknown = "" if result.detection is not None else " Accuracy was not measured."
+    return f"{text}{unknown}", "bad" if bad else "unsure"
+
+
+def box_agreement(found: BoxAgreement) -> str:
+    """How many boxes INT8 and FP32 have in common, in a sentence."""
+    which = f"scores of {found.score:g} or more, IoU {found.iou:g}"
+    if found.share is None:
+        return f"Neither model finds a box ({which}), so there is no box agreement."
+    return (
+        f"Box agreement {points(found.share)}: INT8 finds {found.int8} boxes, FP32 {found.fp32}, and both "
+        f"{found.matched} of them ({which})."
+    )
+
+
+def mean_precision(found: DetectionAccuracy) -> str:
+    """Mean average precision of both models, in a sentence."""
+    return (
+        f"mAP (COCO, IoU 0.50 to 0.95): FP32 {points(found.fp32.map)}, INT8 {points(found.int8.map)}, drop "
+        f"{found.drop_points:+.2f} points; at IoU 0.50 {points(found.fp32.map50)} and {points(found.int8.map50)} "
+        f"({found.boxes} boxes in {found.count} images)."
+    )
 
 
 def output_error(found: Agreement) -> str:
@@ -97,6 +131,11 @@ def agreement_note(found: Agreement) -> str:
     """What agreement and output error came to, in the terms of what the outputs are."""
     images = f"{found.count} images of {found.on}"
     ends = f"{output_error(found)}{execution(found)}."
+    if found.boxes is not None:
+        return (
+            f"{box_agreement(found.boxes)} Measured on {images}; that is agreement, not mean average precision. Of the "
+            f"raw heads: {ends}"
+        )
     if found.top1 is None and found.pixels is None:
         return f"INT8 was compared with FP32 on {images}, by the outputs' squared error over FP32's squares. {ends}"
     share, what = (found.top1, "") if found.top1 is not None else (found.pixels, "the pixels of ")

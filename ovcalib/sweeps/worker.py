@@ -57,12 +57,12 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
 def _make_set(task: dict[str, Any]) -> None:
     from ovcalib.calibration.make import make_set, resolve_calibration
-    from ovcalib.models.load import load_model
+    from ovcalib.models.load import load_model, with_statistics
     from ovcalib.rundir import RunDir
 
     recipe, progress = make_recipe(**task["recipe"]), Progress()
     with RunDir(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
-        model = load_model(recipe.model)
+        model = with_statistics(load_model(recipe.model))
         options, _ = resolve_calibration(recipe.calibration, model, progress)
         download = recipe.evaluation.download
         make_set(options, model, progress, download=download, resume=work.resume).save(work.path)

@@ -1,6 +1,7 @@
 """Networks whose outputs are maps: judged by their error, by the class of pixels, or by a metric of the user's own."""
 
 import json
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -13,7 +14,7 @@ from ovcalib.errors import UsageError
 from ovcalib.reports.markdown import summary
 from ovcalib.reports.verdict import result_verdict
 
-QUICK = {"calib": "noise", "num_samples": 8, "benchmark_time": 0, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+QUICK: Any = {"calib": "noise", "num_samples": 8, "benchmark_time": 0, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
 class Heads(nn.Module):

@@ -734,14 +734,14 @@ def test_detectors_give_all_their_output_maps_to_the_loss(name, toy) -> None:
     from torchvision.models import get_model
 
     from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
+    from ovcalib.models.detectors import RawHeads
 
     torch.manual_seed(0)
-    net = get_model(name, weights=None, weights_backbone=None)
+    net = RawHeads(get_model(name, weights=None, weights_backbone=None).eval(), (3, 96, 96))
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    net.backbone.train()
-    net.head.train()
+    net.train()
     with torch.no_grad():  # statistics of some images, as training would leave them
         network_outputs(net, torch.randn(4, 3, 96, 96))
     net.eval()

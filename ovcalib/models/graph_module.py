@@ -1,0 +1,444 @@
+"""A graph that OpenVINO has read, as a torch module: BatchNorm inversion needs gradients, and they need torch.
+
+Reading an ONNX file, OpenVINO keeps BatchNormalization until its first transformations, so its statistics are as good
+as those of a checkpoint. The module computes what the graph computes, for any batch; `read_module` proves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+import torch.nn.functional as F
+from openvino.passes import ConstantFolding, Manager
+from torch import Tensor, nn
+
+from ovcalib.errors import ModelError
+from ovcalib.graph.files import read_graph
+from ovcalib.graph.heads import raw_heads
+from ovcalib.runtime import Inference
+
+CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+# Of the largest output, on random inputs, as for exports.
+TOLERANCE = 2e-3
+FOLDED = (
+    "BatchNorm is folded into the convolutions, as exporters do, or there is none. What keeps its statistics: the "
+    "training checkpoint, as package.module:factory with `weights`, or an export without folding "
+    "(torch.onnx.export(..., dynamo=True, optimize=False))"
+)
+
+Values = dict[int, Tensor]
+
+
+def read_module(path: Path, shape: Sequence[int], name: str, expected: ov.Model) -> nn.Module:
+    """The network of a model file with its BatchNorm layers.
+
+    shape      (C, H, W) of one input
+    expected   what OpenVINO makes of the file, batch 1; the module must compute the same for every image of a batch
+    raises     ModelError that says why it cannot be had
+    """
+    graph = raw_heads(_unfolded(path, shape))
+    counts = [op.get_type_name() for op in graph.get_ops()]
+    if "BatchNormInference" not in counts:
+        raise ModelError(f"{name}: {FOLDED}")
+    module = GraphModule(graph, name).eval()
+    inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            found = [value.numpy() for value in module.outputs(inputs)]
+    except RuntimeError as error:
+        raise ModelError(f"{name} cannot be run on batches: {str(error).splitlines()[0]}") from error
+    run = Inference(raw_heads(expected))
+    for i, image in enumerate(inputs.numpy()):
+        for ours, theirs in zip(found, run(image[None]), strict=True):
+            scale = max(float(np.abs(theirs).max()), 1e-6)
+            # NaN compares false with everything, so the test is written the other way round.
+            if (
+                len(ours) != 2
+                or ours[i].size != theirs.size
+                or not (float(np.abs(ours[i].reshape(-1) - theirs.reshape(-1)).max()) <= TOLERANCE * scale)
+            ):
+                raise ModelError(f"{name} as a torch module gives other outputs than OpenVINO")
+    return module
+
+
+def layer_counts(module: nn.Module) -> tuple[int, int]:
+    """How many BatchNorm layers and how many convolutions there are."""
+    layers = list(module.modules())
+    norms, convolutions = nn.BatchNorm2d, (nn.Conv2d, nn.ConvTranspose2d)
+    return sum(isinstance(layer, norms) for layer in layers), sum(isinstance(layer, convolutions) for layer in layers)
+
+
+def _unfolded(path: Path, shape: Sequence[int]) -> ov.Model:
+    """The graph before OpenVINO's transformations, which fold BatchNorm; shapes and constants are computed."""
+    if path.suffix != ".onnx":
+        graph = read_graph(path)
+    else:
+        frontend = ov.frontend.FrontEndManager().load_by_framework("onnx")
+        graph = frontend.convert(frontend.load(str(path)))
+    graph.reshape({graph.inputs[0]: ov.PartialShape([1, *shape])})
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(graph)
+    return graph
+
+
+class GraphModule(nn.Module):
+    """The operations of a graph, one after the other.
+
+    Convolutions and BatchNorm are layers of torch, with the names that they have in the graph, so that whatever looks
+    for layers finds them. All other operations are functions.
+
+    forward   float32 [N, C, H, W] -> all outputs, [N, ...] each
+    raises    ModelError for an operation that is not known
+    """
+
+    def __init__(self, graph: ov.Model, name: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        self.steps: list[tuple[Callable[..., Any], list[int], list[int]]] = []
+        number: dict[tuple[str, int], int] = {}
+        data: dict[int, Tensor] = {}
+
+        def place(value: ov.Output) -> int:
+            return number.setdefault((value.get_node().get_name(), value.get_index()), len(number))
+
+        self.input = place(graph.inputs[0])
+        for op in graph.get_ordered_ops():
+            kind = op.get_type_name()
+            if kind in ("Parameter", "Result"):
+                continue
+            if kind == "Constant":
+                if op.get_element_type().is_real():
+                    data[place(op.output(0))] = _tensor(op.get_data())
+                continue
+            call = _call(op, name)
+            if isinstance(call, nn.Module):
+                layer = op.get_friendly_name().replace(".", "_")
+                layer = layer if layer not in self.layers else f"{layer}_{len(self.layers)}"
+                self.layers[layer] = call
+                call = functools.partial(_run_layer, layer)
+            reads = [place(value) for value in _signals(op)]
+            self.steps.append((call, reads, [place(port) for port in op.outputs()]))
+        used = {value for _, reads, _ in self.steps for value in reads}
+        self.constants = [(f"constant{i}", i, data[i].shape) for i in sorted(used & data.keys())]
+        for key, i, _ in self.constants:
+            self.register_buffer(key, data[i].reshape(-1))  # flat, because channels-last has no fifth dimension
+        self.results = [place(port.get_node().input_value(0)) for port in graph.outputs]
+        last = {value: i for i, (_, reads, _) in enumerate(self.steps) for value in reads}
+        self.done = [
+            [value for value in set(reads) if last[value] == i and value not in self.results]
+            for i, (_, reads, _) in enumerate(self.steps)
+        ]
+
+    def forward(self, x: Tensor) -> list[Tensor] | Tensor:
+        outputs = self.outputs(x)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """All outputs, also where there is one."""
+        values: Values = {place: getattr(self, key).reshape(shape) for key, place, shape in self.constants}
+        values[self.input] = x
+        for (call, reads, writes), done in zip(self.steps, self.done, strict=True):
+            found = call(self.layers, *(values[i] for i in reads))
+            for place, value in zip(writes, found if isinstance(found, tuple) else (found,), strict=True):
+                values[place] = value
+            for place in done:
+                del values[place]
+        return [values[i] for i in self.results]
+
+
+def _run_layer(name: str, layers: nn.ModuleDict, x: Tensor, *_: Tensor) -> Any:
+    return layers[name](x)
+
+
+def _function(function: Callable[..., Any], layers: nn.ModuleDict, *values: Tensor) -> Any:
+    return function(*values)
+
+
+# From operations to functions -----------------------------------------------------------------
+
+
+def _signals(op: ov.Node) -> list[ov.Output]:
+    """What a step reads: of operations with parameters, the data alone."""
+    values = list(op.input_values())
+    return values if op.get_type_name() in (*_ELEMENTWISE, "Concat", "MatMul", "PRelu") else values[:1]
+
+
+def _constants(op: ov.Node, start: int = 1) -> list[np.ndarray[Any, Any]]:
+    """The parameters of an operation. Raises ModelError where they are computed."""
+    found = []
+    for value in op.input_values()[start:]:
+        if value.get_node().get_type_name() != "Constant":
+            raise ModelError(f"{op.get_friendly_name()} has parameters that depend on the image")
+        found.append(np.array(value.get_node().get_data()))
+    return found
+
+
+def _call(op: ov.Node, name: str) -> Callable[..., Any]:
+    kind = op.get_type_name()
+    try:
+        if kind in CONVOLUTIONS or kind == "BatchNormInference":
+            return _layer(op)
+        if kind in _ELEMENTWISE:
+            return functools.partial(_function, _ELEMENTWISE[kind])
+        if kind in _WITH_ATTRIBUTES:
+            return functools.partial(_function, _WITH_ATTRIBUTES[kind](op))
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    except RuntimeError as error:  # OpenVINO's, of a shape that is not known
+        raise ModelError(f"{name}: the shape of {op.get_friendly_name()} depends on the image") from error
+    raise ModelError(f"{name}: the operation {kind} ({op.get_friendly_name()}) is not known")
+
+
+def _tensor(value: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.array(value, np.float32))
+
+
+class _Cropped(nn.Module):
+    """A layer without padding, of whose output a border is cut off: uneven padding of a transposed convolution."""
+
+    def __init__(self, layer: nn.Module, border: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.layer, self.border = layer, border
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.layer(x), [-side for side in self.border])
+
+
+def _layer(op: ov.Node) -> nn.Module:
+    kind, attributes = op.get_type_name(), op.get_attributes()
+    if kind == "BatchNormInference":
+        scale, shift, mean, variance = (_tensor(value) for value in _constants(op))
+        norm = nn.BatchNorm2d(len(scale), eps=attributes["epsilon"])
+        norm.load_state_dict(
+            {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance,
+             "num_batches_tracked": torch.tensor(1)}
+        )  # fmt: skip
+        return norm
+    (weights, *more) = (_tensor(value) for value in _constants(op))
+    transposed = "Backprop" in kind
+    groups = weights.shape[0] if kind.startswith("Group") else 1
+    weights = weights.flatten(0, 1) if kind.startswith("Group") else weights
+    if weights.ndim != 4 or more:
+        raise ModelError(f"{op.get_friendly_name()} is no convolution of images")
+    pads = [*zip(attributes["pads_begin"], attributes["pads_end"], strict=True)]
+    (top, bottom), (left, right) = pads
+    even = top == bottom and left == right
+    size: dict[str, Any] = {
+        "kernel_size": tuple(weights.shape[2:]), "stride": tuple(attributes["strides"]),
+        "dilation": tuple(attributes["dilations"]), "groups": groups, "bias": False,
+        "padding": (top, left) if even else 0,
+    }  # fmt: skip
+    layer: nn.Module
+    made: nn.Conv2d | nn.ConvTranspose2d
+    if transposed:
+        extra = tuple(attributes["output_padding"])
+        made = nn.ConvTranspose2d(weights.shape[0], weights.shape[1] * groups, output_padding=extra, **size)
+        layer = made if even else _Cropped(made, (left, right, top, bottom))
+    else:
+        made = nn.Conv2d(weights.shape[1] * groups, weights.shape[0], **size)
+        layer = made if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), made)
+    made.weight.data = weights
+    return layer
+
+
+def _reduce(function: Callable[..., Tensor]) -> Callable[[ov.Node], Callable[..., Any]]:
+    def make(op: ov.Node) -> Callable[..., Any]:
+        axes = [int(axis) for axis in _constants(op)[0].reshape(-1)]
+        return functools.partial(function, dim=axes, keepdim=bool(op.get_attributes()["keep_dims"]))
+
+    return make
+
+
+def _to_shape(shape: Sequence[int], batched: bool, x: Tensor) -> Tensor:
+    return x.reshape(len(x), *shape[1:]) if batched else x.reshape(tuple(shape))
+
+
+def _reshape(op: ov.Node) -> Callable[..., Any]:
+    """The shape is known for one image; a batch stays in front."""
+    before, after = (list(port.get_shape()) for port in (op.input_value(0), op.output(0)))
+    return functools.partial(_to_shape, after, before[:1] == [1] and after[:1] == [1])
+
+
+def _permute(order: Sequence[int], x: Tensor) -> Tensor:
+    return x.permute(tuple(order))
+
+
+def _transpose(op: ov.Node) -> Callable[..., Any]:
+    order = [int(axis) for axis in _constants(op)[0]] or list(range(len(op.input_value(0).get_shape())))[::-1]
+    return functools.partial(_permute, order)
+
+
+def _concatenate(axis: int, *values: Tensor) -> Tensor:
+    return torch.cat(values, axis)
+
+
+def _split_lengths(op: ov.Node) -> Callable[..., Any]:
+    axis = _constants(op)[0]
+    sizes = [port.get_shape()[int(axis)] for port in op.outputs()]
+    return functools.partial(_split, sizes, int(axis))
+
+
+def _split(sizes: Sequence[int], axis: int, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, list(sizes), axis)
+
+
+def _slice(op: ov.Node) -> Callable[..., Any]:
+    start, stop, step, *axes = _constants(op)
+    chosen = [int(a) for a in (axes[0] if axes else range(len(start)))]
+    cuts: list[tuple[int, int, int, int]] = []
+    for axis, first, end, by in zip(chosen, start, stop, step, strict=True):
+        if by < 1:
+            raise ModelError(f"{op.get_friendly_name()} goes backwards")
+        # The end of a slice may be beyond what Python's own may be.
+        cuts.append((axis, int(first), int(min(end, 2**31)), int(by)))
+    return functools.partial(_cut, cuts)
+
+
+def _cut(cuts: Sequence[tuple[int, int, int, int]], x: Tensor) -> Tensor:
+    for axis, first, end, by in cuts:
+        index: list[Any] = [slice(None)] * x.ndim
+        index[axis] = slice(first, end, by)
+        x = x[tuple(index)]
+    return x
+
+
+def _pool(op: ov.Node) -> Callable[..., Any]:
+    attributes, maximum = op.get_attributes(), op.get_type_name() == "MaxPool"
+    before, after = tuple(attributes["pads_begin"]), tuple(attributes["pads_end"])
+    kernel, strides = tuple(attributes["kernel"]), tuple(attributes["strides"])
+    if len(kernel) != 2 or set(attributes.get("dilations", (1,))) != {1}:
+        raise ModelError(f"{op.get_friendly_name()} is no plain pooling of images")
+    # Rounding up reads beyond the padding; the shape of the output says how far.
+    size, out = op.input_value(0).get_shape()[2:], op.output(0).get_shape()[2:]
+    ends = [
+        max(end, (o - 1) * s + k - n - begin)
+        for end, o, s, k, n, begin in zip(after, out, strides, kernel, size, before, strict=True)
+    ]
+    border = (before[1], ends[1], before[0], ends[0])
+    if maximum:
+        return functools.partial(_max_pool, kernel, strides, border)
+    count_all = not attributes["exclude-pad"] and tuple(ends) == after
+    return functools.partial(_average_pool, kernel, strides, border, count_all)
+
+
+def _max_pool(kernel: Any, strides: Any, border: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    pooled = F.max_pool2d(F.pad(x, border, value=-math.inf) if any(border) else x, kernel, strides)
+    return pooled, pooled  # the second output, of positions, is not read
+
+
+def _average_pool(kernel: Any, strides: Any, border: Any, count_all: bool, x: Tensor) -> Tensor:
+    pooled = F.avg_pool2d(F.pad(x, border), kernel, strides)
+    if count_all or not any(border):
+        return pooled
+    return pooled / F.avg_pool2d(F.pad(torch.ones_like(x[:1, :1]), border), kernel, strides)
+
+
+def _interpolate(op: ov.Node) -> Callable[..., Any]:
+    attributes = op.get_attributes()
+    mode, how = attributes["mode"], attributes["coordinate_transformation_mode"]
+    size = tuple(op.output(0).get_shape())
+    if tuple(op.input_value(0).get_shape()[:2]) != size[:2] or len(size) != 4:
+        raise ModelError(f"{op.get_friendly_name()} resizes other axes than those of an image")
+    if mode == "nearest":
+        return functools.partial(F.interpolate, size=size[2:], mode="nearest")
+    if mode in ("linear", "linear_onnx"):
+        aligned = how == "align_corners"
+        return functools.partial(F.interpolate, size=size[2:], mode="bilinear", align_corners=aligned)
+    raise ModelError(f"{op.get_friendly_name()} interpolates by {mode}")
+
+
+def _matmul(first: bool, second: bool, a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a.mT if first else a, b.mT if second else b)
+
+
+def _pad(op: ov.Node) -> Callable[..., Any]:
+    before, after, *value = _constants(op)
+    border = [int(n) for pair in list(zip(before, after, strict=True))[::-1] for n in pair]
+    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}.get(op.get_attributes()["pad_mode"])
+    if mode is None:
+        raise ModelError(f"{op.get_friendly_name()} pads by {op.get_attributes()['pad_mode']}")
+    if mode != "constant":
+        return functools.partial(F.pad, pad=border[:4], mode=mode)
+    return functools.partial(F.pad, pad=border, value=float(value[0]) if value else 0.0)
+
+
+def _gather(op: ov.Node) -> Callable[..., Any]:
+    indices, axis = _constants(op)
+    return functools.partial(_take, torch.from_numpy(indices.astype(np.int64)), int(axis))
+
+
+def _take(indices: Tensor, axis: int, x: Tensor) -> Tensor:
+    axis %= x.ndim
+    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return x.index_select(axis, indices.reshape(-1).to(x.device)).reshape(shape)
+
+
+def _hard_sigmoid(op: ov.Node) -> Callable[..., Any]:
+    alpha, beta = (float(value) for value in _constants(op))
+    return functools.partial(_clipped_line, alpha, beta)
+
+
+def _clipped_line(alpha: float, beta: float, x: Tensor) -> Tensor:
+    return (alpha * x + beta).clamp(0, 1)
+
+
+def _swish(op: ov.Node) -> Callable[..., Any]:
+    beta = float(_constants(op)[0]) if op.get_input_size() > 1 else 1.0
+    return functools.partial(_scaled_silu, beta)
+
+
+def _scaled_silu(beta: float, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(beta * x)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _squared_difference(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b) ** 2
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    slope = slope.reshape(-1, *[1] * (x.ndim - 2)) if slope.numel() > 1 and slope.ndim == 1 else slope
+    return torch.where(x > 0, x, slope * x)
+
+
+def _softmax(op: ov.Node) -> Callable[..., Any]:
+    return functools.partial(torch.softmax, dim=int(op.get_attributes()["axis"]))
+
+
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "Abs": torch.abs, "Add": torch.add, "Divide": torch.div, "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor,
+    "HSigmoid": F.hardsigmoid, "HSwish": F.hardswish, "Log": torch.log, "Maximum": torch.maximum,
+    "Minimum": torch.minimum, "Mish": F.mish, "Multiply": torch.mul, "Negative": torch.neg, "Power": torch.pow,
+    "PRelu": _prelu, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "SoftPlus": F.softplus, "Sqrt": torch.sqrt,
+    "SquaredDifference": _squared_difference, "Subtract": torch.sub, "Tanh": torch.tanh, "Identity": _same,
+}  # fmt: skip
+_WITH_ATTRIBUTES: dict[str, Callable[[ov.Node], Callable[..., Any]]] = {
+    "AvgPool": _pool, "MaxPool": _pool, "Interpolate": _interpolate,
+    "Clamp": lambda op: functools.partial(
+        torch.clamp, min=float(op.get_attributes()["min"]), max=float(op.get_attributes()["max"])
+    ),
+    "Concat": lambda op: functools.partial(_concatenate, int(op.get_attributes()["axis"])),
+    "Convert": lambda op: _same, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
+    "Elu": lambda op: functools.partial(F.elu, alpha=float(op.get_attributes()["alpha"])),
+    "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice, "Softmax": _softmax,
+    "Gelu": lambda op: functools.partial(
+        F.gelu, approximate="tanh" if op.get_attributes()["approximation_mode"].lower() == "tanh" else "none"
+    ),
+    "MatMul": lambda op: functools.partial(
+        _matmul, bool(op.get_attributes()["transpose_a"]), bool(op.get_attributes()["transpose_b"])
+    ),
+    "ReduceMax": _reduce(torch.amax), "ReduceMean": _reduce(torch.mean), "ReduceMin": _reduce(torch.amin),
+    "ReduceSum": _reduce(torch.sum), "Split": _split_lengths, "VariadicSplit": _split_lengths, "Swish": _swish,
+    "Transpose": _transpose,
+}  # fmt: skip

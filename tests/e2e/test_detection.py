@@ -1,0 +1,168 @@
+"""Detectors as users have them: torchvision's by reference or as a module, and their boxes against COCO files."""
+
+import json
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torchvision.models import detection
+
+import ovcalib
+from ovcalib.errors import DataError, ModelError
+from ovcalib.models.load import load_model
+from ovcalib.records.options import ModelOptions
+from ovcalib.reports.markdown import markdown_report, summary
+from ovcalib.reports.result import result_page
+
+SHAPE = (3, 96, 96)
+QUICK: Any = {"input_shape": SHAPE, "calib": "noise", "num_samples": 4, "benchmark_time": 0, "guard": False,
+         "rounding": "nearest", "bias_correction": "layerwise", "activation_ranges": "min-max",
+         "deploy_isa": "host", "overflow_fix": "enable"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """An SSDLite with random weights that finds different boxes in different images."""
+    torch.manual_seed(0)
+    net = detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=4, detections_per_img=12
+    )
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    net.train()
+    with torch.no_grad():
+        net.head(list(net.backbone(torch.randn(4, *SHAPE)).values()))
+        for head in net.head.classification_head.module_list:
+            head[1].weight.mul_(20)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def model(detector):
+    return load_model(ModelOptions(reference="net", input_shape=SHAPE), detector)
+
+
+@pytest.fixture(scope="module")
+def coco(model, tmp_path_factory):
+    """Images of other sizes than the network's, with what the network itself finds in them as the truth."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "images" / "val").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    rng = np.random.default_rng(0)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for n, (width, height) in enumerate([(192, 96), (100, 150), (96, 96)], 1):
+        image = PIL.Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)).resize(
+            (width, height)
+        )
+        image.save(root / "images" / "val" / f"{n}.png")
+        images.append({"id": n, "file_name": f"{n}.png", "width": width, "height": height})
+        x = model.spec.preprocessing.normalise(model.spec.preprocessing.fit(image))[None]
+        with torch.no_grad():
+            heads = [head.numpy() for head in model.module(torch.from_numpy(x))]
+        for corners, label in zip(*(lambda b: (b.corners, b.labels))(model.module.boxes(heads)), strict=True):
+            left, top, right, bottom = corners * np.array([width, height, width, height]) / 96
+            size = [float(v) for v in (left, top, right - left, bottom - top)]
+            annotations.append({"id": len(annotations) + 1, "image_id": n, "category_id": int(label) + 1,
+                                "bbox": size, "area": size[2] * size[3], "iscrowd": 0})  # fmt: skip
+    names = [{"id": i + 1, "name": f"kind{i}"} for i in range(4)]
+    (root / "annotations" / "instances_val.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": names})
+    )
+    return root, len(annotations)
+
+
+def test_the_raw_heads_decode_to_what_the_detector_finds(detector, model) -> None:
+    image = torch.rand(3, 96, 96)
+    detector.transform.fixed_size, kept = (96, 96), detector.transform.fixed_size
+    try:
+        with torch.no_grad():
+            (expected,) = detector([image])
+            x = (image - 0.5) / 0.5
+            found = model.module.boxes([head.numpy() for head in model.module(x[None])])
+    finally:
+        detector.transform.fixed_size = kept
+    assert len(found) == 12
+    np.testing.assert_allclose(found.corners, expected["boxes"].numpy(), atol=1e-3)
+    np.testing.assert_array_equal(found.labels, expected["labels"].numpy())
+    assert model.spec.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert model.spec.preprocessing.short_side is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
+def test_anchors_of_all_levels_find_their_place(name) -> None:
+    torch.manual_seed(0)
+    net: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+    net.score_thresh = 0.0
+    net.eval()
+    heads: Any = load_model(ModelOptions(reference="net", input_shape=(3, 64, 64)), net).module
+    image = torch.rand(3, 64, 64)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (net.transform.image_mean, net.transform.image_std))
+    with torch.no_grad():
+        (expected,) = net([image])
+        found = heads.boxes([head.numpy() for head in heads(((image - mean) / std)[None])])
+    assert len(found) > 10
+    np.testing.assert_allclose(found.corners, expected["boxes"].numpy(), atol=1e-2)
+
+
+def test_a_detector_is_judged_by_its_boxes(detector, coco, tmp_path) -> None:
+    root, count = coco
+    result = ovcalib.quantize(detector, tmp_path / "out", eval=f"datumaro:coco:{root}", **QUICK)
+    record = result.record
+    assert record.model.task == "detection"
+    assert record.detection.boxes == count
+    assert record.detection.fp32.map > 0.95  # the truth is what it finds, in the pixels of the images
+    assert record.detection.int8.map <= record.detection.fp32.map
+    found = record.agreement.boxes
+    assert 0 < found.matched <= min(found.fp32, found.int8)
+    assert found.share == pytest.approx(2 * found.matched / (found.fp32 + found.int8))
+    assert record.agreement.top1 is None
+    assert {len(output.shape) for output in record.agreement.outputs} == {2}
+    # Boxes are not in the graph, so nothing of their arithmetic is quantized.
+    assert not {"Exp", "NonMaxSuppression"} & {op.get_type_name() for op in result.int8.get_ops()}
+    assert summary(record)["mAP"].endswith("%")
+    for text in (markdown_report(record), result_page(record)):
+        assert "Box agreement" in text
+        assert "that is agreement, not mean average precision" in text
+        assert "mAP" in text
+        assert "top-1" not in text
+
+
+def test_without_labels_there_is_agreement_and_no_precision(detector) -> None:
+    record = ovcalib.quantize(detector, **QUICK).record
+    assert record.detection is None
+    assert record.agreement.boxes is not None
+    assert "mAP" not in markdown_report(record)
+
+
+def test_classes_that_the_detector_does_not_know_are_refused(detector, coco) -> None:
+    from ovcalib.data.sets import box_classes, open_data
+
+    data = open_data(f"datumaro:coco:{coco[0]}")
+    spec = load_model(ModelOptions(reference="net", input_shape=SHAPE), detector).spec
+    assert box_classes(data, spec).tolist() == [0, 1, 2, 3]
+    named = spec.model_copy(update={"classes": ("background", "KIND2", "kind0")})
+    assert box_classes(data, named).tolist() == [2, -1, 1, -1]
+    with pytest.raises(DataError, match="none of which net knows: cat, dog"):
+        box_classes(data, spec.model_copy(update={"classes": ("cat", "dog")}))
+    cropped = spec.preprocessing.model_copy(update={"short_side": 120})
+    with pytest.raises(DataError, match="cuts boxes off"):
+        box_classes(data, spec.model_copy(update={"preprocessing": cropped}))
+
+
+def test_torchvisions_detectors_need_no_download_for_random_weights() -> None:
+    asked = ModelOptions(reference="torchvision:ssdlite320_mobilenet_v3_large", weights="random")
+    model = load_model(asked)
+    assert model.spec.input_shape == (3, 320, 320)
+    assert model.spec.task == "detection"
+    assert model.spec.classes[1] == "person"
+
+
+def test_two_stages_are_refused() -> None:
+    asked = ModelOptions(reference="torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", weights="random")
+    with pytest.raises(ModelError, match="second stage reads boxes"):
+        load_model(asked)
