@@ -56,9 +56,7 @@ def try_remedies(
     tried: list[Remedy] = []
     for asked in attempts():
         settings = resolve_settings(asked, fp32)
-        made = quantize_graph(
-            asked, settings, fp32, calibration, None, model.spec.num_classes is not None, lambda: False, progress
-        )
+        made = quantize_graph(asked, settings, fp32, calibration, None, model.spec.task, lambda: False, progress)
         found = measure(made.int8)
         recipe = Recipe(model=about, calibration=options, quantization=asked)
         tried.append(Remedy(command=quantize_command(recipe), **found.model_dump()))
