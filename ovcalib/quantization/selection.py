@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.graph.editing import restore_biases
+from ovcalib.graph.editing import before_softmax, restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import SATURATED_NMSE, is_emulated, outputs_on, without_saturation
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
@@ -64,7 +64,7 @@ class OutputError:
     """The error of INT8 models against FP32 on images that they were not made from.
 
     Candidates are compared in arithmetic that does not saturate, emulated in float32: the same on every CPU, so that
-    settings do not depend on the CPU that they are chosen on.
+    settings do not depend on the CPU that they are chosen on. Outputs of a final Softmax are compared before it.
     """
 
     def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
@@ -73,15 +73,15 @@ class OutputError:
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:
-        return outputs_of(self.fp32, self.inputs)
+        return outputs_of(before_softmax(self.fp32), self.inputs)
 
     def nmse(self, int8: ov.Model) -> float:
         """NMSE of the outputs where no sum saturates."""
-        return nmse(self.reference, outputs_of(without_saturation(int8), self.inputs))
+        return nmse(self.reference, outputs_of(without_saturation(before_softmax(int8)), self.inputs))
 
     def on(self, kernels: Kernels, int8: ov.Model) -> float:
         """NMSE of the outputs on some kernels, executed where this CPU has them. Raises KernelsFailedError."""
-        return nmse(self.reference, outputs_on(kernels, int8, self.inputs))
+        return nmse(self.reference, outputs_on(kernels, before_softmax(int8), self.inputs))
 
     def by_kernels(self, int8: ov.Model, wanted: Sequence[Kernels]) -> tuple[KernelsError, ...]:
         """NMSE of the outputs on each of several kernels."""

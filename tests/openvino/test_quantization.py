@@ -20,7 +20,7 @@ from ovcalib.diagnosis.diagnose import saturation_fault
 from ovcalib.errors import DeviceError, ModelError
 from ovcalib.evaluation.dataset import calibration_images
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.graph.editing import restore_biases
+from ovcalib.graph.editing import before_softmax, restore_biases
 from ovcalib.graph.files import batch_one, graph_sha256, is_quantized, read_graph, write_ir
 from ovcalib.graph.reading import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
 from ovcalib.kernels import outputs_on, without_saturation
@@ -316,6 +316,25 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph) -> None:
     kept, errors = select_bias_correction(already)
     assert errors[0] == errors[1]
     assert kept is already
+
+
+def test_outputs_of_a_final_softmax_are_compared_before_it(toy, toy_graph) -> None:
+    """Probabilities near 0 and 1 hide what INT8 does to the logits."""
+    sharp = toy_graph.clone()
+    result = sharp.get_results()[0]
+    logits = result.input_value(0)
+    large = ov.opset13.multiply(logits, np.float32(1000))
+    result.input(0).replace_source_output(ov.opset13.softmax(large, 1).output(0))
+    sharp.validate_nodes_and_infer_types()
+    calibration, settings = toy.calibration(), Settings()
+    plain, hidden = (quantize_default(graph, calibration, settings) for graph in (toy_graph, sharp))
+    expected = OutputError(toy_graph, calibration).nmse(plain)
+    error = OutputError(sharp, calibration)
+    assert error.nmse(hidden) == pytest.approx(expected, rel=1e-3)
+    assert error.on("vnni", hidden) == pytest.approx(expected, rel=1e-3)
+    images = calibration.inputs()
+    assert nmse(outputs_of(sharp, images), outputs_of(hidden, images)) < expected / 10
+    assert before_softmax(toy_graph) is toy_graph
 
 
 def maker(graph, calibration):
