@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration.bfloat16 import bfloat16_is_fast
 from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, large_blocks_kept
-from ovcalib.calibration.inversion_options import InversionOptions, resolve
+from ovcalib.calibration.inversion_options import InversionOptions, LoopOptions, resolve
 from ovcalib.calibration.network_outputs import flat_outputs
 from ovcalib.calibration.parallel import Network, on_all_cores
 from ovcalib.calibration.sources import Generated, Request
@@ -151,10 +151,11 @@ def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def start(options: InversionOptions, request: Request, indices: Sequence[int]) -> Tensor:
+def start(options: LoopOptions, request: Request, indices: Sequence[int]) -> Tensor:
     """Where the images with these indices start, float32 [K, C, H + extra, W + extra], each from its own seed."""
     c, h, w = request.spec.input_shape
-    shape = (c, h + (options.extra_pixels or 0), w + (options.extra_pixels or 0))
+    extra = (options.extra_pixels or 0) if isinstance(options, InversionOptions) else 0
+    shape = (c, h + extra, w + extra)
     generators = [np.random.default_rng((request.seed, 0, i)) for i in indices]
     if options.init == "gaussian":
         return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
@@ -251,28 +252,32 @@ def new_batch(images: Tensor, indices: list[int], rate: float, per_image: bool) 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
-def adam_direction(first: Tensor, second: Tensor, step: int) -> Tensor:
+def adam_direction(first: Tensor, second: Tensor, step: int, betas: tuple[float, float] = (BETA1, BETA2)) -> Tensor:
     """Adam's step before the learning rate (Kingma & Ba 2015, algorithm 1); step counts from 1."""
-    return (first / (1 - BETA1**step)) / ((second / (1 - BETA2**step)).sqrt() + EPSILON)
+    return (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + EPSILON)
 
 
-def radam_direction(first: Tensor, second: Tensor, step: int) -> Tensor:
+def radam_direction(first: Tensor, second: Tensor, step: int, betas: tuple[float, float] = (BETA1, BETA2)) -> Tensor:
     """Rectified Adam's step before the learning rate (Liu et al. 2020, algorithm 2); step counts from 1."""
-    longest = 2 / (1 - BETA2) - 1
-    length = longest - 2 * step * BETA2**step / (1 - BETA2**step)
-    corrected = first / (1 - BETA1**step)
+    beta1, beta2 = betas
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    corrected = first / (1 - beta1**step)
     if length <= 5:  # the variance of the adaptive rate is not tractable yet: plain momentum
         return corrected
     rectification = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-    return corrected * (math.sqrt(1 - BETA2**step) * rectification) / (second.sqrt() + EPSILON)
+    return corrected * (math.sqrt(1 - beta2**step) * rectification) / (second.sqrt() + EPSILON)
 
 
-def descend(batch: Batch, gradient: Tensor, optimizer: str, scale: float) -> None:
+def descend(
+    batch: Batch, gradient: Tensor, optimizer: str, scale: float, betas: tuple[float, float] = (BETA1, BETA2)
+) -> None:
     """One step of the optimiser, in place; `scale` multiplies the learning rate."""
     batch.step += 1
-    batch.first.lerp_(gradient, 1 - BETA1)
-    batch.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    direction = {"adam": adam_direction, "radam": radam_direction}[optimizer](batch.first, batch.second, batch.step)
+    batch.first.lerp_(gradient, 1 - betas[0])
+    batch.second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    towards = {"adam": adam_direction, "radam": radam_direction}[optimizer]
+    direction = towards(batch.first, batch.second, batch.step, betas)
     batch.images -= direction * (scale * batch.rate.to(direction)).view(-1, 1, 1, 1)
 
 
@@ -333,69 +338,213 @@ class SetStatistics:
 # The loop ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """One run of the engine."""
+class Loop:
+    """Optimises images batch by batch, within a budget, and goes on after an interruption.
 
-    request: Request
-    options: InversionOptions
-    network: Network
-    swing: Swing
-    labels: Tensor | None
-    device: torch.device
-    batches: dict[int, Batch] = field(default_factory=dict)
-    finished: dict[int, Tensor] = field(default_factory=dict)
-    moments: list[Moments] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
+    A method says what one step of a batch is (`improve`), and what is kept of its images (`final`).
 
-    def __post_init__(self) -> None:
-        o = self.options
-        assert o.batch is not None
-        _, self.height, self.width = self.request.spec.input_shape
-        indices = list(range(self.request.count))
-        self.groups = [indices[i : i + o.batch] for i in range(0, len(indices), o.batch)]
-        low, high = self.request.spec.preprocessing.input_range()
-        self.low, self.high = (
-            torch.from_numpy(bound).float().to(self.device)[None, :, None, None] for bound in (low, high)
-        )
-        self.statistics = SetStatistics(self.request.count)
-        self.margins = self.noise_margins() if o.slack > 0 else None
-        self.centres: dict[int, tuple[Tensor, int]] = {}
+    labels     int64 [N], or None
+    batches    the state of the batches that are being optimised, by number
+    finished   the images of the others, on the CPU
+    """
+
+    def __init__(self, request: Request, options: LoopOptions, labels: Tensor | None, device: torch.device) -> None:
+        assert options.batch is not None
+        self.request, self.options, self.labels, self.device = request, options, labels, device
+        self.batches: dict[int, Batch] = {}
+        self.finished: dict[int, Tensor] = {}
+        _, self.height, self.width = request.spec.input_shape
+        indices = list(range(request.count))
+        self.groups = [indices[i : i + options.batch] for i in range(0, len(indices), options.batch)]
+        low, high = request.spec.preprocessing.input_range()
+        self.low, self.high = (torch.from_numpy(bound).float().to(device)[None, :, None, None] for bound in (low, high))
         self.save_at = time.monotonic() + SAVE_EVERY_S
         self.made, self.ended_early = 0, False
 
+    def improve(self, number: int, batch: Batch) -> Tensor:
+        """One step of a batch, in place; the loss of each image or of the batch, [K] or [1]."""
+        raise NotImplementedError
+
+    def final(self, images: Tensor) -> Tensor:
+        """What is kept of the images."""
+        return images
+
     def all_steps(self) -> Tensor:
         """Optimise every image; returns them as float32 [N, C, H, W] on the CPU."""
-        o = self.options
-        assert o.steps is not None
+        steps = self.options.steps
+        assert steps is not None
         self.load_state()
-        self.made = o.steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
+        self.made = steps * len(self.finished) + sum(batch.step for batch in self.batches.values())
         if self.made:
-            self.request.tick(self.request.count * self.made / (len(self.groups) * o.steps), "taken up again")
+            self.request.tick(self.request.count * self.made / (len(self.groups) * steps), "taken up again")
         try:
-            if o.scope == "set":
-                self.joint_steps(o.steps)
-            else:
-                for number in range(len(self.groups)):
-                    if number not in self.finished and not (number and self.out_of_time()):
-                        self.steps_alone(number, o.steps)
+            self.every_batch(steps)
         except KeyboardInterrupt:
             self.save_state()
             raise
         return torch.cat([self.finished[number] for number in sorted(self.finished)])
+
+    def every_batch(self, steps: int) -> None:
+        for number in range(len(self.groups)):
+            if number not in self.finished and not (number and self.out_of_time()):
+                self.steps_alone(number, steps)
 
     def out_of_time(self) -> bool:
         self.ended_early = self.ended_early or self.request.out_of_time()
         return self.ended_early
 
     def warnings(self, images: int) -> tuple[str, ...]:
-        o, found = self.options, []
-        if self.ended_early:
-            assert o.steps is not None
-            found.append(
-                f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
-                f"{o.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps"
+        """What a user should know of the run, which made so many images."""
+        if not self.ended_early:
+            return ()
+        assert self.options.steps is not None
+        return (
+            f"out of time: {images} of {self.request.count} images were made, with {self.made} of "
+            f"{self.options.steps * len(self.groups)} steps. Allow more time, or ask for fewer images or steps",
+        )
+
+    def steps_alone(self, number: int, steps: int) -> None:
+        """All steps of one batch, which knows nothing of the others."""
+        self.open(number)
+        while self.batches[number].step < steps and not self.out_of_time():
+            self.advance(number)
+        self.close(number)
+
+    def open(self, number: int) -> None:
+        if number in self.batches:  # from the resume folder
+            return
+        images = start(self.options, self.request, self.groups[number]).to(self.device)
+        if self.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.batches[number] = self.batch_of(self.groups[number], images)
+
+    def batch_of(self, indices: list[int], images: Tensor) -> Batch:
+        assert self.options.rate is not None
+        return new_batch(images, indices, self.options.rate, per_image=True)
+
+    def close(self, number: int) -> None:
+        """Keep what the network will see of a batch, and drop the rest."""
+        with torch.no_grad():
+            self.finished[number] = self.final(self.batches.pop(number).images).cpu().contiguous()
+
+    def advance(self, number: int) -> None:
+        """One step of one batch."""
+        batch = self.batches[number]
+        value = self.improve(number, batch)
+        self.check(value, batch.step)
+        self.report(float(value.detach().mean()))
+        if time.monotonic() > self.save_at:
+            self.save_state()
+
+    def check(self, loss: Tensor, step: int) -> None:
+        if not torch.isfinite(loss).all():
+            raise ModelError(
+                f"The loss of {self.request.spec.name} became {loss.sum().item()} at step {step}. "
+                "Lower the rate with -O rate=..."
             )
+
+    def report(self, loss: float) -> None:
+        """Report one more step as progress, in images."""
+        assert self.options.steps is not None
+        self.made += 1
+        total = len(self.groups) * self.options.steps
+        self.request.tick(self.request.count * self.made / total, f"loss {loss:.4g}")
+
+    # Interruptions
+
+    def key(self) -> str:
+        """What a state must agree on to be continued."""
+        spec = self.request.spec
+        parts = {
+            "options": dataclasses.asdict(self.options),
+            "seed": self.request.seed,
+            "count": self.request.count,
+            "spec": spec.model_dump(mode="json"),
+            "network": self.network_key(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def network_key(self) -> list[float]:
+        """Numbers that differ for other weights."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What is kept of the run beside its batches."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` returned; raises KeyError, and changes nothing, if something is missing."""
+
+    def file(self) -> Path | None:
+        return None if self.request.resume is None else self.request.resume / "inversion.pt"
+
+    def save_state(self) -> None:
+        file = self.file()
+        if file is None:
+            return
+        began = time.monotonic()
+        state = {
+            "key": self.key(),
+            "finished": self.finished,
+            "batches": {n: {**b.tensors(), "step": b.step} for n, b in self.batches.items()},
+            **self.state(),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda partial: torch.save(state, partial))
+        now = time.monotonic()
+        # Large sets take long to write: at most a twentieth of the time goes into it.
+        self.save_at = now + max(SAVE_EVERY_S, 20 * (now - began))
+
+    def load_state(self) -> None:
+        file = self.file()
+        if file is None or not file.is_file():
+            return
+        try:
+            state = read_torch(file, self.device)
+            if state["key"] != self.key():
+                return
+            finished = {number: images.cpu() for number, images in state["finished"].items()}
+            batches = {
+                number: Batch(self.groups[number], **{n: values[n] for n in Batch.tensor_names()}, step=values["step"])
+                for number, values in state["batches"].items()
+            }
+            self.restore(state)
+        except (ModelError, KeyError, IndexError, TypeError, AttributeError):
+            return  # damaged: begin again
+        self.finished = finished
+        self.batches.update(batches)
+
+
+class Run(Loop):
+    """One run of the engine: images for the statistics of BatchNorm layers."""
+
+    options: InversionOptions
+
+    def __init__(
+        self,
+        request: Request,
+        options: InversionOptions,
+        network: Network,
+        swing: Swing,
+        labels: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(request, options, labels, device)
+        self.network, self.swing = network, swing
+        self.moments: list[Moments] = []
+        self.features: list[Tensor] = []
+        self.statistics = SetStatistics(request.count)
+        self.margins = self.noise_margins() if options.slack > 0 else None
+        self.centres: dict[int, tuple[Tensor, int]] = {}
+
+    def every_batch(self, steps: int) -> None:
+        if self.options.scope == "set":
+            self.joint_steps(steps)
+        else:
+            super().every_batch(steps)
+
+    def warnings(self, images: int) -> tuple[str, ...]:
+        o, found = self.options, list(super().warnings(images))
         if self.labels is not None and o.keeps_distance:
             wanted, seen, apart = 2 * (self.request.spec.num_classes or 0), set[int](), 0
             for group in self.groups:
@@ -409,13 +558,6 @@ class Run:
                     f"smaller batches than all at once (now {o.batch})"
                 )
         return tuple(found)
-
-    def steps_alone(self, number: int, steps: int) -> None:
-        """All steps of one batch, which knows nothing of the others."""
-        self.open(number)
-        while self.batches[number].step < steps and not self.out_of_time():
-            self.advance(number)
-        self.close(number)
 
     def joint_steps(self, steps: int) -> None:
         """Every batch once an iteration, in a new random order; statistics are those of all of them."""
@@ -440,32 +582,22 @@ class Run:
             self.measure(self.final(self.batches[number].images))
             self.statistics.put(number, self.moments)
 
-    def open(self, number: int) -> None:
-        if number in self.batches:  # from the resume folder
-            return
-        images = start(self.options, self.request, self.groups[number]).to(self.device)
-        if self.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
-        self.batches[number] = self.batch_of(self.groups[number], images)
-
     def batch_of(self, indices: list[int], images: Tensor) -> Batch:
         o = self.options
         assert o.rate is not None
         return new_batch(images, indices, o.rate, o.scope == "sample")
 
     def close(self, number: int) -> None:
-        """Keep what the network will see of a batch, and drop the rest."""
-        with torch.no_grad():
-            batch = self.batches.pop(number)
-            self.finished[number] = self.final(batch.images).cpu().contiguous()
-            if self.options.keeps_distance:
+        batch = self.batches[number]
+        super().close(number)
+        if self.options.keeps_distance:
+            with torch.no_grad():
                 self.update_centres(batch)
 
     # One step
 
-    def advance(self, number: int) -> None:
-        """One optimisation step of one batch."""
-        o, batch = self.options, self.batches[number]
+    def improve(self, number: int, batch: Batch) -> Tensor:
+        o = self.options
         assert o.steps is not None
         rng = np.random.default_rng((self.request.seed, 2, batch.step, number))
         images = batch.images.detach().requires_grad_()
@@ -485,24 +617,7 @@ class Run:
             if o.scope == "set" and o.refresh:
                 self.measure(self.view(batch.images, rng))
                 self.statistics.put(number, self.moments)
-        self.check(value, batch.step)
-        self.report(float(value.detach().mean()))
-        if time.monotonic() > self.save_at:
-            self.save_state()
-
-    def check(self, loss: Tensor, step: int) -> None:
-        if not torch.isfinite(loss).all():
-            raise ModelError(
-                f"The loss of {self.request.spec.name} became {loss.sum().item()} at step {step}. "
-                "Lower the rate with -O rate=..."
-            )
-
-    def report(self, loss: float) -> None:
-        """Report one more step as progress, in images."""
-        assert self.options.steps is not None
-        self.made += 1
-        total = len(self.groups) * self.options.steps
-        self.request.tick(self.request.count * self.made / total, f"loss {loss:.4g}")
+        return value
 
     def view(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """What the network sees of the images at a step."""
@@ -514,7 +629,7 @@ class Run:
         return clip_straight_through(images, self.low, self.high) if o.clip else images
 
     def final(self, images: Tensor) -> Tensor:
-        """What is kept of the images: the pipeline without its randomness."""
+        """The pipeline without its randomness."""
         if self.options.pipeline == "smooth-augment":
             images = centre_crop(smooth(images), self.height, self.width)
         return images.clamp(self.low, self.high) if self.options.clip else images
@@ -661,59 +776,15 @@ class Run:
 
     # Interruptions
 
-    def key(self) -> str:
-        """What a state must agree on to be continued."""
-        spec = self.request.spec
-        parts = {
-            "options": dataclasses.asdict(self.options),
-            "seed": self.request.seed,
-            "count": self.request.count,
-            "spec": spec.model_dump(mode="json"),
-            "mean": [float(layer.mean0.double().sum()) for layer in self.network.layers],
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    def network_key(self) -> list[float]:
+        return [float(layer.mean0.double().sum()) for layer in self.network.layers]
 
-    def file(self) -> Path | None:
-        return None if self.request.resume is None else self.request.resume / "inversion.pt"
+    def state(self) -> dict[str, Any]:
+        return {"centres": dict(self.centres), "parts": self.statistics.parts, "sums": self.statistics.sums}
 
-    def save_state(self) -> None:
-        file = self.file()
-        if file is None:
-            return
-        began = time.monotonic()
-        state = {
-            "key": self.key(),
-            "finished": self.finished,
-            "batches": {n: {**b.tensors(), "step": b.step} for n, b in self.batches.items()},
-            "centres": {label: (mean, count) for label, (mean, count) in self.centres.items()},
-            "parts": self.statistics.parts,
-            "sums": self.statistics.sums,
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda partial: torch.save(state, partial))
-        now = time.monotonic()
-        # Large sets take long to write: at most a twentieth of the time goes into it.
-        self.save_at = now + max(SAVE_EVERY_S, 20 * (now - began))
-
-    def load_state(self) -> None:
-        file = self.file()
-        if file is None or not file.is_file():
-            return
-        try:
-            state = read_torch(file, self.device)
-            if state["key"] != self.key():
-                return
-            finished = {number: images.cpu() for number, images in state["finished"].items()}
-            batches = {
-                number: Batch(self.groups[number], **{n: values[n] for n in Batch.tensor_names()}, step=values["step"])
-                for number, values in state["batches"].items()
-            }
-            centres, parts, sums = state["centres"], state["parts"], state["sums"]
-        except (ModelError, KeyError, IndexError, TypeError, AttributeError):
-            return  # damaged: begin again
-        self.finished, self.centres = finished, centres
-        self.statistics.parts, self.statistics.sums = parts, sums
-        self.batches.update(batches)
+    def restore(self, state: dict[str, Any]) -> None:
+        centres, parts, sums = state["centres"], state["parts"], state["sums"]
+        self.centres, self.statistics.parts, self.statistics.sums = centres, parts, sums
 
 
 def image_moments(images: Tensor) -> Moments:

@@ -1,4 +1,7 @@
-"""Options of BatchNorm inversion: the axes along which its methods differ. Needs no torch."""
+"""Options of sources that optimise images, and the axes along which methods of BatchNorm inversion differ.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,44 @@ SMALL, BATCH_OF_SMALL = 96, 32
 
 
 @dataclass(frozen=True)
-class InversionOptions:
+class LoopOptions:
     """
     Values that are None depend on the budget, on other options or on the network; a run records what they came to.
 
     budget          quick, standard or paper (the published number of steps and schedule)
     steps           optimisation steps of every image
     batch           images that go through the network together
+    init            where images start: gaussian noise, uniform noise, or fractal pictures
+    rate            learning rate, in units of the normalised input
+    """
+
+    budget: Literal["quick", "standard", "paper"] = "quick"
+    steps: int | None = None
+    batch: int | None = None
+    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
+    rate: float | None = None
+
+    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def filled_in(self, classes: int | None) -> dict[str, Any]:
+        """What takes the place of None, by option.
+
+        classes   of the network, None where it has no class logits
+        """
+        return self.BUDGETS[self.budget]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.rate is not None and not self.rate > 0:
+            raise ValueError(f"rate is {self.rate}, but must be positive")
+
+
+@dataclass(frozen=True)
+class InversionOptions(LoopOptions):
+    """
     precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it
 
     scope           statistics of each sample, of each batch, or of the whole set
@@ -48,9 +82,7 @@ class InversionOptions:
     lower, upper    labels: cosine distances from the class's centre between which nothing is pushed
     distance_weight labels: weight of that distance; 0 leaves it out
 
-    init            where images start: gaussian noise, uniform noise, or fractal pictures
     optimizer       adam or radam
-    rate            learning rate, in units of the normalised input
     schedule        plateau, plateau-reset (as DGH: forgets the best loss at every cut), or cosine. The short budgets of
                     methods published with plateau take cosine: they end before a plateau shows, and the published rate
                     would leave its own noise in the images
@@ -60,9 +92,6 @@ class InversionOptions:
                     keeping what was measured before the step (the authors' code)
     """
 
-    budget: Literal["quick", "standard", "paper"] = "quick"
-    steps: int | None = None
-    batch: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     scope: Literal["sample", "batch", "set"] = "set"
@@ -90,22 +119,11 @@ class InversionOptions:
     upper: float | None = 0.8
     distance_weight: float = 1.0
 
-    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
     optimizer: Literal["adam", "radam"] = "adam"
-    rate: float | None = None
     schedule: Literal["plateau", "plateau-reset", "cosine"] | None = None
     patience: int | None = None
     factor: float = 0.1
     refresh: bool | None = False
-
-    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}
-
-    def filled_in(self, classes: int | None) -> dict[str, Any]:
-        """What takes the place of None, by option.
-
-        classes   of the network, None where it has no class logits
-        """
-        return self.BUDGETS[self.budget]
 
     @property
     def keeps_distance(self) -> bool:
@@ -115,12 +133,9 @@ class InversionOptions:
         return self.distance_weight > 0 and (self.lower > 0 or self.upper < 2)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
-        if self.rate is not None and not self.rate > 0:
-            raise ValueError(f"rate is {self.rate}, but must be positive")
+        super().__post_init__()
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}, but must be at least 1")
         if not 0 <= self.slack < 1:
             raise ValueError(f"slack is {self.slack}, but must lie in [0, 1)")
         if not 0 < self.enlarge <= 1:
@@ -137,7 +152,10 @@ class InversionOptions:
             raise ValueError("refresh is about the statistics of the whole set, which needs scope=set")
 
 
-Options = TypeVar("Options", bound=InversionOptions)
+# What `ovcalib sources` and the documentation show of an option.
+InversionOptions.__doc__ = f"{LoopOptions.__doc__}{InversionOptions.__doc__}"
+
+Options = TypeVar("Options", bound=LoopOptions)
 
 
 def resolve(options: Options, side: int, classes: int | None = None) -> Options:
@@ -150,7 +168,7 @@ def resolve(options: Options, side: int, classes: int | None = None) -> Options:
     filled = {name: value for name, value in values.items() if getattr(options, name) is None}
     if "batch" in filled and side <= SMALL:
         filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)
-    if options.extra_pixels is None:
+    if isinstance(options, InversionOptions) and options.extra_pixels is None:
         # 32 pixels at 224, as published; in proportion elsewhere.
         filled["extra_pixels"] = round(side / 7) if options.pipeline == "smooth-augment" else 0
     return dataclasses.replace(options, **filled)

@@ -37,6 +37,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"repvgg_{v}": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
     **{f"repvgg_{v}_deploy": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
+    "vit": ("vit:CifarViT", {"depth": 6, "width": 96, "heads": 3}),
 }
 
 # First eight digits of the checkpoint's SHA-256 and the hub's top-1 in per cent, CIFAR-10 then CIFAR-100.

@@ -72,8 +72,8 @@ def engine_run(net, name, count, steps=3, **options):
     spied = {}
 
     class Spy(GeneratorRun if name == "genie" else engine.Run):  # type: ignore[misc]
-        def __post_init__(self) -> None:
-            super().__post_init__()
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
             self.values: list[torch.Tensor] = []
             spied["run"] = self
 
