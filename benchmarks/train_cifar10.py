@@ -3,9 +3,10 @@
     python benchmarks/train_cifar10.py resnet20-cifar10 --train imagefolder:cifar10-jpeg/train \
         --test imagefolder:cifar10-jpeg/test -o runs/resnet20
 
-SGD with Nesterov momentum (AdamW for transformers: `--optimizer adamw --lr 0.001 --weight-decay 0.05`), one-epoch warm-up and a cosine to zero, random crop and flip; bfloat16
+SGD with Nesterov momentum, one-epoch warm-up and a cosine to zero, random crop and flip; bfloat16
 autocast and channels-last, which on a CPU with AVX512-BF16 take half the time of float32. `--sizes` shows the
-first epochs smaller images (progressive resizing), which cost a quarter at half the side. Every
+first epochs smaller images (progressive resizing), which cost a quarter at half the side. Transformers take AdamW:
+`--optimizer adamw --lr 0.001 --weight-decay 0.05`. Every
 epoch draws its order and augmentation from (seed, epoch), so a run that is stopped and started
 again continues exactly where it would have been. The last epoch is the result: nothing is chosen
 on the test set, which is read once, at the end. To choose an option, compare runs with `--holdout`.

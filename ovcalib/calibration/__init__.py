@@ -34,6 +34,7 @@ SOURCES = Registry(
         "gdfq": "ovcalib.calibration.gdfq",
         "acq": "ovcalib.calibration.acq",
         "fdda": "ovcalib.calibration.fdda",
+        "patch-similarity": "ovcalib.calibration.patch_similarity",
         "stylegan2-ada": "ovcalib.calibration.stylegan2_ada",
         "distylegan": "ovcalib.calibration.distylegan",
     },

@@ -53,7 +53,7 @@ def find_layers(module: nn.Module, name: str) -> list[Layer]:
         raise ModelError(
             f"{name} has no BatchNorm layer with stored statistics, so there is nothing to invert: they are folded "
             "into the convolutions (deployed RepVGG, ONNX), or the network has none (ViT, ConvNeXt). Give the model in "
-            "its training form, or calibrate with fractal or real:DATA."
+            "its training form, or calibrate with patch-similarity (ViT), fractal or real:DATA."
         )
     if never_trained(module):
         raise ModelError(

@@ -20,6 +20,7 @@ from ovcalib.errors import ModelError, UsageError
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
 from ovcalib.records.calibration import Provenance, SetScore
+from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import CalibrationOptions
 
 if TYPE_CHECKING:
@@ -42,21 +43,40 @@ def resolve_calibration(
     calib = options.calib
     warnings: tuple[str, ...] = ()
     if calib is None:
-        obstacle = model.obstacle or inversion_obstacle(model.module, model.spec.name) or few_statistics(model)
-        calib = "fractal" if obstacle else "bn-inversion"
+        known = model.obstacle or few_statistics(model)
+        calib, obstacle = default_source(model.module, model.spec, known)
         if obstacle:
             if options.options:
                 given = ", ".join(f"-O {key}={value}" for key, value in options.options.items())
                 raise UsageError(
                     f"{given}: options of which source? None was named, and the usual bn-inversion is not possible: "
-                    f"{obstacle.removesuffix('.')}. Pass `calib`, for example `calib=fractal`, with options of that "
+                    f"{obstacle.removesuffix('.')}. Pass `calib`, for example `calib={calib}`, with options of that "
                     "source."
                 )
-            warnings = (f"calibrated with fractal instead of bn-inversion: {obstacle}",)
-            progress.say(warnings[0])
+            if calib == "fractal":
+                warnings = (f"calibrated with fractal instead of bn-inversion: {obstacle}",)
+                progress.say(warnings[0])
     open_source(calib, model.spec, model.module, options.options)
     count = options.num_samples if options.num_samples is not None else images_wanted(calib, model.spec)
     return options.model_copy(update={"calib": calib, "num_samples": count}), warnings
+
+
+def default_source(
+    module: nn.Module | None, spec: ModelSpec, obstacle: str | None = None
+) -> tuple[str, str | None]:
+    """The source for a model for which none was named, and why it is not bn-inversion, if it is not.
+
+    obstacle   to inverting it, that is known beforehand
+    """
+    obstacle = obstacle or inversion_obstacle(module, spec.name)
+    if obstacle is None:
+        return "bn-inversion", None
+    if module is not None:
+        from ovcalib.calibration.attention_taps import has_attention
+
+        if has_attention(module, spec.input_shape):
+            return "patch-similarity", obstacle
+    return "fractal", obstacle
 
 
 def inversion_obstacle(module: nn.Module | None, name: str) -> str | None:

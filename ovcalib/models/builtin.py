@@ -1,7 +1,7 @@
 """The built-in CIFAR networks: their table, which needs no torch, and their construction.
 
 Architectures, parameter names and input normalisation are those of the public hub
-`chenyaofo/pytorch-cifar-models`, so that its checkpoints load with strict=True. A name with
+`chenyaofo/pytorch-cifar-models`, so that its checkpoints load with strict=True; `vit` is our own. A name with
 `_deploy` is RepVGG in re-parameterised form; it takes the weights of the training form.
 """
 
@@ -37,7 +37,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"repvgg_{v}": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
     **{f"repvgg_{v}_deploy": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
-    "vit": ("vit:CifarViT", {"depth": 6, "width": 96, "heads": 3}),
+    "vit": ("vit:CifarViT", {"depth": 6, "width": 96, "heads": 3}),  # ours, for CIFAR-10 alone
 }
 
 # First eight digits of the checkpoint's SHA-256 and the hub's top-1 in per cent, CIFAR-10 then CIFAR-100.
@@ -85,7 +85,9 @@ PREPROCESSING = {
     ),
 }  # fmt: skip
 
-NAMES = tuple(f"{network}-{dataset}" for dataset in CLASSES for network in NETWORKS)
+NAMES = tuple(
+    f"{network}-{dataset}" for dataset in CLASSES for network in NETWORKS if (network, dataset) != ("vit", "cifar100")
+)
 
 
 def shipped_weights(name: str) -> Traversable | None:
@@ -114,6 +116,10 @@ def weights_of(name: str, origin: str | None) -> Weights:
         raise UsageError(
             f"No weights are shipped for {name!r}. Pass `weights=FILE`, or `weights=published` to download the "
             f"checkpoint of {HUB}."
+        )
+    if network not in PUBLISHED:
+        raise UsageError(
+            f"No weights of {name!r} are published. Leave out `weights` for the shipped ones, or pass a file."
         )
     digest, percent = PUBLISHED[network][0 if dataset == "cifar10" else 1]
     family = (

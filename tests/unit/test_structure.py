@@ -27,10 +27,11 @@ HEAVY = {
 }
 # Files that are themselves reached only when torch is wanted.
 LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mobilenetv2.py",
-        "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py", "ovcalib/models/graph_module.py", "ovcalib/models/detectors.py",
+        "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py", "ovcalib/models/vit.py",
+        "ovcalib/models/graph_module.py", "ovcalib/models/detectors.py",
         *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
-                                                        "genie_generator", "generator_training", "bfloat16",
-                                                        "parallel"))}  # fmt: skip
+                                                        "genie_generator", "generator_training", "bfloat16", "parallel",
+                                                        "attention_taps", "patch_losses", "patch_run"))}  # fmt: skip
 FILES = sorted(
     p.relative_to(ROOT).as_posix()
     for folder in ("ovcalib", "export", "gan")
