@@ -109,7 +109,8 @@ def quantize(
                 torch module, which stays as it is
     output      folder, written when all is done; None writes nothing
     calib       a calibration source (`ovcalib.sources()`); or the images: a calibration set, an array, a torch Dataset
-                or DataLoader, see ovcalib.data.objects. None: bn-inversion, or fractal without BatchNorm
+                or DataLoader, see ovcalib.data.objects. None: bn-inversion; without BatchNorm
+                patch-similarity, and without attention fractal
     eval        images that the result is measured on: imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE;
                 or the images, with their labels. None: agreement on calibration images
     overwrite   replace an earlier result in that folder

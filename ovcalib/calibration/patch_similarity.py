@@ -44,7 +44,7 @@ class Options(LoopOptions):
     tv_weight: float = 0.05
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 80, "batch": 8},
+        "quick": {"steps": 20, "batch": 8},
         "standard": {"steps": 300, "batch": 16},
         "paper": {"steps": 1000, "batch": 32},
     }

@@ -132,7 +132,9 @@ class CalibrationOptions(Frozen):
 
     calib: Annotated[
         str | None,
-        Shown(metavar="SOURCE", default="bn-inversion, or fractal where the model has no BatchNorm"),
+        Shown(
+            metavar="SOURCE", default="bn-inversion; without BatchNorm patch-similarity, and without attention fractal"
+        ),
     ] = Field(default=None, description="Calibration source; see `ovcalib sources`.")
     num_samples: Annotated[int | None, Shown(metavar="N", default="300; fewer for expensive sources")] = Field(
         default=None, ge=1, le=MAX_IMAGES, description="Calibration images (never batches)."

@@ -16,6 +16,11 @@ from ovcalib.calibration.inversion_options import resolve
 from ovcalib.calibration.make import default_source
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError
+<<<<<<< HEAD
+=======
+from ovcalib.models.load import Model
+from ovcalib.models.vit import CifarViT
+>>>>>>> 1df358e (patch-similarity: documentation, and the default's description)
 from ovcalib.records.model import ModelSpec, Weights
 from ovcalib.records.preprocessing import Preprocessing
 from tests.toy import ToyNet
@@ -304,13 +309,23 @@ def test_two_rounds_warm_up_and_end_at_zero() -> None:
 
 
 def test_the_entropy_rises_and_the_class_is_seen() -> None:
-    net = small()
-    net.head.weight *= 20  # so that classes can be told apart
-    made = generate("patch-similarity", request(net), {"steps": "60", "batch": "4"})
-    found, start = torch.from_numpy(made.images), images(4)
+    torch.manual_seed(0)
+    net = CifarViT(depth=2, width=32, heads=2, num_classes=CLASSES).eval().requires_grad_(False)
+    # So that images differ in the attention and in their class.
+    for name, weight in net.named_parameters():
+        if name.endswith("bias"):
+            weight.zero_()
+        for part, factor in (("patches", 2), ("qkv", 3), ("head", 5)):
+            weight.mul_(factor if part in name else 1)
+    preprocessing = SPEC.preprocessing.model_copy(update={"height": 32, "width": 32})
+    spec = SPEC.model_copy(update={"input_shape": (3, 32, 32), "preprocessing": preprocessing})
+    made = generate("patch-similarity", dataclasses.replace(request(net), spec=spec), {"steps": "40", "batch": "4"})
+    found, start = torch.from_numpy(made.images), images(4, 32)
 
     def entropy(x):
-        return patch_losses.patch_entropy(attended(net, x)[1][0], SIDE, SIDE, 0.01)
+        blocks = attended(net, x)[1]
+        assert len(blocks) == 2
+        return torch.stack([patch_losses.patch_entropy(block, 32, 32, 0.01) for block in blocks]).sum(0)
 
     assert (entropy(found) > entropy(start) + 0.1).all()
     assert net(found).argmax(1).tolist() == made.labels.tolist() == [0, 1, 2, 3]

@@ -91,11 +91,19 @@ def keeps_state(name):
     return "steps" in options_of(name)
 
 
+class Net(ToyNet):
+    """With attention between the positions of its last maps."""
+
+    def forward(self, x):
+        tokens = self.top(self.down(self.block(self.stem(x)))).flatten(2).mT
+        return self.fc(torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).mean(1))
+
+
 @pytest.fixture(scope="module")
 def module():
     """A network with the classes of SPEC and statistics of some images, as training would leave them."""
     torch.manual_seed(0)
-    net = ToyNet()
+    net = Net()
     net.fc = torch.nn.Linear(16, SPEC.num_classes)
     for layer in net.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
