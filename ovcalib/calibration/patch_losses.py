@@ -71,9 +71,8 @@ def patch_entropy(attended: Tensor, height: int, width: int, bandwidth: float) -
     attended        softmax(QK^T)V, averaged over heads, [N, windows, tokens, D]
     height, width   of the image, pixels
     """
-    return differential_entropy(
-        similarities(attended[:, :, extra_tokens(attended.shape[2], height, width) :]), bandwidth
-    )
+    patches = attended[:, :, extra_tokens(attended.shape[2], height, width) :]
+    return differential_entropy(similarities(patches), bandwidth)
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Small(nn.Module):
         self.extra = nn.Parameter(torch.randn(1, extra, width))
         self.positions = nn.Parameter(torch.randn(1, extra + 16, width))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        nn.init.normal_(self.attention.out_proj.bias)  # zero in a new one
         self.drop, self.softmax = nn.Dropout(0.3), nn.Softmax(-1)
         self.head = nn.Linear(width, CLASSES)
 
@@ -67,7 +68,7 @@ class Small(nn.Module):
             if self.way == "operator":
                 mixed = self.drop(self.softmax(scores)) @ v
             elif self.way == "method":
-                mixed = scores.softmax(dim=-1).type_as(v).matmul(v)
+                mixed = scores.double().softmax(dim=-1).type_as(v).matmul(v)
             elif self.way == "einsum":
                 mixed = torch.einsum("bhij,bhjd->bhid", torch.softmax(scores, -1), v)
         return self.attention.out_proj(mixed.transpose(1, 2).flatten(2))
