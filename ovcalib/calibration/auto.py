@@ -17,7 +17,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovcalib.calibration.make import inversion_obstacle
+from ovcalib.calibration.make import default_source
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Generated, Request, open_source
 from ovcalib.calibration.sources import generate as generate_set
@@ -69,7 +69,8 @@ def parts(argument: str) -> tuple[str, ...]:
 
 def usual_candidates(request: Request) -> tuple[str, ...]:
     """The sources that need nothing but this model."""
-    found = ["bn-inversion", "dgh"] if inversion_obstacle(request.module, request.spec.name) is None else []
+    usual, _ = default_source(request.module, request.spec)
+    found = {"bn-inversion": ["bn-inversion", "dgh"], "fractal": []}.get(usual, [usual])
     if request.spec.input_shape == (3, 32, 32) and request.spec.num_classes == 10:
         found.append("distylegan")
     return (*found, "fractal")

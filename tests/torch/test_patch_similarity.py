@@ -12,15 +12,12 @@ from torch.nn import functional as F
 
 from ovcalib.calibration import SOURCES, patch_losses, patch_run
 from ovcalib.calibration.attention_taps import attended, has_attention
+from ovcalib.calibration.auto import usual_candidates
 from ovcalib.calibration.inversion_options import resolve
 from ovcalib.calibration.make import default_source
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError
-<<<<<<< HEAD
-=======
-from ovcalib.models.load import Model
 from ovcalib.models.vit import CifarViT
->>>>>>> 1df358e (patch-similarity: documentation, and the default's description)
 from ovcalib.records.model import ModelSpec, Weights
 from ovcalib.records.preprocessing import Preprocessing
 from tests.toy import ToyNet
@@ -361,6 +358,7 @@ def test_a_network_without_attention_is_refused_with_what_to_do() -> None:
 
 def test_the_default_is_by_what_the_network_has() -> None:
     assert default_source(small(), SPEC)[0] == "patch-similarity"
+    assert usual_candidates(request(small())) == ("patch-similarity", "fractal")
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
     source, why = default_source(plain, SPEC)
     assert source == "fractal"
