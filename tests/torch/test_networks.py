@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from ovcalib.errors import UsageError
 from ovcalib.models import builtin
 from ovcalib.models.repvgg import reparameterise
 from ovcalib.models.weights import read_safetensors, save_state_dict
 
-NETWORKS = [name for name in builtin.NETWORKS if not name.endswith("_deploy")]
+NETWORKS = list(builtin.PUBLISHED)
 # Channels are large and activations saturate under the filling rule, so float32 noise grows more in some.
 TOLERANCE = {"mobilenetv2_x0_5": 1e-3, "mobilenetv2_x1_4": 1e-3}
 REFERENCE = ["resnet20", "resnet56", "vgg11_bn", "vgg16_bn", "mobilenetv2_x0_5", "mobilenetv2_x1_4",
@@ -94,3 +95,13 @@ def test_the_bytes_of_a_safetensors_file_depend_on_its_content_alone(tmp_path) -
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_the_vit_keeps_its_shape_on_smaller_images_and_has_shipped_weights_alone() -> None:
+    with torch.no_grad():
+        net = builtin.build("vit-cifar10").eval()
+        assert net(torch.zeros(2, 3, 32, 32)).shape == net(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+    assert builtin.default_weights("vit-cifar10").origin == "shipped"
+    assert "vit-cifar100" not in builtin.NAMES
+    with pytest.raises(UsageError, match="No weights of 'vit-cifar10' are published"):
+        builtin.weights_of("vit-cifar10", "published")

@@ -95,7 +95,7 @@ class Net(ToyNet):
     """With attention between the positions of its last maps."""
 
     def forward(self, x):
-        tokens = self.top(self.down(self.block(self.stem(x)))).flatten(2).mT
+        tokens = self.top(self.down(self.block(self.stem(x)))).flatten(2).transpose(1, 2)
         return self.fc(torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).mean(1))
 
 
