@@ -30,7 +30,7 @@ class LoopOptions:
     budget: Literal["quick", "standard", "paper"] = "quick"
     steps: int | None = None
     batch: int | None = None
-    init: Literal["gaussian", "uniform", "fractal"] = "gaussian"
+    init: Literal["gaussian", "uniform", "fractal"] | None = "gaussian"
     rate: float | None = None
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -243,7 +243,7 @@ def request(net, count=4, **given):
 
 
 def run_of(net, **options):
-    given = resolve(SOURCES["patch-similarity"].Options(batch=2, rate=0.2, **options), SIDE)
+    given = resolve(SOURCES["patch-similarity"].Options(budget="paper", batch=2, rate=0.2, **options), SIDE)
     return patch_run.PatchRun(request(net), given, net, torch.arange(4) % CLASSES, torch.device("cpu"))
 
 
@@ -317,7 +317,11 @@ def test_the_entropy_rises_and_the_class_is_seen() -> None:
             weight.mul_(factor if part in name else 1)
     preprocessing = SPEC.preprocessing.model_copy(update={"height": 32, "width": 32})
     spec = SPEC.model_copy(update={"input_shape": (3, 32, 32), "preprocessing": preprocessing})
-    made = generate("patch-similarity", dataclasses.replace(request(net), spec=spec), {"steps": "40", "batch": "4"})
+    made = generate(
+        "patch-similarity",
+        dataclasses.replace(request(net), spec=spec),
+        {"budget": "paper", "steps": "40", "batch": "4"},
+    )
     found, start = torch.from_numpy(made.images), images(4, 32)
 
     def entropy(x):
@@ -335,7 +339,7 @@ def test_the_entropy_rises_and_the_class_is_seen() -> None:
 def test_windows_take_the_published_rate_of_swin() -> None:
     torchvision = pytest.importorskip("torchvision")
     net = torchvision.models.SwinTransformer([4, 4], 12, [2], [3], [2, 2], num_classes=CLASSES).eval()
-    made = generate("patch-similarity", request(net, 1), {"steps": "1", "batch": "1"})
+    made = generate("patch-similarity", request(net, 1), {"budget": "paper", "steps": "1", "batch": "1"})
     assert made.provenance.options["rate"] == 0.25
 
 
