@@ -240,19 +240,25 @@ def input_moments(
     """
     infer = Inference(graph)
     sums = [np.zeros((len(r.exact), r.exact.shape[-1])) for r in roundings]
-    # Products are summed in float32, which is faster; the errors are far below any damping.
+    # Products are summed in float32, which is faster; the errors are far below any damping. That takes inputs without
+    # the mean of the first image: where inputs hardly vary, their mean would leave nothing of the differences.
     products = [np.zeros((*total.shape, total.shape[-1]), np.float32) for total in sums]
+    origins = [np.zeros((len(total), 1, total.shape[-1]), np.float32) for total in sums]
     counts = [0] * len(roundings)
     for image in images:
         for i, (rounding, x) in enumerate(zip(roundings, infer(image), strict=True)):
             rows = rounding.rows(x, rng)
+            if not counts[i]:
+                origins[i] = rows.mean(1, keepdims=True)
+            rows = rows - origins[i]
             counts[i] += rows.shape[1]
             sums[i] += rows.sum(1, dtype=np.float64)
             products[i] += rows.transpose(0, 2, 1) @ rows
     found = []
-    for count, total, product in zip(counts, sums, products, strict=True):
+    for count, total, product, origin in zip(counts, sums, products, origins, strict=True):
         mean = total / count
-        found.append(Moments(mean, product.astype(np.float64) / count - mean[..., :, None] * mean[..., None, :]))
+        covariance = product.astype(np.float64) / count - mean[..., :, None] * mean[..., None, :]
+        found.append(Moments(mean + origin[:, 0], covariance))
     return found
 
 

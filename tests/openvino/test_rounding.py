@@ -273,6 +273,17 @@ def test_moments_are_those_of_all_rows(rng, kind) -> None:
         np.testing.assert_allclose(found, np.cov(group.T, bias=True), atol=1e-5)
 
 
+def test_moments_of_inputs_that_hardly_vary_have_a_root(rng) -> None:
+    """The logits of near-equal images: in float32, 100 squared leaves nothing of differences of a thousandth."""
+    layer = understood(*one_layer(rng, "matmul"))
+    images = [100 + 1e-3 * x for x in pictures(rng)]
+    given = ops.parameter(images[0].shape, np.float32)
+    (moments,) = input_moments(ov.Model([given], [given]), [layer], images, rng)
+    rows = np.concatenate([layer.rows(x, rng) for x in images], 1).astype(np.float64)[0]
+    np.testing.assert_allclose(moments.covariance[0], np.cov(rows.T, bias=True), rtol=0.02, atol=1e-8)
+    rescaled_rounding(layer.exact, layer.scale, moments.covariance, 127)
+
+
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul", "matmul turned"])
 def test_what_is_written_is_read_again(rng, kind) -> None:
     fp32, int8 = one_layer(rng, kind)
