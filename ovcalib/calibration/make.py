@@ -61,9 +61,7 @@ def resolve_calibration(
     return options.model_copy(update={"calib": calib, "num_samples": count}), warnings
 
 
-def default_source(
-    module: nn.Module | None, spec: ModelSpec, obstacle: str | None = None
-) -> tuple[str, str | None]:
+def default_source(module: nn.Module | None, spec: ModelSpec, obstacle: str | None = None) -> tuple[str, str | None]:
     """The source for a model for which none was named, and why it is not bn-inversion, if it is not.
 
     obstacle   to inverting it, that is known beforehand
