@@ -70,7 +70,7 @@ def parts(argument: str) -> tuple[str, ...]:
 def usual_candidates(request: Request) -> tuple[str, ...]:
     """The sources that need nothing but this model."""
     usual, _ = default_source(request.module, request.spec)
-    found = {"bn-inversion": ["bn-inversion", "dgh"], "fractal": []}.get(usual, [usual])
+    found = [] if usual == "fractal" else [usual]
     if request.spec.input_shape == (3, 32, 32) and request.spec.num_classes == 10:
         found.append("distylegan")
     return (*found, "fractal")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 
 import openvino as ov
 
 from ovcalib.calibration.make import make_set, resolve_calibration
+from ovcalib.errors import MissingDependencyError, require_installed
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import quantize_graph
@@ -21,7 +21,11 @@ NOT_INSTALLED = "No new quantization was tried: NNCF or scipy is not installed h
 
 
 def can_quantize() -> bool:
-    return all(find_spec(name) is not None for name in ("nncf", "scipy"))
+    try:
+        require_installed(("nncf", "scipy"), "Quantization")
+    except MissingDependencyError:
+        return False
+    return True
 
 
 def try_remedies(

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ovcalib.data.sets import imagenet_names
-from ovcalib.errors import ModelError, UnknownNameError, UsageError, brief, excerpt, require
+from ovcalib.errors import (
+    MissingDependencyError,
+    ModelError,
+    UnknownNameError,
+    UsageError,
+    brief,
+    excerpt,
+    require,
+    require_installed,
+)
 from ovcalib.models import builtin
 from ovcalib.models.copies import private_copy
 from ovcalib.models.weights import apply_state_dict, download, load_state_dict, never_trained, unreachable
@@ -96,7 +105,10 @@ def with_statistics(model: Model) -> Model:
     """The model, where it is a file with the torch module that its BatchNorm layers can be inverted in, or why not."""
     if model.file is None or model.module is not None:
         return model
-    require("torch", "quantize", "Calibration")
+    try:
+        require_installed(["torch"], "Inverting the BatchNorm layers of a file")
+    except MissingDependencyError as error:
+        return replace(model, obstacle=str(error).removesuffix("."))
     from ovcalib.graph.files import batch_one
     from ovcalib.models.graph_module import read_module
 
