@@ -46,7 +46,6 @@ KEY = ("arm", "seed", "bits", "rounding")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
-    parser.add_argument("--weights")
     parser.add_argument("--eval", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--count", type=int, default=64)
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated"], default=["nearest"])
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    given = {"weights": args.weights, **about(args)}
+    given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {tuple(cell[name] for name in KEY) for cell in cells}
     model = ovcalib.load_model(args.model, **given)
