@@ -730,7 +730,7 @@ def test_what_cannot_be_trained_against_is_refused(net, photographs, name) -> No
     with pytest.raises(ModelError, match="net has no class logits"):
         generate(reference, dataclasses.replace(no_classes, spec=spec))
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
-    with pytest.raises(ModelError, match="calibrate with fractal or real:DATA"):
+    with pytest.raises(ModelError, match=r"calibrate with patch-similarity \(ViT\), fractal or real:DATA"):
         generate(reference, asked(plain))
 
 

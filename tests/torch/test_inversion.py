@@ -625,7 +625,7 @@ def trained(norm):
 
 @pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 8), nn.BatchNorm2d(8, track_running_stats=False)])
 def test_networks_without_stored_statistics_are_refused_with_a_way_out(norm) -> None:
-    with pytest.raises(ModelError, match="calibrate with fractal or real:DATA"):
+    with pytest.raises(ModelError, match=r"calibrate with patch-similarity \(ViT\), fractal or real:DATA"):
         find_layers(net_with(norm), "net")
 
 
