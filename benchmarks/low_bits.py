@@ -37,7 +37,7 @@ from ovcalib.quantization.bias_correction import correct_biases
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.rounding import compensated
-from ovcalib.quantization.settings import Settings, has_attention
+from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "rounding")
@@ -95,7 +95,7 @@ def quantized(fp32: Any, made: CalibrationSet, args: argparse.Namespace, bits: s
     """The simulated graph of one cell."""
     weights, activations = map(int, bits.split("/"))
     parts = split(made)
-    settings = Settings(overflow_fix="disable", bias_correction="none", transformer=has_attention(fp32))
+    settings = Settings(overflow_fix="disable", bias_correction="none")
     int8 = quantize_default(fp32, parts.ranges, settings)
     fitted = parts.corrections.inputs()
     graph = simulate(fp32, int8, Bits(weights, activations, args.edges, args.ranges), parts.ranges.inputs())
