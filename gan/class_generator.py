@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Sides up to which images are small: CIFAR's form has been used with 32 pixels, ImageNet's with 224.
-SMALL = 96
 EPS = 0.8
 SLOPE = 0.2
 # What the other positions share in the map that tells a large generator its own (ACQ does not say how much).
@@ -152,8 +150,8 @@ class LargeGenerator(ClassGenerator):
 
 
 def class_generator(
-    shape: tuple[int, int, int], classes: int, latent: int, width: int, grid: Grid | None
+    shape: tuple[int, int, int], classes: int, latent: int, width: int, grid: Grid | None, small: bool
 ) -> ClassGenerator:
-    """The form for the size of the images; arguments are those of `ClassGenerator`."""
-    form = SmallGenerator if min(shape[1:]) <= SMALL else LargeGenerator
+    """The form for small images, or that for large ones; the other arguments are those of `ClassGenerator`."""
+    form = SmallGenerator if small else LargeGenerator
     return form(shape, classes, latent, width, grid)

@@ -24,14 +24,12 @@ from ovcalib.calibration.sources import generate as generate_set
 from ovcalib.calibration.sources import images_wanted as wanted_of
 from ovcalib.errors import UsageError
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.graph.editing import before_softmax
-from ovcalib.kernels import without_saturation
 from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.selection import compared_outputs
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.calibration import Trial
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.runtime import outputs_of
 
 NEEDS = frozenset({"optional argument"})
 ARGUMENT = "SOURCE,SOURCE"
@@ -92,11 +90,11 @@ def errors_on_each_other(graph: ov.Model, sets: Sequence[CalibrationSet]) -> NDA
     inputs = [s.inputs(first=len(s) // 2) for s in sets]
     bounds = np.cumsum([len(part) for part in inputs])[:-1]
     everything = list(chain.from_iterable(inputs))
-    reference = np.split(outputs_of(before_softmax(graph), everything), bounds)
+    reference = np.split(compared_outputs(graph, everything), bounds)
     errors = np.empty((len(sets), len(sets)))
     for i, own in enumerate(sets):
         int8 = quantize_default(graph, own.subset(range(len(own) // 2)), settings)
-        outputs = np.split(outputs_of(without_saturation(before_softmax(int8)), everything), bounds)
+        outputs = np.split(compared_outputs(int8, everything), bounds)
         errors[i] = [nmse(expected, found) for expected, found in zip(reference, outputs, strict=True)]
     return errors
 

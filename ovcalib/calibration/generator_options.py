@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-# Sides up to which the published settings for CIFAR hold, and beyond those for ImageNet.
-SMALL = 96
+from ovcalib.calibration.inversion_options import SMALL
+
 # At the published rate a few hundred steps hardly reach the classes.
 SHORT = {"rate": 5e-3, "schedule": "cosine"}
 

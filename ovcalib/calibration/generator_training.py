@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from ovcalib.calibration import bn_losses
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.generator_options import Options, resolve
-from ovcalib.calibration.network_outputs import last_map_kept, network_outputs
+from ovcalib.calibration.inversion_options import SMALL
+from ovcalib.calibration.network_outputs import frozen, last_map_kept, network_outputs
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import ModelError, UsageError
 from ovcalib.gan.class_generator import ClassGenerator, Grid, class_generator
@@ -118,10 +119,7 @@ class Training(Generic[Options]):
             raise ModelError(f"{spec.name} has no class logits, which this method needs. Use dgh or bn-inversion.")
         self.request, self.classes = request, spec.num_classes
         self.options: Options = resolve(options, min(spec.input_shape[1:]), spec.num_classes)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module = module.to(self.device).eval().requires_grad_(False)
-        if self.device.type == "cpu":
-            module = module.to(memory_format=torch.channels_last)
+        module, self.device = frozen(module)
         self.network = FrozenNetwork(module, spec.name)
         grid = self.network.grid(spec.input_shape) if positions else None
         o = self.options
@@ -129,7 +127,8 @@ class Training(Generic[Options]):
         assert o.rate is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(step_seed(request.seed, 0, INITIAL))
-            generator = class_generator(spec.input_shape, self.classes, o.latent, o.width, grid)
+            small = min(spec.input_shape[1:]) <= SMALL
+            generator = class_generator(spec.input_shape, self.classes, o.latent, o.width, grid, small)
         self.generator: ClassGenerator = generator.to(self.device).to(memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.generator.parameters(), o.rate, betas=(0.5, 0.999))
         self.step, self.between_steps, self.save_at = 0, True, time.monotonic() + SAVE_EVERY_S
@@ -217,9 +216,9 @@ class Training(Generic[Options]):
         """Classes for a batch, int64 [count or train_batch]."""
         return torch.randint(self.classes, (count or self.batch,), generator=draws).to(self.device)
 
-    def latents(self, draws: torch.Generator, count: int | None = None) -> Tensor:
-        """Latent vectors for a batch, [count or train_batch, latent]."""
-        return torch.randn(count or self.batch, self.options.latent, generator=draws).to(self.device)
+    def latents(self, draws: torch.Generator) -> Tensor:
+        """Latent vectors for a batch, [train_batch, latent]."""
+        return torch.randn(self.batch, self.options.latent, generator=draws).to(self.device)
 
     def positions(self, draws: torch.Generator, count: int | None = None) -> Tensor:
         """Positions for a batch, int64 [count or train_batch]."""

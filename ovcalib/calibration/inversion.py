@@ -34,7 +34,7 @@ from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration.bfloat16 import bfloat16_is_fast
 from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, large_blocks_kept
 from ovcalib.calibration.inversion_options import InversionOptions, LoopOptions, resolve
-from ovcalib.calibration.network_outputs import flat_outputs
+from ovcalib.calibration.network_outputs import flat_outputs, frozen
 from ovcalib.calibration.parallel import Network, on_all_cores
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import ModelError
@@ -60,10 +60,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     """
     assert request.module is not None
     options = resolve(options, min(request.spec.input_shape[1:]), request.spec.num_classes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = request.module.to(device).eval().requires_grad_(False)
-    if device.type == "cpu":
-        module = module.to(memory_format=torch.channels_last)
+    module, device = frozen(request.module)
     find_layers(module, request.spec.name)  # refuses
     if options.precision == "auto":
         options = dataclasses.replace(options, precision="bf16" if bfloat16_is_fast(device) else "fp32")

@@ -15,6 +15,7 @@ from ovcalib.calibration.attention_taps import attended, no_attention
 from ovcalib.calibration.bn_taps import large_blocks_kept
 from ovcalib.calibration.inversion import Batch, Loop, descend
 from ovcalib.calibration.inversion_options import resolve
+from ovcalib.calibration.network_outputs import frozen
 from ovcalib.calibration.patch_losses import patch_entropy, total_variation
 from ovcalib.calibration.sources import Generated, Request
 
@@ -36,8 +37,7 @@ def optimise(request: Request, options: Options) -> Generated:
     """
     assert request.module is not None
     spec = request.spec
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = request.module.to(device).eval().requires_grad_(False)
+    module, device = frozen(request.module)
     with torch.no_grad():
         _, found = attended(module, torch.zeros(1, *spec.input_shape, device=device))
     if not found:

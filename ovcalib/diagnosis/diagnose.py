@@ -266,12 +266,13 @@ class Search:
         self.metric: Metric = "nmse"
         if classification:
             self.metric = "agreement" if self.reference.labels is None else "top1"
+        self.of_fp32 = self.metrics(self.reference)
+        self.goal = self.value(self.of_fp32) - options.max_drop
 
     def run(self, worst: Sequence[str]) -> dict[str, Any]:
         """The fields of Diagnosis about candidates; `worst` lists all operations, most harmful first."""
         models = {"fp32": self.fp32, "int8": self.quantized}
-        measured = {"fp32": self.measure(self.fp32), "int8": self.measure(self.quantized)}
-        self.goal = self.value(measured["fp32"]) - self.options.max_drop
+        measured = {"fp32": self.of_fp32, "int8": self.measure(self.quantized)}
         sizes: list[int] = []
         count = 1
         with self.progress.task("giving operations their precision back", len(worst)) as tick:
@@ -320,7 +321,9 @@ class Search:
         return -value if self.metric == "nmse" else value
 
     def measure(self, graph: ov.Model) -> Metrics:
-        outputs: Outputs = collect(OpenVINORunner(graph), self.items)
+        return self.metrics(collect(OpenVINORunner(graph), self.items))
+
+    def metrics(self, outputs: Outputs) -> Metrics:
         labels = self.reference.labels if self.classification else None
         error = nmse(self.reference.values, outputs.values)
         return Metrics(

@@ -35,16 +35,17 @@ def agreement(
     task    decides what besides the output error means something: the class of logits, the classes of pixels
     ports   the outputs, to compare each of them
     """
-    names = [other.by_name(ports), reference.by_name(ports)]
+    expected, found = reference.by_name(ports), other.by_name(ports)
     outputs = tuple(
         OutputAgreement(
             name=port.name,
             shape=port.shape,
-            nmse=finite(nmse(expected, found)),
-            pixels=same_pixels(expected, found) if task == "segmentation" and is_class_map(port.shape) else None,
+            nmse=finite(nmse(expected[port.name], found[port.name])),
+            pixels=same_pixels(expected[port.name], found[port.name])
+            if task == "segmentation" and is_class_map(port.shape)
+            else None,
         )
         for port in ports
-        for found, expected in [[values[port.name] for values in names]]
     )
     return Agreement(
         count=len(reference),

@@ -354,8 +354,7 @@ def _from_file(reference: str, options: ModelOptions) -> Model:
     shapes = [tuple(d.get_length() if d.is_static else 0 for d in port.get_partial_shape()) for port in heads.outputs]
     last = heads.outputs[0].get_node().input_value(0).get_node()
     softmax = last.get_type_name() == "Softmax" and last.get_attributes()["axis"] in (1, -3)
-    task, classes = _task_of(shapes, softmax, options.task if detector is None else "dense", reference)
-    task = task if detector is None else "detection"
+    task, classes = _task_of(shapes, softmax, options.task if detector is None else "detection", reference)
     digest = file_sha256(Path(reference).with_suffix(".bin" if reference.endswith(".xml") else ".onnx"))
     built = ModelSpec(
         name=Path(reference).stem, task=task, input_shape=shape, num_classes=classes, preprocessing=preprocessing,
@@ -392,9 +391,8 @@ def _from_module(
     preprocessing, warnings = _preprocessing((c, h, w), options, published)
     with users_code(name, ModelError):
         module.cpu().float().eval()
-        task, num_classes = _task_of_module(module, name, (c, h, w), "dense" if detector else options.task)
+        task, num_classes = _task_of_module(module, name, (c, h, w), "detection" if detector else options.task)
         digest = state_sha256(module)
-    task = "detection" if detector else task
     spec = ModelSpec(
         name=name, task=task, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
         classes=classes if classes and (detector or len(classes) == num_classes) else None, weights=weights,
@@ -559,11 +557,12 @@ def _task_of_module(module: nn.Module, name: str, shape: tuple[int, int, int], a
         )
     sums = tensors[0].sum(1) if tensors[0].ndim > 1 else tensors[0]
     softmax = bool((tensors[0] >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
-    if asked == "auto" and type(module).__module__.startswith("torchvision.models.segmentation"):
-        asked = "segmentation"
     shapes = [tuple(tensor.shape) for tensor in tensors]
-    if not isinstance(output, torch.Tensor) and len(shapes) == 1 and asked == "auto":
-        asked = "dense" if len(shapes[0]) == 2 else asked  # a dict of one vector names it otherwise than logits
+    if asked == "auto":
+        if type(module).__module__.startswith("torchvision.models.segmentation"):
+            asked = "segmentation"
+        elif not isinstance(output, torch.Tensor) and [len(shape) for shape in shapes] == [2]:
+            asked = "dense"  # a dict of one vector names it otherwise than logits
     return _task_of(shapes, softmax, asked, name)
 
 
@@ -572,7 +571,7 @@ def _task_of(shapes: Sequence[tuple[int, ...]], softmax: bool, asked: str, name:
 
     shapes    of all outputs, batch first; 0 where a length is open
     softmax   the first output sums to 1 over its channels
-    asked     the option `task`
+    asked     the option `task`, or "detection"
     raises    UsageError where no output has the shape that the task has
     """
     single = shapes[0] if len(shapes) == 1 else ()
@@ -580,8 +579,8 @@ def _task_of(shapes: Sequence[tuple[int, ...]], softmax: bool, asked: str, name:
     maps = [shape for shape in shapes if is_class_map(shape[1:])]
     if asked == "auto":
         asked = "classification" if logits else "segmentation" if softmax and single and maps else "dense"
-    fits = {"classification": logits is not None, "segmentation": bool(maps), "dense": True}[asked]
-    if not fits:
+    fits = {"classification": logits is not None, "segmentation": bool(maps)}
+    if not fits.get(asked, True):
         expected = {"classification": "one output [N, K]", "segmentation": "an output [N, K, H, W] with 2 or more K"}
         raise UsageError(
             f"`task={asked}` expects {expected[asked]}, but {name!r} returns {', '.join(map(str, map(list, shapes)))}. "

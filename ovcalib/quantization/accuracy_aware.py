@@ -10,16 +10,15 @@ from typing import Any
 
 import openvino as ov
 
-from ovcalib.evaluation.classification import agreement
 from ovcalib.evaluation.dataset import Images, require_labels
-from ovcalib.evaluation.metrics import expected_hits, hits, nmse
+from ovcalib.evaluation.metrics import expected_hits, hits, nmse, same_class, same_pixels
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.graph.editing import restore
 from ovcalib.graph.reading import layer_name, quantized_operations
 from ovcalib.kernels import proof_kernels, runner_for
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import Restoration, restore_accuracy
-from ovcalib.records.model import Task
+from ovcalib.records.model import Task, is_class_map
 from ovcalib.records.options import GoalMetric, QuantizationOptions
 from ovcalib.records.result import Restored
 from ovcalib.runtime import OpenVINORunner, output_ports
@@ -54,6 +53,7 @@ def restore_to_goal(
     }
     metric = options.metric or usual.get(task, "nmse")
     ports = output_ports(fp32)
+    class_map = next((port.name for port in ports if is_class_map(port.shape)), "")
     subset = list(islice(items, RANKING_ITEMS))
 
     def score(outputs: Outputs) -> float:
@@ -64,10 +64,9 @@ def restore_to_goal(
             return float(expected_hits(reference.values, outputs.values).mean())
         if metric == "nmse":
             return 1 - nmse(reference.values, outputs.values)
-        agreed = agreement(reference, outputs, steering.on, task, ports)
-        share = agreed.top1 if agreed.pixels is None else agreed.pixels
-        assert share is not None
-        return share
+        if task == "segmentation":
+            return same_pixels(*(values.by_name(ports)[class_map] for values in (reference, outputs)))
+        return float(same_class(reference.values, outputs.values).mean())
 
     def error(model: ov.Model) -> float:
         return nmse(reference.values[: len(subset)], collect(runner_for(model, kernels), subset).values)

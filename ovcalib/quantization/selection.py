@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -60,12 +60,17 @@ def guard_warning(kept: Sequence[Expected]) -> str:
     )
 
 
-class OutputError:
-    """The error of INT8 models against FP32 on images that they were not made from.
+def compared_outputs(graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Outputs [N, K] as models are compared by: before a final Softmax, in arithmetic that does not saturate.
 
-    Candidates are compared in arithmetic that does not saturate, emulated in float32: the same on every CPU, so that
-    settings do not depend on the CPU that they are chosen on. Outputs of a final Softmax are compared before it.
+    That arithmetic is emulated in float32: the same on every CPU, so that what is chosen does not depend on the CPU
+    that it is chosen on.
     """
+    return outputs_of(without_saturation(before_softmax(graph)), inputs)
+
+
+class OutputError:
+    """The error of INT8 models against FP32 on images that they were not made from, see `compared_outputs`."""
 
     def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
         self.fp32 = fp32
@@ -73,11 +78,11 @@ class OutputError:
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:
-        return outputs_of(before_softmax(self.fp32), self.inputs)
+        return compared_outputs(self.fp32, self.inputs)
 
     def nmse(self, int8: ov.Model) -> float:
         """NMSE of the outputs where no sum saturates."""
-        return nmse(self.reference, outputs_of(without_saturation(before_softmax(int8)), self.inputs))
+        return nmse(self.reference, compared_outputs(int8, self.inputs))
 
     def on(self, kernels: Kernels, int8: ov.Model) -> float:
         """NMSE of the outputs on some kernels, executed where this CPU has them. Raises KernelsFailedError."""

@@ -15,6 +15,7 @@ from ovcalib.models.load import load_model
 from ovcalib.records.options import ModelOptions
 from ovcalib.reports.markdown import markdown_report, summary
 from ovcalib.reports.result import result_page
+from tests.toy import with_statistics_of
 
 SHAPE = (3, 96, 96)
 QUICK: Any = {"input_shape": SHAPE, "calib": "noise", "num_samples": 4, "benchmark_time": 0, "guard": False,
@@ -29,15 +30,11 @@ def detector():
     net = detection.ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=4, detections_per_img=12
     )
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    net.train()
+    with_statistics_of(net, lambda net: net.head(list(net.backbone(torch.randn(4, *SHAPE)).values())))
     with torch.no_grad():
-        net.head(list(net.backbone(torch.randn(4, *SHAPE)).values()))
         for head in net.head.classification_head.module_list:
             head[1].weight.mul_(20)
-    return net.eval()
+    return net
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ovcalib.models.load import Model
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.options import EvaluationOptions
-from tests.toy import ToyNet
+from tests.toy import ToyNet, with_statistics_of
 
 SPEC = builtin.spec("resnet20-cifar10").model_copy(update={"input_shape": (3, 16, 16), "num_classes": 4})
 SPEC = SPEC.model_copy(
@@ -27,13 +27,7 @@ SPEC = SPEC.model_copy(
 @pytest.fixture(scope="module")
 def module():
     torch.manual_seed(0)
-    net = ToyNet()
-    for layer in net.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        net(torch.randn(64, 3, 16, 16))
-    return net.eval()
+    return with_statistics_of(ToyNet(), lambda net: net(torch.randn(64, 3, 16, 16)))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ovcalib.calibration.parallel import on_all_cores
 from ovcalib.calibration.score import range_coverage, score_set, statistics_distance
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import ModelError, UsageError
-from tests.toy import ToyNet
+from tests.toy import ToyNet, with_statistics_of
 
 METHODS = [name for name in SOURCES if issubclass(SOURCES[name].Options, InversionOptions)]
 
@@ -738,13 +738,7 @@ def test_detectors_give_all_their_output_maps_to_the_loss(name, toy) -> None:
 
     torch.manual_seed(0)
     net = RawHeads(get_model(name, weights=None, weights_backbone=None).eval(), (3, 96, 96))
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    net.train()
-    with torch.no_grad():  # statistics of some images, as training would leave them
-        network_outputs(net, torch.randn(4, 3, 96, 96))
-    net.eval()
+    with_statistics_of(net, lambda net: network_outputs(net, torch.randn(4, 3, 96, 96)))
     maps = flat_outputs(network_outputs(net, torch.randn(2, 3, 96, 96)))
     assert len(maps) >= 2  # boxes and scores, at least
     assert all(len(values) == 2 for values in maps)

@@ -20,7 +20,7 @@ from ovcalib.calibration.sources import Generated, Request, generate
 from ovcalib.models import builtin
 from ovcalib.models.load import Model
 from ovcalib.records.calibration import Domain, LabelOrigin
-from tests.toy import ToyNet
+from tests.toy import ToyNet, with_statistics_of
 
 COUNT, BATCH = 6, 3
 SPEC = builtin.spec("resnet20-cifar10")
@@ -105,12 +105,7 @@ def module():
     torch.manual_seed(0)
     net = Net()
     net.fc = torch.nn.Linear(16, SPEC.num_classes)
-    for layer in net.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        net(torch.randn(64, 3, 32, 32))
-    return net.eval()
+    return with_statistics_of(net, lambda net: net(torch.randn(64, 3, 32, 32)))
 
 
 @pytest.fixture(scope="module")
