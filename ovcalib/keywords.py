@@ -36,6 +36,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     activation_ranges: Literal["auto", "min-max", "mean-min-max", "histogram"]
     bias_correction: Literal["auto", "none", "fast", "full", "layerwise"]
     rounding: Literal["auto", "nearest", "compensated"]
+    smooth_quant: Literal["auto", "on", "off"]
     guard: bool
     equalize: Literal["auto", "on", "off"]
     model_type: Literal["auto", "cnn", "transformer"]

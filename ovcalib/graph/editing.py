@@ -26,6 +26,7 @@ from ovcalib.graph.reading import (
     _range,
     activation_quantizers,
     is_constant,
+    is_smoothing,
     quantized_layers,
     quantized_operations,
 )
@@ -236,10 +237,14 @@ def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str])
 
 
 def _unquantized(value: ov.Output) -> ov.Output:
-    """The value before quantization; moving operations on the way are copied, so that other readers keep theirs."""
+    """The value before quantization and SmoothQuant.
+
+    Moving operations on the way are copied, so that other readers keep theirs.
+    """
     node = _node(value)
     if node.get_type_name() == "FakeQuantize":
-        return node.input_value(0)
+        source = node.input_value(0)
+        return _node(source).input_value(0) if is_smoothing(_node(source)) else source
     if node.get_type_name() in MOVING and _is_quantized(value):
         moved = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
         inputs = [_unquantized(v) for v in moved] + node.input_values()[len(moved) :]

@@ -21,6 +21,7 @@ from ovcalib.graph.reading import (
     is_constant,
     layer_name,
     quantized_operations,
+    smoothing,
 )
 
 
@@ -69,6 +70,7 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
     # The quantized values are stored before the operations are connected to the float ones.
     quantized_inputs = {op.get_friendly_name(): op.input_values() for op in operations}
     corrected = {op.get_friendly_name(): _bias(op) for op in operations}
+    smoothed = {op.get_friendly_name(): smoothing(op) for op in operations}
     _restore_in_place(graph, original, list(quantized_inputs))
     results: list[ov.Output] = []
 
@@ -87,6 +89,8 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
             continue
         plain, rounded = op.input_values(), quantized_inputs[name]
         constant = [is_constant(value) for value in rounded]
+        factor = smoothed[name]
+        comparable = rounded if factor is None else _not_smoothed(op, rounded, factor)
         bias = _bias(op)
         had_bias = corrected[name]
         fixed_bias = had_bias.value if had_bias else None
@@ -98,8 +102,8 @@ def instrument(quantized: ov.Model, original: ov.Model, names: Iterable[str]) ->
                 kind=op.get_type_name(),
                 reference=output(bias.add.output(0) if bias else op.output(0)),
                 alone=variant(op, rounded, fixed_bias),
-                weights=variant(op, _pick(rounded, plain, constant), fixed_bias) if weighted else None,
-                activations=variant(op, _pick(plain, rounded, constant), float_bias) if weighted else None,
+                weights=variant(op, _pick(comparable, plain, constant), fixed_bias) if weighted else None,
+                activations=variant(op, _pick(plain, comparable, constant), float_bias) if weighted else None,
                 inputs=tuple(
                     ProbedInput(layer_name(_node(fq.input_value(0))), output(fq.input_value(0)), *_range(fq))
                     for value, fixed in zip(rounded, constant, strict=True)
@@ -142,6 +146,20 @@ def observe(graph: ov.Model, names: Iterable[str]) -> ov.Model:
         bias = _bias(operations[name])
         points.append((bias.add if bias else operations[name]).output(0))
     return ov.Model(points, graph.get_parameters(), "observed")
+
+
+def _not_smoothed(op: ov.Node, values: list[ov.Output], factor: NDArray[np.float64]) -> list[ov.Output]:
+    """A quantized input and weights on the scale that they have in the float network; see `smoothing`."""
+    if op.get_type_name() == "MatMul":
+        attributes = op.get_attributes()
+        behind = int(attributes["transpose_a"]), int(not attributes["transpose_b"])
+    else:
+        behind = (len(op.output(0).get_partial_shape()) - 2,) * 2
+    of_input, of_weights = (factor.reshape(-1, *[1] * axes) for axes in behind)
+    return [
+        ops.multiply(value, ops.constant(scale.astype(np.float32))).output(0)
+        for value, scale in zip(values, (1 / of_input, of_weights), strict=True)
+    ]
 
 
 def _pick(constants: list[ov.Output], others: list[ov.Output], constant: list[bool]) -> list[ov.Output]:

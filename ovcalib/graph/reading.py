@@ -40,6 +40,9 @@ MOVING = frozenset(
 # In the name of a bias that bias correction, ours or NNCF's, added to a layer without one.
 NULL_BIAS = "null_bias"
 
+# End of the name of a Multiply that SmoothQuant put before a layer whose weights it divided by the same.
+SMOOTHING = "/nncf_smooth_quant"
+
 # Operations of the quantization itself.
 _PLUMBING = frozenset({"FakeQuantize", "Convert", "Constant", "Parameter", "Result", "ShapeOf"})
 
@@ -253,6 +256,22 @@ def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]
         return None
     integers = np.array(constant.get_data(), np.int8)
     return integers.reshape(shape), np.broadcast_to(scale, integers.shape).reshape(shape)
+
+
+def is_smoothing(node: ov.Node) -> bool:
+    """Whether an operation is NNCF's scaling of a signal for SmoothQuant; its first input is the signal."""
+    return node.get_type_name() == "Multiply" and str(node.get_friendly_name()).endswith(SMOOTHING)
+
+
+def smoothing(op: ov.Node) -> NDArray[np.float64] | None:
+    """What SmoothQuant multiplies the input of a quantized layer by, [I]; its weights are divided by it.
+
+    returns   None where the layer was not smoothed
+    """
+    quantizer = _node(op.input_value(0))
+    if quantizer.get_type_name() != "FakeQuantize" or not is_smoothing(_node(quantizer.input_value(0))):
+        return None
+    return constant_value(_node(quantizer.input_value(0)).input_value(1)).reshape(-1)
 
 
 def scale_count(layer: Layer) -> int:

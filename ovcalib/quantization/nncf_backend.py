@@ -76,7 +76,8 @@ def quantize_default(
             "ignored_scope": nncf.IgnoredScope(names=list(settings.ignored)) if settings.ignored else None,
         }
 
-        def run(**advanced: Any) -> ov.Model:
+        def run() -> ov.Model:
+            advanced: dict[str, Any] = {}
             fix = {
                 "disable": nncf.OverflowFix.DISABLE,
                 "first-layer": nncf.OverflowFix.FIRST_LAYER,
@@ -88,6 +89,8 @@ def quantize_default(
                     "min-max": estimators.MINMAX,
                     "histogram": estimators.HISTOGRAM,
                 }[settings.activation_ranges]
+            if settings.transformer and not settings.smooth_quant:
+                advanced["smooth_quant_alphas"] = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
             # Made anew for every call: nncf.quantize writes into the object that it is given.
             options = nncf.AdvancedQuantizationParameters(
                 overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "layerwise"), **advanced
@@ -106,23 +109,19 @@ def quantize_default(
             return int8
 
         try:
-            try:
-                return run()
-            except (OvcalibError, KeyboardInterrupt):
-                raise
-            except Exception:
-                if not settings.transformer:
-                    raise
-                # SmoothQuant fails on some shared weights and heeds no ignored scope (nncf issue 4172).
-                smooth = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
-                return run(smooth_quant_alphas=smooth)
+            return run()
         except (OvcalibError, MemoryError):
             raise
         except Exception as error:  # NNCF raises its own types, re.error, RuntimeError and AttributeError
             lines = str(error).strip().splitlines()
+            # SmoothQuant heeds no ignored scope (nncf issue 4172).
+            way_out = (
+                "Omit `smooth_quant=on`"
+                if settings.smooth_quant
+                else "Leave the operation at fault in float with `ignore`"
+            )
             raise ModelError(
-                f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. "
-                "Leave the operation at fault in float with `ignore`."
+                f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. {way_out}."
             ) from error
 
 

@@ -165,6 +165,8 @@ def quantize_graph(
         deploy_isa=options.deploy_isa,
         activation_ranges=settings.activation_ranges,
         channel_headroom=settings.channel_headroom,
+        smooth_quant=settings.smooth_quant,
+        smooth_nmse=best.selected.smooth_nmse,
         ranges_nmse=best.selected.ranges_nmse,
         rounding=settings.rounding,
         rounding_nmse=best.selected.rounding_nmse,

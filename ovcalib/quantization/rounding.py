@@ -34,6 +34,7 @@ from ovcalib.graph.reading import (
     quantizable_operations,
     quantized_layers,
     scale_count,
+    smoothing,
 )
 from ovcalib.quantization.bias_correction import weight_errors
 from ovcalib.runtime import Inference, groups_that_fit, size_of
@@ -163,7 +164,7 @@ def output_error(errors: NDArray[np.float64], fitted: Moments, seen: Moments) ->
 class Rounding:
     """A layer whose weights can be rounded anew.
 
-    exact     float64 [G, O, I]: groups, output channels, inputs of one output position
+    exact     float64 [G, O, I]: groups, output channels, inputs of one output position; smoothed where the layer is
     plain     int8 like it: its weights as NNCF rounded them
     scale     float64 [G, O]
     limit     largest absolute integer that NNCF uses here
@@ -179,7 +180,7 @@ class Rounding:
 
     @staticmethod
     def of(layer: Layer, exact: NDArray[np.float64]) -> Rounding | None:
-        """None for a layer that is not understood. exact is float64 [G, O, I, K], as in `Quantizable`."""
+        """None for a layer that is not understood. exact is float64 [G, O, I, K] of FP32, as in `Quantizable`."""
         found, kind, attributes = integer_weights(layer), layer.op.get_type_name(), layer.op.get_attributes()
         if found is None or layer.op.output(0).get_partial_shape().is_dynamic:
             return None
@@ -188,6 +189,8 @@ class Rounding:
                 return None
         elif kind not in ("Convolution", "GroupConvolution"):
             return None
+        if (factor := smoothing(layer.op)) is not None:
+            exact = exact / factor[:, None]
         flat = exact.reshape(*exact.shape[:2], -1)
         integers, scale = (value.T if _is_turned(layer) else value for value in found)
         plain, scale = integers.astype(np.int8).reshape(flat.shape), scale.astype(np.float64).reshape(flat.shape)

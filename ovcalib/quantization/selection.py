@@ -1,8 +1,8 @@
 """Defaults chosen by measured output error.
 
 Before quantizing, operations whose expected SQNR is too low are left in float. After it, settings that were left open
-are compared by the error of the outputs against FP32 on held-out images of the calibration set: the range estimator of
-activations, half or full range of the weights, and bias correction.
+are compared by the error of the outputs against FP32 on held-out images of the calibration set: SmoothQuant, the range
+estimator of activations, half or full range of the weights, and bias correction.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.errors import ModelError
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import before_softmax, restore_biases
 from ovcalib.graph.reading import layer_name
@@ -144,6 +145,7 @@ class Saturation:
 class Selection:
     """An INT8 model, its settings, and the errors that they were chosen by; None where there was nothing to choose.
 
+    smooth_nmse   see `select_smooth_quant`
     ranges_nmse   see `select_activation_ranges`
     saturation    see `select_weight_range`
     rounding_nmse   see `select_rounding`
@@ -152,6 +154,7 @@ class Selection:
 
     int8: ov.Model
     settings: Settings
+    smooth_nmse: tuple[float, float] | None
     ranges_nmse: tuple[float, float] | None
     saturation: Saturation | None
     rounding_nmse: tuple[float, float] | None
@@ -169,14 +172,17 @@ def select_settings(
 
     quantize   makes the INT8 model of settings
     corrections   images that rounding is fitted on
-    auto       of "activation_ranges", "overflow_fix", "rounding" and "bias_correction" those that were left open
+    auto       of "smooth_quant", "activation_ranges", "overflow_fix", "rounding" and "bias_correction" those that were
+               left open
     """
 
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize(settings), settings, output)
 
     best = make(settings)
-    ranges_nmse = saturation = rounding_nmse = bias_nmse = None
+    smooth_nmse = ranges_nmse = saturation = rounding_nmse = bias_nmse = None
+    if "smooth_quant" in auto:
+        best, smooth_nmse = select_smooth_quant(best, make)
     if "activation_ranges" in auto:
         best, ranges_nmse = select_activation_ranges(best, make)
     if "overflow_fix" in auto:
@@ -185,10 +191,23 @@ def select_settings(
         best, rounding_nmse = select_rounding(best, corrections)
     if "bias_correction" in auto and best.settings.rounding == "nearest":
         best, bias_nmse = select_bias_correction(best)
-    return Selection(best.int8, best.settings, ranges_nmse, saturation, rounding_nmse, bias_nmse)
+    return Selection(best.int8, best.settings, smooth_nmse, ranges_nmse, saturation, rounding_nmse, bias_nmse)
 
 
 Make = Callable[[Settings], QuantizedCandidate]
+
+
+def select_smooth_quant(plain: QuantizedCandidate, make: Make) -> tuple[QuantizedCandidate, tuple[float, float] | None]:
+    """Use SmoothQuant where the output error is smaller with it.
+
+    It serves where a few channels are far larger than the others, and costs where the weights then have them.
+    returns   the better one, and NMSE without it and with it; None where NNCF fails with it, as on some shared weights
+    """
+    try:
+        smooth = make(dataclasses.replace(plain.settings, smooth_quant=True))
+    except ModelError:
+        return plain, None
+    return smooth if smooth.error < plain.error else plain, (plain.error, smooth.error)
 
 
 def select_activation_ranges(

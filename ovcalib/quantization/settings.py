@@ -7,6 +7,7 @@ from typing import Literal
 
 import openvino as ov
 
+from ovcalib.errors import UsageError
 from ovcalib.graph.reading import match_operations
 from ovcalib.kernels import host_kernels
 from ovcalib.records.options import (
@@ -49,7 +50,8 @@ class Settings:
     bias_correction     "none"; "fast" and "full" by NNCF; "layerwise" by ovcalib.quantization.bias_correction
     rounding            "nearest", as NNCF has it, or "compensated", by ovcalib.quantization.rounding, which solves the
                         biases along with it
-    transformer         attention is there: SmoothQuant and the mixed preset apply
+    transformer         attention is there: the mixed preset applies
+    smooth_quant        large channels of the inputs of matrix products move into their weights, as NNCF has it
     ignored             friendly names of operations that stay in float
     """
 
@@ -60,6 +62,7 @@ class Settings:
     bias_correction: BiasCorrection = "layerwise"
     rounding: RoundingMode = "nearest"
     transformer: bool = False
+    smooth_quant: bool = False
     ignored: tuple[str, ...] = ()
 
 
@@ -87,21 +90,25 @@ def has_attention(graph: ov.Model) -> bool:
 def resolve_settings(options: QuantizationOptions, graph: ov.Model) -> Settings:
     """The settings that options come to for a graph.
 
-    raises   UnknownNameError for a pattern of `ignore` that matches no operation
+    raises   UnknownNameError for a pattern of `ignore` that matches no operation, UsageError for SmoothQuant without
+             attention
     """
     transformer = has_attention(graph) if options.model_type == "auto" else options.model_type == "transformer"
-    ranges = options.activation_ranges
-    if ranges == "auto":
-        ranges = "mean-min-max" if transformer else "min-max"
+    if options.smooth_quant == "on" and not transformer:
+        raise UsageError(
+            "`smooth_quant=on` expects a transformer, and this model has no attention. Omit it, or pass "
+            "`model_type=transformer`."
+        )
     ignored = [op.get_friendly_name() for ops in match_operations(graph, options.ignore).values() for op in ops]
     return Settings(
         preset=options.preset or ("mixed" if transformer else "performance"),
         overflow_fix=resolve_overflow_fix(options.overflow_fix, options.deploy_isa),
-        activation_ranges=ranges,
+        activation_ranges="min-max" if options.activation_ranges == "auto" else options.activation_ranges,
         channel_headroom=CHANNEL_HEADROOM if options.activation_ranges == "auto" else 1.0,
         rounding="compensated" if options.rounding == "compensated" else "nearest",
         bias_correction="layerwise" if options.bias_correction == "auto" else options.bias_correction,
         transformer=transformer,
+        smooth_quant=options.smooth_quant == "on",
         ignored=tuple(dict.fromkeys(ignored)),
     )
 
@@ -109,7 +116,8 @@ def resolve_settings(options: QuantizationOptions, graph: ov.Model) -> Settings:
 def auto_fields(options: QuantizationOptions, settings: Settings) -> frozenset[str]:
     """The settings that are selected by their output error, because the options leave them open."""
     wanted = {
-        "activation_ranges": options.activation_ranges == "auto" and not settings.transformer,
+        "smooth_quant": options.smooth_quant == "auto" and settings.transformer,
+        "activation_ranges": options.activation_ranges == "auto",
         "overflow_fix": options.overflow_fix == "auto" and options.deploy_isa == "any",
         "rounding": options.rounding == "auto" and options.bias_correction in ("auto", "layerwise"),
         "bias_correction": options.bias_correction == "auto" and options.rounding != "compensated",

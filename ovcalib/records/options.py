@@ -170,8 +170,8 @@ class QuantizationOptions(Frozen):
     activation_ranges: Annotated[
         Literal["auto", ActivationRanges],
         Shown(
-            default="auto: min-max, 1.5 times as wide for single channels; mean-min-max for transformers and where its "
-            "output error is smaller"
+            default="auto: min-max, 1.5 times as wide for single channels; mean-min-max where its output error is "
+            "smaller"
         ),
     ] = Field(
         default="auto",
@@ -194,13 +194,19 @@ class QuantizationOptions(Frozen):
         description="Rounding of weights: each to the nearest level, or so that weights make up for each other's "
         "errors (GPTQ).",
     )
+    smooth_quant: Annotated[
+        Literal["auto", "on", "off"],
+        Shown(default="auto: on for transformers where its output error is smaller"),
+    ] = Field(
+        default="auto", description="SmoothQuant: large channels of a matrix product's input move into its weights."
+    )
     guard: bool = Field(default=True, description="Leave operations in float whose expected SQNR in INT8 is too low.")
     equalize: Annotated[
         Literal["auto", "on", "off"],
         Shown(default="auto: where operations would stay in float, and the output error is no larger with it"),
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
     model_type: Literal["auto", "cnn", "transformer"] = Field(
-        default="auto", description="transformer turns on SmoothQuant and the mixed preset."
+        default="auto", description="transformer turns on the mixed preset and tries SmoothQuant."
     )
     ignore: Annotated[tuple[str, ...], Shown(metavar="PATTERN", default="none", repeat=True)] = Field(
         default=(), description="Operations to leave in float, by wildcard (layer1.*) or type:NAME. Repeatable."

@@ -295,6 +295,9 @@ class Quantization(Frozen):
     halved_nmse        the same with half the range of weights, on any kernels; None where there was no need to try
     activation_ranges  what they came to, whatever was asked
     channel_headroom   factor on the ranges of single channels, those of depthwise convolutions' inputs
+    smooth_quant       what it came to, whatever was asked; None in records of earlier versions
+    smooth_nmse        NMSE of the outputs without SmoothQuant and with it, on held-out calibration images; None where
+                       it was not compared
     ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on held-out calibration images; None
                        where the first gave no reason to try the other
     rounding           of weights, what it came to; with "compensated" the biases were solved along with it
@@ -325,6 +328,8 @@ class Quantization(Frozen):
     # Records of earlier versions have NNCF's default.
     activation_ranges: str = "mean-min-max"
     channel_headroom: float = 1.0
+    smooth_quant: bool | None = None
+    smooth_nmse: tuple[float, float] | None = None
     ranges_nmse: tuple[float, float] | None = None
     rounding: str = "nearest"
     rounding_nmse: tuple[float, float] | None = None

@@ -78,6 +78,11 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("mode", quantization.mode),
         ("preset", quantization.preset),
         ("overflow fix", overflow_fix(quantization)),
+        *(
+            [("SmoothQuant", smooth_quant(quantization))]
+            if quantization.transformer or quantization.smooth_quant
+            else []
+        ),
         ("activation ranges", activation_ranges(quantization)),
         ("rounding", rounding(quantization)),
         ("bias correction", bias_correction(quantization)),
@@ -124,6 +129,15 @@ def overflow_fix(quantization: Quantization) -> str:
     if quantization.halved_nmse is not None:
         reasons.append(f"{quantization.halved_nmse:.2g} with half the range of weights")
     return f"{quantization.overflow_fix} ({', '.join(reasons)})"
+
+
+def smooth_quant(quantization: Quantization) -> str:
+    """Whether SmoothQuant was used, and why so."""
+    # Records of earlier versions have it for transformers.
+    chosen = "off" if quantization.smooth_quant is False else "on"
+    if quantization.smooth_nmse is None:
+        return chosen
+    return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(chosen, *quantization.smooth_nmse)
 
 
 def activation_ranges(quantization: Quantization) -> str:

@@ -17,16 +17,28 @@ from ovcalib import Preprocessing
 from ovcalib.api import make_recipe
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.diagnosis.diagnose import saturation_fault
-from ovcalib.errors import DeviceError, ModelError
+from ovcalib.errors import DeviceError, ModelError, UsageError
 from ovcalib.evaluation.dataset import calibration_images
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.graph.editing import before_softmax, restore_biases
+from ovcalib.graph.editing import before_softmax, restore, restore_biases
 from ovcalib.graph.files import batch_one, graph_sha256, is_quantized, read_graph, write_ir
-from ovcalib.graph.reading import WEIGHTED, float_operations, layer_name, match_operations, quantized_operations
+from ovcalib.graph.probing import instrument
+from ovcalib.graph.reading import (
+    WEIGHTED,
+    float_operations,
+    integer_weights,
+    layer_name,
+    match_operations,
+    quantizable_operations,
+    quantized_layers,
+    quantized_operations,
+    smoothing,
+)
 from ovcalib.kernels import outputs_on, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.nncf_backend import _Items, quantize_default
+from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
     OutputError,
     QuantizedCandidate,
@@ -37,7 +49,7 @@ from ovcalib.quantization.selection import (
 from ovcalib.quantization.settings import Settings, auto_fields, has_attention, resolve_overflow_fix, resolve_settings
 from ovcalib.records.calibration import Provenance
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.runtime import check_device, outputs_of
+from ovcalib.runtime import Inference, check_device, outputs_of
 
 
 def outputs(graph, toy):
@@ -186,6 +198,16 @@ def test_p36_telemetry_is_off() -> None:
     assert found.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "MagicMock"]
 
 
+SMOOTHED = Settings(transformer=True, preset="mixed", smooth_quant=True, bias_correction="none")
+
+
+@pytest.fixture(scope="module")
+def smoothed(toy):
+    """A float graph with attention and a few large channels, and its INT8 with SmoothQuant."""
+    graph = attention_graph()
+    return graph, quantize_default(graph, toy.calibration(16), SMOOTHED)
+
+
 def attention_graph():
     import torch
     from torch import nn
@@ -194,6 +216,8 @@ def attention_graph():
         def __init__(self) -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 16, 4, stride=4)
+            with torch.no_grad():
+                self.patch.weight.mul_(torch.logspace(0, 1.5, 16)[:, None, None, None])
             self.qkv = nn.Linear(16, 48)
             self.fc = nn.Linear(16, 4)
 
@@ -217,7 +241,7 @@ def test_p24_transformers_are_recognised_and_quantized(toy, toy_graph) -> None:
     assert quantized_operations(int8)
 
 
-def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch) -> None:
+def test_p24_a_crash_of_smooth_quant_says_how_to_omit_it(toy, monkeypatch) -> None:
     import nncf
 
     real, calls = nncf.quantize, []
@@ -229,9 +253,54 @@ def test_p24_a_crash_of_smooth_quant_falls_back_to_none(toy, monkeypatch) -> Non
         return real(*args, advanced_parameters=advanced_parameters, **kwargs)
 
     monkeypatch.setattr(nncf, "quantize", crashing)
-    int8 = quantize_default(attention_graph(), toy.calibration(8), Settings(transformer=True))
-    assert calls == [0.95, -1]
-    assert quantized_operations(int8)
+    assert quantized_operations(quantize_default(attention_graph(), toy.calibration(8), Settings(transformer=True)))
+    with pytest.raises(ModelError, match="shared weights. Omit `smooth_quant=on`"):
+        quantize_default(attention_graph(), toy.calibration(8), SMOOTHED)
+    assert calls == [-1, 0.95]
+
+
+def test_smooth_quant_scales_the_inputs_of_matrix_products_and_divides_their_weights(smoothed) -> None:
+    graph, int8 = smoothed
+    exact = {op.name: op.weights for op in quantizable_operations(graph)}
+    layers = [layer for layer in quantized_layers(int8) if layer.op.get_type_name() == "MatMul"]
+    factors = [smoothing(layer.op) for layer in layers]
+    assert [f is not None for f in factors] == [True, True]
+    assert factors[0].max() / factors[0].min() > 5
+    for layer, factor in zip(layers, factors, strict=True):
+        integers, scale = integer_weights(layer)
+        step = scale if layer.op.get_attributes()["transpose_b"] else scale.T
+        own = integers * scale if layer.op.get_attributes()["transpose_b"] else (integers * scale).T
+        assert np.abs(own - exact[layer.name][0, :, :, 0] / factor).max() <= 0.51 * step.max()
+
+
+def test_smoothed_layers_get_their_own_input_and_weights_back(smoothed, toy) -> None:
+    graph, int8 = smoothed
+    x = toy.calibration(4).inputs()
+    names = [op.get_friendly_name() for op in quantized_operations(int8)]
+    back = outputs_of(restore(int8, graph, names), x)
+    np.testing.assert_allclose(back, outputs_of(graph, x), rtol=1e-4, atol=1e-4)
+    whole = nmse(outputs_of(graph, x), outputs_of(int8, x))
+    for name in names:
+        assert nmse(outputs_of(graph, x), outputs_of(restore(int8, graph, [name]), x)) < 3 * whole
+
+
+def test_the_variants_of_a_smoothed_layer_are_on_the_scale_of_fp32(smoothed, toy) -> None:
+    graph, int8 = smoothed
+    names = [layer.name for layer in quantized_layers(int8) if smoothing(layer.op) is not None]
+    instrumented, probes = instrument(int8, graph, names)
+    values = Inference(instrumented)(toy.calibration(4).inputs()[0])
+    assert len(probes) == 2
+    for probe in probes:
+        for index in (probe.alone, probe.weights, probe.activations):
+            assert nmse(values[probe.reference].reshape(1, -1), values[index].reshape(1, -1)) < 0.05
+
+
+def test_compensated_rounding_keeps_smoothed_layers(smoothed, toy) -> None:
+    graph, int8 = smoothed
+    images = toy.calibration(32).inputs()
+    plain, other = (nmse(outputs_of(graph, images), outputs_of(without_saturation(each), images))
+                    for each in (int8, compensated(graph, int8, images)))  # fmt: skip
+    assert other < 1.2 * plain
 
 
 def test_a_dynamic_batch_is_quantized_at_batch_one(toy, toy_graph) -> None:
@@ -462,9 +531,13 @@ def test_settings_that_were_named_are_not_ours_to_choose(toy_graph) -> None:
     assert ours(deploy_isa="vnni") == {"activation_ranges", "rounding", "bias_correction"}
     assert ours(activation_ranges="min-max", overflow_fix="disable", bias_correction="fast") == set()
     # NNCF's ranges were not tried against extremes on attention.
-    assert ours(model_type="transformer") == {"overflow_fix", "rounding", "bias_correction"}
-    attentive = QuantizationOptions(model_type="transformer")
-    assert resolve_settings(attentive, toy_graph).activation_ranges == "mean-min-max"
+    everything = {"activation_ranges", "overflow_fix", "rounding", "bias_correction"}
+    assert ours() == everything
+    assert ours(model_type="transformer") == {"smooth_quant", *everything}
+    assert ours(model_type="transformer", smooth_quant="on") == everything
+    assert resolve_settings(QuantizationOptions(model_type="transformer", smooth_quant="on"), toy_graph).smooth_quant
+    with pytest.raises(UsageError, match="no attention"):
+        resolve_settings(QuantizationOptions(smooth_quant="on"), toy_graph)
 
 
 def test_what_runs_is_what_nncf_makes_so_that_the_latency_is_the_same(toy, toy_graph) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ovcalib.errors import ModelError
 from ovcalib.kernels import SATURATED_NMSE
 from ovcalib.quantization import selection
 from ovcalib.quantization.expected_noise import Expected
@@ -19,6 +20,7 @@ from ovcalib.quantization.selection import (
     select_bias_correction,
     select_rounding,
     select_settings,
+    select_smooth_quant,
     select_weight_range,
 )
 from ovcalib.quantization.settings import Settings
@@ -64,6 +66,22 @@ def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_i
         )
         assert (best.int8, tried) == (chosen, (0.1, mean))
         assert best.settings.activation_ranges == ("mean-min-max" if chosen == "mean" else "min-max")
+
+
+def test_smooth_quant_has_to_be_better_and_may_fail() -> None:
+    for smooth, chosen in ((0.2, "plain"), (0.1, "plain"), (0.05, "smooth")):
+        errors = GivenError({"plain": 0.1, "smooth": smooth})
+        best, tried = select_smooth_quant(
+            candidate("plain", errors), partial(QuantizedCandidate, "smooth", output=errors)
+        )
+        assert (best.int8, tried) == (chosen, (0.1, smooth))
+        assert best.settings.smooth_quant == (chosen == "smooth")
+
+    def fails(settings):
+        raise ModelError("shared weights")
+
+    best, tried = select_smooth_quant(candidate("plain", GivenError({})), fails)
+    assert (best.int8, tried) == ("plain", None)
 
 
 def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_error_is_smaller() -> None:
