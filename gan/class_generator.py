@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovcalib.records.preprocessing import SMALL_SIDE
+
 EPS = 0.8
 SLOPE = 0.2
 # What the other positions share in the map that tells a large generator its own (ACQ does not say how much).
@@ -150,8 +152,8 @@ class LargeGenerator(ClassGenerator):
 
 
 def class_generator(
-    shape: tuple[int, int, int], classes: int, latent: int, width: int, grid: Grid | None, small: bool
+    shape: tuple[int, int, int], classes: int, latent: int, width: int, grid: Grid | None
 ) -> ClassGenerator:
-    """The form for small images, or that for large ones; the other arguments are those of `ClassGenerator`."""
-    form = SmallGenerator if small else LargeGenerator
+    """The form for the size of the images; arguments are those of `ClassGenerator`."""
+    form = SmallGenerator if min(shape[1:]) <= SMALL_SIDE else LargeGenerator
     return form(shape, classes, latent, width, grid)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from ovcalib.calibration.inversion_options import SMALL
+from ovcalib.records.preprocessing import SMALL_SIDE
 
 # At the published rate a few hundred steps hardly reach the classes.
 SHORT = {"rate": 5e-3, "schedule": "cosine"}
@@ -75,7 +75,7 @@ def resolve(options: Options, side: int, classes: int) -> Options:
     side      shorter side of the network's input, pixels
     classes   of the network
     """
-    values = options.filled_in(side <= SMALL, classes)
+    values = options.filled_in(side <= SMALL_SIDE, classes)
     return dataclasses.replace(
         options, **{name: value for name, value in values.items() if getattr(options, name) is None}
     )

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from ovcalib.calibration import bn_losses
 from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.generator_options import Options, resolve
-from ovcalib.calibration.inversion_options import SMALL
 from ovcalib.calibration.network_outputs import frozen, last_map_kept, network_outputs
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import ModelError, UsageError
@@ -127,8 +126,7 @@ class Training(Generic[Options]):
         assert o.rate is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(step_seed(request.seed, 0, INITIAL))
-            small = min(spec.input_shape[1:]) <= SMALL
-            generator = class_generator(spec.input_shape, self.classes, o.latent, o.width, grid, small)
+            generator = class_generator(spec.input_shape, self.classes, o.latent, o.width, grid)
         self.generator: ClassGenerator = generator.to(self.device).to(memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.generator.parameters(), o.rate, betas=(0.5, 0.999))
         self.step, self.between_steps, self.save_at = 0, True, time.monotonic() + SAVE_EVERY_S

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from ovcalib.records.model import ModelSpec
+from ovcalib.records.preprocessing import SMALL_SIDE
 
-# Sides up to which images are small: published settings for CIFAR have been used with 32 pixels, ImageNet's with 224.
-SMALL = 96
 # Eight small images do not use a processor fully: with 32, ResNet-20 takes half the time and has the same output error.
 BATCH_OF_SMALL = 32
 
@@ -168,7 +167,7 @@ def resolve(options: Options, side: int, classes: int | None = None) -> Options:
     """
     values = options.filled_in(classes)
     filled = {name: value for name, value in values.items() if getattr(options, name) is None}
-    if "batch" in filled and side <= SMALL:
+    if "batch" in filled and side <= SMALL_SIDE:
         filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)
     if isinstance(options, InversionOptions) and options.extra_pixels is None:
         # 32 pixels at 224, as published; in proportion elsewhere.

@@ -76,25 +76,25 @@ def quantize_default(
             "ignored_scope": nncf.IgnoredScope(names=list(settings.ignored)) if settings.ignored else None,
         }
 
-        def run() -> ov.Model:
-            advanced: dict[str, Any] = {}
-            fix = {
-                "disable": nncf.OverflowFix.DISABLE,
-                "first-layer": nncf.OverflowFix.FIRST_LAYER,
-                "enable": nncf.OverflowFix.ENABLE,
-            }[settings.overflow_fix]
-            estimators = nncf.quantization.range_estimator.RangeEstimatorParametersSet
-            if settings.activation_ranges != "mean-min-max":  # named, it would be taken for channels too
-                advanced["activations_range_estimator_params"] = {
-                    "min-max": estimators.MINMAX,
-                    "histogram": estimators.HISTOGRAM,
-                }[settings.activation_ranges]
-            if settings.transformer and not settings.smooth_quant:
-                advanced["smooth_quant_alphas"] = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
-            # Made anew for every call: nncf.quantize writes into the object that it is given.
-            options = nncf.AdvancedQuantizationParameters(
-                overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "layerwise"), **advanced
-            )
+        advanced: dict[str, Any] = {}
+        fix = {
+            "disable": nncf.OverflowFix.DISABLE,
+            "first-layer": nncf.OverflowFix.FIRST_LAYER,
+            "enable": nncf.OverflowFix.ENABLE,
+        }[settings.overflow_fix]
+        estimators = nncf.quantization.range_estimator.RangeEstimatorParametersSet
+        if settings.activation_ranges != "mean-min-max":  # named, it would be taken for channels too
+            advanced["activations_range_estimator_params"] = {
+                "min-max": estimators.MINMAX,
+                "histogram": estimators.HISTOGRAM,
+            }[settings.activation_ranges]
+        if settings.transformer and not settings.smooth_quant:
+            advanced["smooth_quant_alphas"] = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+        # Made anew for every call: nncf.quantize writes into the object that it is given.
+        options = nncf.AdvancedQuantizationParameters(
+            overflow_fix=fix, disable_bias_correction=settings.bias_correction in ("none", "layerwise"), **advanced
+        )
+        try:
             items = nncf.Dataset(_Items(calibration, tick))
             int8 = nncf.quantize(graph.clone(), items, advanced_parameters=options, **parameters)
             if calibration.input_range is not None:
@@ -107,19 +107,13 @@ def quantize_default(
             elif settings.bias_correction == "layerwise":
                 correct_biases(graph, int8, fitted)
             return int8
-
-        try:
-            return run()
         except (OvcalibError, MemoryError):
             raise
         except Exception as error:  # NNCF raises its own types, re.error, RuntimeError and AttributeError
             lines = str(error).strip().splitlines()
-            # SmoothQuant heeds no ignored scope (nncf issue 4172).
-            way_out = (
-                "Omit `smooth_quant=on`"
-                if settings.smooth_quant
-                else "Leave the operation at fault in float with `ignore`"
-            )
+            way_out = "Leave the operation at fault in float with `ignore`"
+            if settings.smooth_quant:  # which heeds no ignored scope (nncf issue 4172)
+                way_out = "Omit `smooth_quant=on`"
             raise ModelError(
                 f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. {way_out}."
             ) from error

@@ -23,6 +23,8 @@ IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 # The share of the resized short side that the usual centre crop keeps (224 of 256).
 USUAL_CROP = 0.875
+# Sides up to which images are small. Published settings for CIFAR have been used with 32 pixels, ImageNet's with 224.
+SMALL_SIDE = 96
 
 # A longer image would take a large multiple of its memory when its short side is scaled up.
 MAX_ASPECT = 100

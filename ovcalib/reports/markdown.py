@@ -78,11 +78,7 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("mode", quantization.mode),
         ("preset", quantization.preset),
         ("overflow fix", overflow_fix(quantization)),
-        *(
-            [("SmoothQuant", smooth_quant(quantization))]
-            if quantization.transformer or quantization.smooth_quant
-            else []
-        ),
+        *([("SmoothQuant", smooth_quant(quantization))] if quantization.transformer else []),
         ("activation ranges", activation_ranges(quantization)),
         ("rounding", rounding(quantization)),
         ("bias correction", bias_correction(quantization)),

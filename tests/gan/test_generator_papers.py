@@ -355,7 +355,7 @@ LARGE_SHAPES = {
 ])  # fmt: skip
 def test_the_generators_are_the_published_ones(classes, side, parameters, shapes) -> None:
     with torch.device("meta"):
-        generator = class_generator((3, side, side), classes, 100, 128, None, small=side <= 96)
+        generator = class_generator((3, side, side), classes, 100, 128, None)
     assert sum(p.numel() for p in generator.parameters()) == parameters
     state = {name: tuple(value.shape) for name, value in generator.state_dict().items()}
     assert {name: state.get(name) for name in shapes} == shapes
@@ -431,7 +431,7 @@ def test_a_new_large_generator_treats_all_classes_alike() -> None:
 
 @pytest.mark.parametrize("side", [30, 32, 97, 100])
 def test_images_have_any_size(side) -> None:
-    generator = class_generator((1, side, side + 1), 3, 5, 4, (2, 2), small=side <= 96)
+    generator = class_generator((1, side, side + 1), 3, 5, 4, (2, 2))
     assert isinstance(generator, SmallGenerator if side <= 96 else LargeGenerator)
     assert generator(torch.randn(2, 5), torch.tensor([0, 2]), torch.tensor([3, 1])).shape == (2, 1, side, side + 1)
 
