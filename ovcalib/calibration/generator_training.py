@@ -119,6 +119,8 @@ class Training(Generic[Options]):
         self.request, self.classes = request, spec.num_classes
         self.options: Options = resolve(options, min(spec.input_shape[1:]), spec.num_classes)
         module, self.device = frozen(module)
+        if self.device.type == "cpu":
+            module = module.to(memory_format=torch.channels_last)
         self.network = FrozenNetwork(module, spec.name)
         grid = self.network.grid(spec.input_shape) if positions else None
         o = self.options

@@ -61,6 +61,8 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     assert request.module is not None
     options = resolve(options, min(request.spec.input_shape[1:]), request.spec.num_classes)
     module, device = frozen(request.module)
+    if device.type == "cpu":
+        module = module.to(memory_format=torch.channels_last)
     find_layers(module, request.spec.name)  # refuses
     if options.precision == "auto":
         options = dataclasses.replace(options, precision="bf16" if bfloat16_is_fast(device) else "fp32")

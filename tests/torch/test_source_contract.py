@@ -25,7 +25,7 @@ from tests.toy import ToyNet, with_statistics_of
 COUNT, BATCH = 6, 3
 SPEC = builtin.spec("resnet20-cifar10")
 # Given to every source that has an option of this name.
-TINY = {"steps": "2", "batch": str(BATCH), "precision": "fp32", "points": "2000", "systems": "2"}
+TINY = {"steps": "2", "batch": str(BATCH), "precision": "fp32", "points": "2000", "systems": "2", "trial": "2"}
 
 
 def image_folder(folder) -> str:
