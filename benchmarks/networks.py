@@ -25,8 +25,9 @@ class PyramidOfMobileNetV2(nn.Module):
         super().__init__()
         blocks = mobilenet_v2(weights=None, width_mult=width).features
         # Stages end where the next block has stride 2; the last convolution, which is for a classifier, is left out.
-        self.stages = nn.ModuleList([blocks[:7], blocks[7:14], blocks[14:18]])
-        channels = [stage[-1].out_channels for stage in self.stages]
+        stages = [blocks[:7], blocks[7:14], blocks[14:18]]
+        channels = [stage[-1].out_channels for stage in stages]
+        self.stages = nn.ModuleList(stages)
         self.pyramid = FeaturePyramidNetwork(channels, out_channels, norm_layer=nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -46,7 +47,8 @@ def ssdlite160() -> nn.Module:
     # Two squares a position: the level's own scale, and the geometric mean with that of the next.
     anchors = DefaultBoxGenerator([[]] * levels, scales=[0.2, 0.325, 0.5, 0.65], steps=[8, 16, 32])
     head = SSDLiteHead([96] * levels, anchors.num_anchors_per_location(), 11, partial(nn.BatchNorm2d))
-    return SSD(
+    detector: nn.Module = SSD(
         backbone, anchors, (160, 160), 11, image_mean=[0.5] * 3, image_std=[0.5] * 3, head=head,
         score_thresh=0.01, nms_thresh=0.45, detections_per_img=100,
     )  # fmt: skip
+    return detector

@@ -38,9 +38,6 @@ SCALES = (1.0, 3.0)
 MAX_IOU = 0.2
 # Places that are tried for an object before it is left out.
 TRIES = 16
-# The torchvision label of the first class; 0 is the background.
-FIRST_LABEL = 1
-
 TILES = builtin.spec("resnet20-cifar10")
 CLASSES = TILES.classes or ()
 
@@ -113,16 +110,19 @@ def paint(backgrounds: Tensor, tiles: Tensor, scenes: Scenes) -> Tensor:
         place = 2 * (centre - low) / (high - low).clamp(min=1) - 1
         inside = (place.abs() < 1) & there[:, k, None, None]
         x, y = sign[:, k, None] * place[:, 0], place[:, 1]
-        grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+        grid = torch.stack([x[:, None].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], -1)
         pasted = F.grid_sample(tiles[tile[:, k]].float(), grid, padding_mode="border", align_corners=False)
         image = torch.where((inside[:, 0, None] & inside[:, 1, :, None])[:, None], pasted, image)
     return (image + 0.5).to(torch.uint8)
 
 
 def read_tiles(reference: str) -> tuple[Tensor, NDArray[np.int64]]:
-    """The tiles of a data reference, uint8 [N, 3, TILE, TILE], and their labels, counted from FIRST_LABEL."""
+    """The tiles of a data reference, uint8 [N, 3, TILE, TILE], and their labels, int64 [N].
+
+    Labels count from 1, as torchvision's do: 0 is the background.
+    """
     images, labels = load_images(open_data(reference), TILES)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels + FIRST_LABEL
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels + 1
 
 
 def backgrounds(seed: int, indices: Sequence[int]) -> Tensor:
@@ -152,7 +152,10 @@ def images(tiles: Tensor, labels: NDArray[np.int64], seed: int, count: int) -> I
 
 
 def write(folder: Path, made: Iterator[tuple[Tensor, Boxes]]) -> None:
-    """Images and annotations in COCO's layout, as `--eval datumaro:coco:FOLDER` reads it."""
+    """Images and annotations in COCO's layout, as `--eval datumaro:coco:FOLDER` reads it.
+
+    Classes of a set and of a detector without names are matched by their positions, so the background is a category.
+    """
     (folder / "images" / "test").mkdir(parents=True)
     (folder / "annotations").mkdir()
     listed: list[dict[str, object]] = []
@@ -164,8 +167,9 @@ def write(folder: Path, made: Iterator[tuple[Tensor, Boxes]]) -> None:
         for (left, top, right, bottom), label in zip(boxes.corners.tolist(), boxes.labels.tolist(), strict=True):
             width, height = right - left, bottom - top
             objects.append({"id": len(objects) + 1, "image_id": number, "category_id": label, "iscrowd": 0,
-                            "bbox": [left, top, width, height], "area": width * height})  # fmt: skip
-    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, FIRST_LABEL)]
+                            "bbox": [left, top, width, height], "area": width * height,
+                            "segmentation": []})  # fmt: skip
+    categories = [{"id": label, "name": name} for label, name in enumerate(("background", *CLASSES))]
     (folder / "annotations" / "instances_test.json").write_text(
         json.dumps({"images": listed, "annotations": objects, "categories": categories}) + "\n"
     )

@@ -200,7 +200,7 @@ def evaluate(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
     detector.load_state_dict(load_state_dict(weights))
     tiles = pasted_objects.read_tiles(args.test)
     images, truth = zip(*pasted_objects.images(*tiles, args.test_seed, args.test_count), strict=True)
-    found = [boxes for part in torch.stack(images).split(50) for boxes in detected(detector, part)]
+    found = [boxes for part in torch.split(torch.stack(images), 50) for boxes in detected(detector, part)]
     precision = mean_precision(truth, found)
     return {"map": precision.map, "map50": precision.map50, "test_images": len(truth), "test_seed": args.test_seed}
 
