@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"{args.output} exists; give a new folder")
     write(args.output, images(*read_tiles(args.objects), args.seed, args.count))
 
 

@@ -116,6 +116,7 @@ def train(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
     tiles = tiles.to(device)
     print(f"{len(tiles)} tiles, {len(backgrounds)} backgrounds", flush=True)
 
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     torch.manual_seed(args.seed)
     detector: Any = ssdlite160().to(device).to(memory_format=torch.channels_last)
     anchors = anchors_of(detector)

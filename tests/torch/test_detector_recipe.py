@@ -95,6 +95,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(pasted, tiles) -> Non
         np.testing.assert_array_equal(boxes.labels, same.labels)
     assert not torch.equal(few[0][0], few[1][0])
     assert not torch.equal(few[0][0], others[0][0])
+    assert few[0][1].corners.tolist() != others[0][1].corners.tolist()
 
 
 def test_the_loss_is_torchvisions(recipe) -> None:
@@ -103,6 +104,7 @@ def test_the_loss_is_torchvisions(recipe) -> None:
     anchors = recipe.anchors_of(detector)
     scenes = recipe.pasted_objects.draw(np.random.default_rng(5), 12, 10)
     corners, labels, there = map(torch.from_numpy, (scenes.corners.astype(np.float32), scenes.tile + 1, scenes.there))
+    corners[::2, :, 2:] -= 0.7 * (corners[::2, :, 2:] - corners[::2, :, :2])  # too small for the IoU of any anchor
     heads = {"cls_logits": torch.randn(12, len(anchors), 11), "bbox_regression": torch.randn(12, len(anchors), 4)}
     targets = [{"boxes": c[t], "labels": k[t]} for c, k, t in zip(corners, labels, there, strict=True)]
     from torchvision.ops import box_iou
@@ -149,7 +151,10 @@ def test_ovcalib_reads_the_set_and_finds_what_the_training_finds(recipe, tiles, 
     assert model.spec.task == "detection"
     assert model.spec.input_shape == (3, 160, 160)
 
-    made = list(recipe.pasted_objects.images(*tiles, 0, 4))
+    np.savez(tmp_path / "tiles.npz", images=tiles[0].permute(0, 2, 3, 1).numpy(), labels=tiles[1] - 1)
+    read_tiles, labels = recipe.pasted_objects.read_tiles(f"npz:{tmp_path / 'tiles.npz'}")
+    np.testing.assert_array_equal(labels, tiles[1])
+    made = list(recipe.pasted_objects.images(read_tiles, labels, 0, 4))
     recipe.pasted_objects.write(tmp_path / "set", iter(made))
     data = open_data(f"datumaro:coco:{tmp_path / 'set'}")
     read = list(Reader(data, model.spec, box_classes=box_classes(data, model.spec)))
@@ -159,6 +164,7 @@ def test_ovcalib_reads_the_set_and_finds_what_the_training_finds(recipe, tiles, 
         objects = [sorted(zip(b.corners.tolist(), b.labels.tolist(), strict=True)) for b in (sample.boxes, boxes)]
         assert objects[0] == objects[1]
         x = torch.from_numpy(model.spec.preprocessing.normalise(sample.pixels[None]))
+        torch.testing.assert_close(recipe.to_input(image[None]), x)
         with torch.no_grad():
             found = model.module.boxes([head.numpy() for head in model.module(x)])
         (expected,) = recipe.detected(detector, image[None])
