@@ -104,6 +104,20 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return hits / len(labels)
 
 
+def stored(model: nn.Module, half: bool) -> dict[str, Tensor]:
+    """The state dict to write; with `half` the model's own convolution and linear weights are rounded to float16 too.
+
+    BatchNorm keeps float32: small variances do not survive half precision.
+    """
+    if half:
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim > 1:
+                    p.copy_(p.half())
+    many = {name for name, p in model.named_parameters() if p.ndim > 1}
+    return {name: t.half() if half and name in many else t for name, t in model.state_dict().items()}
+
+
 def train(args: argparse.Namespace) -> None:
     spec = builtin.spec(args.model)
     out = Path(args.output)
@@ -182,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"held-out top-1 {accuracy(model, inputs[held], labels[held]):.4f}")
         return
     weights = out / f"{args.model}.safetensors"
-    save_state_dict(model.state_dict(), weights)
+    save_state_dict(stored(model, args.half), weights)
     result = {
         "model": args.model,
         "top1": accuracy(model, *to_tensors(open_data(args.test), spec, device)),
@@ -221,6 +235,7 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
 

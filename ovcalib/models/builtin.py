@@ -1,7 +1,7 @@
 """The built-in CIFAR networks: their table, which needs no torch, and their construction.
 
 Architectures, parameter names and input normalisation are those of the public hub
-`chenyaofo/pytorch-cifar-models`, so that its checkpoints load with strict=True; `vit` is our own. A name with
+`chenyaofo/pytorch-cifar-models`, so that its checkpoints load with strict=True, but for `OURS`. A name with
 `_deploy` is RepVGG in re-parameterised form; it takes the weights of the training form.
 """
 
@@ -37,8 +37,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"repvgg_{v}": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
     **{f"repvgg_{v}_deploy": ("repvgg:CifarRepVGG", {"variant": v}) for v in ("a0", "a1", "a2")},
-    "vit": ("vit:CifarViT", {"depth": 6, "width": 96, "heads": 3}),  # ours, for CIFAR-10 alone
+    "mobilenetv3_small": ("mobilenetv3:mobilenetv3_small", {}),
+    "convnext": ("convnext:convnext", {}),
+    "vit": ("vit:CifarViT", {"depth": 6, "width": 96, "heads": 3}),
 }
+OURS = ("mobilenetv3_small", "convnext", "vit")  # not of the hub, and for CIFAR-10 alone
 
 # First eight digits of the checkpoint's SHA-256 and the hub's top-1 in per cent, CIFAR-10 then CIFAR-100.
 PUBLISHED: dict[str, tuple[tuple[str, float], tuple[str, float]]] = {
@@ -86,7 +89,7 @@ PREPROCESSING = {
 }  # fmt: skip
 
 NAMES = tuple(
-    f"{network}-{dataset}" for dataset in CLASSES for network in NETWORKS if (network, dataset) != ("vit", "cifar100")
+    f"{network}-{dataset}" for dataset in CLASSES for network in NETWORKS if dataset == "cifar10" or network not in OURS
 )
 
 

@@ -97,11 +97,24 @@ def test_the_bytes_of_a_safetensors_file_depend_on_its_content_alone(tmp_path) -
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_the_vit_keeps_its_shape_on_smaller_images_and_has_shipped_weights_alone() -> None:
+def test_the_vit_keeps_its_shape_on_smaller_images() -> None:
     with torch.no_grad():
         net = builtin.build("vit-cifar10").eval()
         assert net(torch.zeros(2, 3, 32, 32)).shape == net(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
-    assert builtin.default_weights("vit-cifar10").origin == "shipped"
-    assert "vit-cifar100" not in builtin.NAMES
-    with pytest.raises(UsageError, match="No weights of 'vit-cifar10' are published"):
-        builtin.weights_of("vit-cifar10", "published")
+
+
+@pytest.mark.parametrize("network", builtin.OURS)
+def test_our_own_networks_are_for_cifar10_and_have_shipped_weights_alone(network) -> None:
+    assert builtin.default_weights(f"{network}-cifar10").origin == "shipped"
+    assert f"{network}-cifar100" not in builtin.NAMES
+    with pytest.raises(UsageError, match=f"No weights of '{network}-cifar10' are published"):
+        builtin.weights_of(f"{network}-cifar10", "published")
+
+
+def test_the_last_maps_of_our_own_networks_have_sixteen_positions_of_a_small_image() -> None:
+    """As many as their strides leave: 32 pixels, halved three times."""
+    with torch.no_grad():
+        for network in ("mobilenetv3_small", "convnext"):
+            net = builtin.build(f"{network}-cifar10").eval()
+            assert net.get_submodule("features")(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
+            assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

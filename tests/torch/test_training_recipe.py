@@ -47,6 +47,21 @@ def test_the_rate_warms_up_and_ends_at_nothing(recipe) -> None:
     assert recipe.learning_rate(40, 10, 4, 0.1) == pytest.approx(0)
 
 
+def test_half_the_file_holds_the_very_weights_that_are_measured(recipe) -> None:
+    torch.manual_seed(0)
+    convolution, norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+    torch.nn.init.constant_(norm.running_var, 1e-9)  # nothing, in float16
+    net = torch.nn.Sequential(convolution, norm)
+    before = convolution.weight.clone()
+    state = recipe.stored(net, half=True)
+    assert state["0.weight"].dtype == torch.float16
+    assert torch.equal(state["0.weight"].float(), convolution.weight)
+    assert not torch.equal(before, convolution.weight)
+    assert {state[name].dtype for name in ("0.bias", "1.weight", "1.running_var")} == {torch.float32}
+    assert state["1.running_var"].min() > 0
+    assert all(t.dtype != torch.float16 for t in recipe.stored(net, half=False).values())
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights_and_a_restart_begins_from_others(
     recipe, rng, tmp_path, monkeypatch
 ) -> None:
