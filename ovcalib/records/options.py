@@ -25,6 +25,14 @@ RoundingMode = Literal["nearest", "compensated"]
 ChannelOrder = Literal["RGB", "BGR"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
+
+def spelled(value: Any) -> Any:
+    """YAML reads the words on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(spelled)]
+
 # More calibration images than any method has use for; a typing error rather than a wish.
 MAX_IMAGES = 1_000_000
 # A month.
@@ -195,14 +203,14 @@ class QuantizationOptions(Frozen):
         "errors (GPTQ).",
     )
     smooth_quant: Annotated[
-        Literal["auto", "on", "off"],
+        Switch,
         Shown(default="auto: on for transformers where its output error is smaller"),
     ] = Field(
         default="auto", description="SmoothQuant: large channels of a matrix product's input move into its weights."
     )
     guard: bool = Field(default=True, description="Leave operations in float whose expected SQNR in INT8 is too low.")
     equalize: Annotated[
-        Literal["auto", "on", "off"],
+        Switch,
         Shown(default="auto: where operations would stay in float, and the output error is no larger with it"),
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
     model_type: Literal["auto", "cnn", "transformer"] = Field(

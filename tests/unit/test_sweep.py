@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ovcalib.errors import DeviceError, UsageError
+from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.sweep import SweepCell, make_sweep_recipe
 from ovcalib.sweeps.engines import LocalEngine, open_engine, share_of_cpus
 from ovcalib.sweeps.plan import content_of, plan
@@ -78,6 +79,10 @@ def test_latency_is_measured_on_devices_where_time_is_given_for_it() -> None:
 
 
 def test_options_are_text_whatever_yaml_made_of_them() -> None:
+    common = yaml.safe_load("{equalize: off, smooth_quant: on}")
+    assert common == {"equalize": False, "smooth_quant": True}  # YAML 1.1
+    options = QuantizationOptions(**recipe(common=common).common)
+    assert (options.equalize, options.smooth_quant) == ("off", "on")
     found = recipe(sources=[yaml.safe_load("{calib: dgh, options: {steps: 3, output: none, a: 0.5}}")])
     assert found.sources[0].options == {"steps": "3", "output": "none", "a": "0.5"}
     assert found.sources[0].label == "dgh steps=3 output=none a=0.5"
