@@ -215,8 +215,13 @@ def _from_builtin(name: str, options: ModelOptions, say: Callable[[str], None]) 
 
 def _of_builtin(name: str, module: nn.Module, weights: Weights, options: ModelOptions) -> Model:
     spec = builtin.spec(name, weights)
-    overrides = _preprocessing(spec.input_shape, options, spec.preprocessing)[0]
-    spec = spec.model_copy(update={"preprocessing": overrides})
+    if options.input_shape not in (None, spec.input_shape):
+        c, h, w = spec.input_shape
+        raise UsageError(f"{name!r} takes images of shape {c},{h},{w} alone. Leave out `input_shape`.")
+    assert spec.num_classes is not None
+    task, num_classes = _task_of([(1, spec.num_classes)], False, options.task, name)
+    preprocessing = _preprocessing(spec.input_shape, options, spec.preprocessing)[0]
+    spec = spec.model_copy(update={"preprocessing": preprocessing, "task": task, "num_classes": num_classes})
     return Model(spec, module=builtin.deploy(name, module).eval(), sha256=weights.sha256 or "")
 
 

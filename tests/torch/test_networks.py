@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from ovcalib import load_model
 from ovcalib.errors import UsageError
 from ovcalib.models import builtin
 from ovcalib.models.repvgg import reparameterise
@@ -118,3 +119,20 @@ def test_the_last_maps_of_our_own_networks_have_sixteen_positions_of_a_small_ima
             net = builtin.build(f"{network}-cifar10").eval()
             assert net.get_submodule("features")(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
             assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"task": "segmentation"}, r"`task=segmentation` expects an output \[N, K, H, W\]"),
+        ({"input_shape": (3, 64, 64)}, r"takes images of shape 3,32,32 alone"),
+    ],
+)
+def test_a_built_in_network_refuses_what_it_cannot_be(options, said) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_model("resnet20-cifar10", **options)
+
+
+def test_outputs_of_a_built_in_network_may_be_compared_as_numbers_alone() -> None:
+    spec = load_model("resnet20-cifar10", task="dense", input_shape=(3, 32, 32)).spec
+    assert (spec.task, spec.num_classes) == ("dense", None)
