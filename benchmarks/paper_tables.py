@@ -2,7 +2,10 @@
 
     ovcalib gan score CIFAR-10=imagefolder:cifar10-jpeg/test StyleGAN2-ADA=stylegan2-ada:teacher.safetensors \
         DiStyleGAN=distylegan Fractal=fractal --reference imagefolder:cifar10-jpeg/train --json > scores.json
-    python benchmarks/paper_tables.py runs/paper [--scores scores.json] [-o benchmarks/results/paper_tables.md]
+    python benchmarks/paper_tables.py runs/paper [--scores scores.json] [--nncf runs/paper-nncf] \
+        [-o benchmarks/results/paper_tables.md]
+
+`--nncf` is a sweep of the same networks with NNCF's own settings, benchmarks/paper_nncf.yaml.
 
 Masouris et al., "Post-training Model Quantization Using GANs for Synthetic Data Generation".
 Rows and columns are matched by their names in benchmarks/paper.yaml. A cell that was not run is "not run". Without
@@ -76,12 +79,12 @@ DIFFERENCES = """\
   here 500 images per class of the training split are drawn by seed.
 - Weights: the paper uses the published checkpoints; the weights here are listed below by SHA-256.
 - Quantizer: the paper uses the Post-training Optimization Tool of OpenVINO 2022.1. Here it is NNCF with ovcalib's
-  activation ranges and bias correction, which are not NNCF's defaults.
+  defaults for activation ranges, rounding and bias correction. "NNCF's own settings", where they were run, have NNCF's.
 - StyleGAN2-ADA (narrow sweep only): own training, 326 thousand images, 24 channels wide at 32x32, not NVIDIA's
   snapshot.
 - DiStyleGAN: uses no data at calibration time; its generator was trained on the CIFAR-10 training split.
 - Fractal: ovcalib's own generator, not Datumaro's.
-- DGH, ZeroQ, DSG, IntraQ, Genie, bn-inversion: 128 images, quick budgets.
+- DGH, ZeroQ, DSG, IntraQ, Genie, bn-inversion: quick budgets. The number of images of every source is below.
 - Accuracy-aware: the paper allows 2 points, measured on the calibration images with their labels. Here 0.3 points are
   allowed, measured on the same images: top-1 where there are labels, else expected top-1 under FP32's probabilities.
 - RepVGG is in its multi-branch training form, as in the paper."""
@@ -140,7 +143,13 @@ def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
             f"weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
             f"{escape_markdown(accuracy.protocol)}"
         )
-    return lines
+    counts: dict[int, list[str]] = {}
+    for source in sweep.recipe.sources:
+        made = [results[cell.key] for cell in sweep.cells if cell.source == source.label and cell.key in results]
+        if made:
+            counts.setdefault(made[0].calibration.num_samples, []).append(escape_markdown(source.label))
+    shown = "; ".join(f"{count} for {', '.join(labels)}" for count, labels in sorted(counts.items(), reverse=True))
+    return [*lines, f"- Calibration images: {shown}."]
 
 
 def score_table(scores: Scores) -> str:
@@ -156,8 +165,27 @@ def score_table(scores: Scores) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores) -> str:
-    """The whole of paper_tables.md."""
+def nncf_tables(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
+    """What NNCF's own settings make of the same networks and images."""
+    kernels = {result.accuracy.kernels for result in results.values() if result.accuracy}
+    settings = ", ".join(f"`{name}={value}`" for name, value in sweep.recipe.common.items() if name != "limit")
+    lines = ["", "## NNCF's own settings", "", f"{settings}. Measured on: {', '.join(sorted(map(str, kernels)))}."]
+    for metric in (DROP, AGREEMENT, NMSE):
+        table = metric_table(sweep, "default", metric, results, {}).markdown()
+        lines += ["", f"### {metric.title}, NNCF's own settings", "", with_seeds(table, sweep)]
+    return lines
+
+
+def document(
+    sweep: Sweep | None,
+    results: Mapping[str, Result],
+    scores: Scores,
+    nncf: tuple[Sweep, Mapping[str, Result]] | None = None,
+) -> str:
+    """The whole of paper_tables.md.
+
+    nncf    the sweep with NNCF's own settings, and its results
+    """
     lines = [
         "# The paper's tables",
         "",
@@ -185,6 +213,8 @@ def document(sweep: Sweep | None, results: Mapping[str, Result], scores: Scores)
             for metric in more:
                 table = metric_table(sweep, mode, metric, results, {}).markdown()
                 lines += ["", f"### {metric.title}", "", with_seeds(table, sweep)]
+    if nncf:
+        lines += nncf_tables(*nncf)
     lines += ["", "## Table 2: scores of the images", "", score_table(scores)]
     if sweep and sweep.failed:
         lines += [
@@ -205,12 +235,15 @@ def main() -> None:
         help="folder of `ovcalib sweep benchmarks/paper.yaml`; without it nothing was run",
     )
     parser.add_argument("--scores", type=Path, help="what `ovcalib gan score --json` printed")
+    parser.add_argument("--nncf", type=Path, help="folder of the sweep with NNCF's own settings")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "paper_tables.md")
     args = parser.parse_args()
     sweep = read_sweep(args.sweep) if args.sweep else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scores = json.loads(args.scores.read_text()) if args.scores else {}
-    args.output.write_text(document(sweep, read_results(args.sweep, sweep) if sweep else {}, scores))
+    own = read_sweep(args.nncf) if args.nncf else None
+    nncf = (own, read_results(args.nncf, own)) if own else None
+    args.output.write_text(document(sweep, read_results(args.sweep, sweep) if sweep else {}, scores, nncf))
     print(f"wrote {args.output}")
 
 

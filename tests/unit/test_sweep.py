@@ -209,9 +209,12 @@ def test_the_best_is_marked_only_where_it_stands_apart(column, better, winner) -
 
 def result(drop, agreement=0.9, nmse=0.1):
     accuracy = SimpleNamespace(
-        drop_points=drop, drop_ci95=(drop - 0.2, drop + 0.2), fp32=SimpleNamespace(top1=0.8), protocol="p*"
-    )
+        drop_points=drop, drop_ci95=(drop - 0.2, drop + 0.2), fp32=SimpleNamespace(top1=0.8), protocol="p*",
+        kernels="avx2",
+    )  # fmt: skip
     return SimpleNamespace(
+        model=SimpleNamespace(weights=SimpleNamespace(origin="file"), sha256="0" * 64),
+        calibration=SimpleNamespace(num_samples=300), environment=SimpleNamespace(versions={}),
         accuracy=accuracy, agreement=SimpleNamespace(top1=agreement, count=1000, nmse=nmse),
         quantization=SimpleNamespace(reverted=(), seconds=1.0),
     )  # fmt: skip
@@ -327,6 +330,18 @@ def test_a_table_of_one_seed_says_so(paper) -> None:
     assert table.splitlines()[0] == "| calibration | RepVGG-A0 | paper (RepVGG) |"
     twice, _ = swept({}, {})
     assert "(1 seed)" not in paper.with_seeds(paper.drop_table(twice, {}, "default", paper.TABLE_1A), twice)
+
+
+def test_nncfs_own_settings_have_tables_of_their_own_and_name_them(paper) -> None:
+    sweep, results = swept({("noise", 0): result(0.4)}, {}, sources=[{"name": "Fractal", "calib": "noise"}], seeds=[0],
+                           models=[{"name": "RepVGG-A0", "model": "resnet20-cifar10"}],
+                           common={"bias_correction": "fast", "limit": 50})  # fmt: skip
+    lines = paper.document(sweep, results, {}, (sweep, results)).splitlines()
+    first = lines.index("## NNCF's own settings")
+    assert lines[first + 2].startswith("`bias_correction=fast`. Measured on: avx2.")
+    assert "| Fractal (1 seed) | 0.40 |" in lines[first:]
+    assert "- Calibration images: 300 for Fractal." in lines
+    assert "## NNCF's own settings" not in paper.document(sweep, results, {})
 
 
 def test_scores_of_another_classifier_never_stand_for_the_inception_score(paper) -> None:
