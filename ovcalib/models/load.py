@@ -489,13 +489,13 @@ def _preprocessing(
                 f"Nothing says how the model's input is normalised; assumed mean {','.join(map(str, mean))} and "
                 f"std {','.join(map(str, std))} on the 0..1 scale. Pass `mean` and `std`."
             )
-        # Small inputs are trained on whole images, large ones on a centre crop.
+        # Small inputs are trained on whole images, and so are inputs that are not square; large ones on a centre crop.
         known = Preprocessing(
             height=h,
             width=w,
             mean=mean,
             std=std,
-            short_side=round(min(h, w) / USUAL_CROP) if min(h, w) >= 128 else None,
+            short_side=round(h / USUAL_CROP) if h == w >= 128 else None,
         )
     for name, values in (("`mean`", options.mean), ("`std`", options.std)):
         if values is not None and len(values) != c:

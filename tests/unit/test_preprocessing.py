@@ -106,3 +106,14 @@ def test_a_crop_is_asked_for_once() -> None:
         checked(ModelOptions, {"reference": "m", "crop_share": 0.9, "short_side": 256})
     with pytest.raises(UsageError, match="crop_share=1.5"):
         checked(ModelOptions, {"reference": "m", "crop_share": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("shape", "short_side"), [((3, 32, 32), None), ((3, 224, 224), 256), ((3, 300, 400), None), ((1, 48, 320), None)]
+)
+def test_what_nothing_is_said_about_is_cropped_as_in_training_where_it_is_square(shape, short_side) -> None:
+    """A crop that is wider than the scaled image would have black edges."""
+    options = ModelOptions(reference="x")
+    found, _ = _preprocessing(shape, options, None)
+    assert found.short_side == short_side
+    assert found.fit(PIL.Image.new("RGB", (500, 500), "white")).min() == 255
