@@ -362,6 +362,17 @@ def test_the_narrow_recipe_is_valid_and_every_model_has_a_column(paper) -> None:
     assert all(model.command or model.weights is None for model in found.models)
 
 
+def test_the_recipe_with_nncfs_own_settings_is_that_of_the_wide_networks(paper) -> None:
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    wide, own = (
+        make_sweep_recipe(yaml.safe_load((folder / f"paper_{name}.yaml").read_text())) for name in ("wide", "nncf")
+    )
+    assert own.models == wide.models
+    assert all(source in wide.sources for source in own.sources)
+    assert own.common.items() >= wide.common.items()
+    assert {model.label for model in wide.models} <= set(paper.MODELS)
+
+
 @pytest.mark.parametrize("name", ["paper", "paper_published"])
 def test_the_papers_recipes_are_valid_and_name_its_rows_and_columns(paper, name) -> None:
     path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.yaml"
