@@ -166,13 +166,13 @@ def quantize(
         warnings = [*model.warnings, *ready.warnings, *calibration.provenance.warnings]
 
         images = proof_images(proven_on, calibration, recipe.evaluation.allow_overlap)
-        reference = reference_outputs(exported.graph, images, progress)
+        reference = reference_outputs(exported.graph, images, progress, ready.decode)
         fault = steered = None
         if proven_on is not None:
             fault = fp32_fault(lambda: OpenVINORunner(exported.graph), proven_on, reference, progress)
             steered = reference if validation is proven_on else None
         elif validation is not None:
-            steered = reference_outputs(exported.graph, validation.images(), progress)
+            steered = reference_outputs(exported.graph, validation.images(), progress, ready.decode)
             fault = fp32_fault(lambda: OpenVINORunner(exported.graph), validation, steered, progress)
         if fault is not None:
             progress.say(fault)

@@ -10,11 +10,14 @@ import torch
 from torchvision.models import detection
 
 import ovcalib
+from ovcalib.data.boxes import Boxes
+from ovcalib.data.sets import box_classes, open_data
 from ovcalib.errors import DataError, ModelError
 from ovcalib.models.load import load_model
 from ovcalib.records.options import ModelOptions
 from ovcalib.reports.markdown import markdown_report, summary
 from ovcalib.reports.result import result_page
+from ovcalib.reports.verdict import result_verdict
 from tests.toy import with_statistics_of
 
 SHAPE = (3, 96, 96)
@@ -46,6 +49,11 @@ def model(detector):
 def coco(model, tmp_path_factory):
     """Images of other sizes than the network's, with what the network itself finds in them as the truth."""
     root = tmp_path_factory.mktemp("coco")
+    return root, write_coco(model, root)
+
+
+def write_coco(model, root, ids=(1, 2, 3)) -> int:
+    """The number of boxes that were written; `ids` are the categories of the detector's classes."""
     (root / "images" / "val").mkdir(parents=True)
     (root / "annotations").mkdir()
     rng = np.random.default_rng(0)
@@ -63,13 +71,13 @@ def coco(model, tmp_path_factory):
         for corners, label in zip(*(lambda b: (b.corners, b.labels))(model.module.boxes(heads)), strict=True):
             left, top, right, bottom = corners * np.array([width, height, width, height]) / 96
             size = [float(v) for v in (left, top, right - left, bottom - top)]
-            annotations.append({"id": len(annotations) + 1, "image_id": n, "category_id": int(label) + 1,
+            annotations.append({"id": len(annotations) + 1, "image_id": n, "category_id": ids[label - 1],
                                 "bbox": size, "area": size[2] * size[3], "iscrowd": 0})  # fmt: skip
-    names = [{"id": i + 1, "name": f"kind{i}"} for i in range(4)]
+    names = [{"id": number, "name": f"kind{i}"} for i, number in enumerate(ids)]
     (root / "annotations" / "instances_val.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": names})
     )
-    return root, len(annotations)
+    return len(annotations)
 
 
 def test_the_raw_heads_decode_to_what_the_detector_finds(detector, model) -> None:
@@ -112,6 +120,7 @@ def test_a_detector_is_judged_by_its_boxes(detector, coco, tmp_path) -> None:
     record = result.record
     assert record.model.task == "detection"
     assert record.detection.boxes == count
+    assert record.fp32_fault is None
     assert record.detection.fp32.map > 0.95  # the truth is what it finds, in the pixels of the images
     assert record.detection.int8.map <= record.detection.fp32.map
     found = record.agreement.boxes
@@ -129,6 +138,19 @@ def test_a_detector_is_judged_by_its_boxes(detector, coco, tmp_path) -> None:
         assert "top-1" not in text
 
 
+@pytest.mark.slow
+def test_a_detector_with_its_classes_in_another_order_is_found_out(detector, model, tmp_path, monkeypatch) -> None:
+    from ovcalib.evaluation import sanity
+
+    monkeypatch.setattr(sanity, "ENOUGH_OBJECTS", 20)
+    write_coco(model, tmp_path, ids=(30, 10, 20))
+    record = ovcalib.quantize(detector, eval=f"datumaro:coco:{tmp_path}", **QUICK).record
+    assert record.detection.fp32.map < 0.01
+    assert "FP32 itself is at 0.33% mAP on 36 objects" in record.fp32_fault
+    assert "The classes are in another order: 100% of the objects" in record.fp32_fault
+    assert result_verdict(record)["text"].startswith(record.fp32_fault)
+
+
 def test_without_labels_there_is_agreement_and_no_precision(detector) -> None:
     record = ovcalib.quantize(detector, **QUICK).record
     assert record.detection is None
@@ -137,18 +159,61 @@ def test_without_labels_there_is_agreement_and_no_precision(detector) -> None:
 
 
 def test_classes_that_the_detector_does_not_know_are_refused(detector, coco) -> None:
-    from ovcalib.data.sets import box_classes, open_data
-
     data = open_data(f"datumaro:coco:{coco[0]}")
     spec = load_model(ModelOptions(reference="net", input_shape=SHAPE), detector).spec
-    assert box_classes(data, spec).tolist() == [0, 1, 2, 3]
     named = spec.model_copy(update={"classes": ("background", "KIND2", "kind0")})
-    assert box_classes(data, named).tolist() == [2, -1, 1, -1]
+    assert box_classes(data, named).tolist() == [2, -1, 1]
     with pytest.raises(DataError, match="none of which net knows: cat, dog"):
         box_classes(data, spec.model_copy(update={"classes": ("cat", "dog")}))
     cropped = spec.preprocessing.model_copy(update={"short_side": 120})
     with pytest.raises(DataError, match="cuts boxes off"):
         box_classes(data, spec.model_copy(update={"preprocessing": cropped}))
+
+
+class Categories:
+    """Of a set with boxes."""
+
+    reference = "datumaro:coco:x"
+
+    def __init__(self, *names):
+        self.class_names = names
+
+    def __len__(self):
+        return 1
+
+    def boxes(self, index):
+        return Boxes(np.zeros((0, 4)), np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ((1, 3), ("cat", "dog", "cow"), [1, 2, 3]),  # SSD, whose 0 is the background
+        ((1, 3), ("background", "cat", "dog", "cow"), [-1, 1, 2, 3]),
+        ((1, 3), ("cat", "dog", "cow", "__background__"), [1, 2, 3, -1]),
+        ((0, 3), ("cat", "dog", "cow"), [1, 2, 3]),  # RetinaNet and FCOS, trained as torchvision trains them
+        ((0, 2), ("cat", "dog", "cow"), [0, 1, 2]),
+        (None, ("background", "cat", "dog"), [0, 1, 2]),  # boxes of a graph
+    ],
+)
+def test_categories_without_names_are_those_of_the_detector_in_order(model, labels, names, expected) -> None:
+    spec = model.spec.model_copy(update={"box_labels": labels})
+    data: Any = Categories(*names)
+    assert box_classes(data, spec).tolist() == expected
+
+
+@pytest.mark.parametrize(("labels", "names"), [((1, 3), "ab"), ((1, 3), "abcd"), ((0, 3), "ab"), ((0, 3), "abcde")])
+def test_other_numbers_of_categories_are_refused(model, labels, names) -> None:
+    spec = model.spec.model_copy(update={"box_labels": labels})
+    data: Any = Categories(*names)
+    with pytest.raises(DataError, match=f"has {len(names)} categories of objects, but net tells [34] apart"):
+        box_classes(data, spec)
+
+
+def test_the_numbers_of_boxes_are_known(model) -> None:
+    assert model.spec.box_labels == (1, 3)
+    net = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+    assert load_model(ModelOptions(reference="net", input_shape=(3, 64, 64)), net).spec.box_labels == (0, 2)
 
 
 def test_torchvisions_detectors_need_no_download_for_random_weights() -> None:
