@@ -207,6 +207,11 @@ class DatumaroData(ImageData):
         if not self.has_boxes:
             return None
         found = [a for a in self.items[index].annotations if a.type.name == "bbox"]
+        if any(a.label is None for a in found):  # Datumaro reads COCO's category 0 as none
+            raise DataError(
+                f"{self.name(index)!r} of {self.reference!r} has a box without a category. Number the categories "
+                "from 1."
+            )
         corners = [(a.x, a.y, a.x + a.w, a.y + a.h) for a in found]
         return Boxes(
             np.array(corners, np.float64).reshape(-1, 4),

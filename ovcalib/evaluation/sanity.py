@@ -79,8 +79,8 @@ def fp32_fault(start: Callable[[], Runner], dataset: EvaluationSet, outputs: Out
     return f"FP32 itself is at {top1:.2%} top-1 ({against}): preprocessing or classes are wrong. {cause}"
 
 
-def box_fault(truth: Sequence[Boxes], found: Sequence[Boxes], spec: ModelSpec) -> str | None:
-    """What is wrong with a detector on images with so many objects, in words; None where it works, or they are few."""
+def box_fault(truth: Sequence[Boxes], found: Sequence[Boxes], spec: ModelSpec, who: str = "FP32 itself") -> str | None:
+    """What is wrong with a detector, in words; None where it works, or there are too few objects to tell."""
     objects = sum(map(len, truth))
     if objects < ENOUGH_OBJECTS:
         return None
@@ -102,7 +102,7 @@ def box_fault(truth: Sequence[Boxes], found: Sequence[Boxes], spec: ModelSpec) -
             cause += (
                 " Categories are counted from 0 in the order of their ids; a first category `background` moves them."
             )
-    return f"FP32 itself is at {precision:.2%} mAP on {objects} objects: preprocessing or classes are wrong. {cause}"
+    return f"{who} is at {precision:.2%} mAP on {objects} objects: preprocessing or classes are wrong. {cause}"
 
 
 def _of_one_class(boxes: Boxes) -> Boxes:
@@ -128,7 +128,7 @@ def class_order(
         return None
     if shifted >= renumbered:
         return (
-            f"The labels are off by one: FP32 names class {shift:+d} for {shifted:.0%} of the {of}. One of them "
+            f"The labels are off by one: the model names class {shift:+d} for {shifted:.0%} of the {of}. One of them "
             "counts a background class."
         )
     other = next(label for label in common if common[label] != label)

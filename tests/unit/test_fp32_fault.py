@@ -81,7 +81,9 @@ def test_another_order_of_the_classes_is_found():
     assert "The classes are in another order: 100% of the images come out right if they are renumbered" in found
     assert "'red' as 'pink'" in found
     found = fault(Network(HALF, HALF, order=[7, 0, 1, 2, 3, 4, 5, 6]), spec(mean=HALF, std=HALF), used=140)
-    assert "The labels are off by one: FP32 names class +1 for 100% of the images" in found  # all but the last class
+    assert (
+        "The labels are off by one: the model names class +1 for 100% of the images" in found
+    )  # all but the last class
 
 
 def test_a_model_that_nothing_helps_is_said_to_be_so():
@@ -118,8 +120,8 @@ ROLLED = np.array([0, 2, 3, 1])
 @pytest.mark.parametrize(
     ("label", "shift", "cause"),
     [
-        (lambda labels: labels + 1, 0, "FP32 names class +1 for 100% of the objects that it finds"),
-        (lambda labels: labels - 1, 2, "FP32 names class -1 for 100% of the objects that it finds"),
+        (lambda labels: labels + 1, 0, "the model names class +1 for 100% of the objects that it finds"),
+        (lambda labels: labels - 1, 2, "the model names class -1 for 100% of the objects that it finds"),
         (lambda labels: ROLLED[labels], 0, "classes are in another order: 100% of the objects that it finds"),
         (lambda labels: labels * 0 + 9, 0, "It finds 120 of them, but as other classes"),
         (lambda labels: labels, 200, "It finds 0 of them as any class: are images normalised"),
