@@ -272,7 +272,7 @@ def evaluate(
         if task == "detection" and decode is None:
             raise ModelError(
                 f"The file holds the raw heads of {loaded.spec.name}, and torchvision makes boxes of them outside. "
-                "Evaluate the torch model; INT8 is measured by `ovcalib quantize` with `eval`."
+                "Evaluate the torch model; `ovcalib quantize --eval` measures INT8."
                 if parts is None
                 else f"The boxes that {loaded.spec.name} returns are in no known layout: DetectionOutput [1, 1, n, 7], "
                 "[1, n, 6], or corners [n, 4] with scores and classes. Export it with one of them."
@@ -455,7 +455,7 @@ def _refuse_without_labels(model: Model, dataset: EvaluationSet) -> None:
     elif spec.num_classes is None:
         raise ModelError(
             f"The outputs of {spec.name} are no class logits (`task={spec.task}`), so there is no accuracy to measure. "
-            "Use `ovcalib quantize` with `metric_function`."
+            "`ovcalib quantize --metric-function` measures them with a function of yours."
         )
     elif dataset.labels is None:
         raise DataError(f"{dataset.reference!r} has no labels, so there is no accuracy to measure.")

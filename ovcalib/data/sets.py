@@ -416,8 +416,8 @@ def _in_order(reference: str, names: Sequence[str], spec: ModelSpec) -> NDArray[
     if count != last - start + 1:
         raise DataError(
             f"{reference!r} has {count} categories of objects, but {spec.name} tells {last - first + 1} apart (numbers "
-            f"{first} to {last}) and names none of them. Give a set with exactly these categories, in the detector's "
-            "order of ids."
+            f"{first} to {last}) and names none of them. List exactly these in the set, also unused ones, with ids in "
+            "the detector's order."
         )
     return np.where(objects, start + np.cumsum(objects) - 1, -1)
 
