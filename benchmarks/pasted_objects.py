@@ -152,10 +152,7 @@ def images(tiles: Tensor, labels: NDArray[np.int64], seed: int, count: int) -> I
 
 
 def write(folder: Path, made: Iterator[tuple[Tensor, Boxes]]) -> None:
-    """Images and annotations in COCO's layout, as `--eval datumaro:coco:FOLDER` reads it.
-
-    Classes of a set and of a detector without names are matched by their positions, so the background is a category.
-    """
+    """Images and annotations in COCO's layout, as `--eval datumaro:coco:FOLDER` reads it."""
     (folder / "images" / "test").mkdir(parents=True)
     (folder / "annotations").mkdir()
     listed: list[dict[str, object]] = []
@@ -169,7 +166,7 @@ def write(folder: Path, made: Iterator[tuple[Tensor, Boxes]]) -> None:
             objects.append({"id": len(objects) + 1, "image_id": number, "category_id": label, "iscrowd": 0,
                             "bbox": [left, top, width, height], "area": width * height,
                             "segmentation": []})  # fmt: skip
-    categories = [{"id": label, "name": name} for label, name in enumerate(("background", *CLASSES))]
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, 1)]
     (folder / "annotations" / "instances_test.json").write_text(
         json.dumps({"images": listed, "annotations": objects, "categories": categories}) + "\n"
     )

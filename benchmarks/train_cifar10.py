@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoints import stored
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,20 +103,6 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
         for x, y in zip(torch.split(inputs, 500), torch.split(labels, 500), strict=True)
     )
     return hits / len(labels)
-
-
-def stored(model: nn.Module, half: bool) -> dict[str, Tensor]:
-    """The state dict to write; with `half` the model's own convolution and linear weights are rounded to float16 too.
-
-    BatchNorm keeps float32: small variances do not survive half precision.
-    """
-    if half:
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.ndim > 1:
-                    p.copy_(p.half())
-    many = {name for name, p in model.named_parameters() if p.ndim > 1}
-    return {name: t.half() if half and name in many else t for name, t in model.state_dict().items()}
 
 
 def train(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pasted_objects
 import torch
+from checkpoints import stored
 from networks import ssdlite160
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -170,7 +171,7 @@ def train(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
     if last < args.steps:
         print(f"stopped after step {last}; run again without --stop-after to go on")
         return {}
-    save_state_dict(detector.state_dict(), weights)
+    save_state_dict(stored(detector, args.half), weights)
     return {
         "model": NAME,
         "data": args.train,
@@ -224,14 +225,20 @@ def main() -> None:
     parser.add_argument("--test-seed", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
     parser.add_argument("--evaluate", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--evaluate-only", action="store_true", help="of a training with --no-evaluate")
+    parser.add_argument("--evaluate-only", action="store_true", help="of a training with --no-evaluate; --half applies")
     args = parser.parse_args()
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     weights, record = out / f"{NAME}.safetensors", out / f"{NAME}.json"
     if args.evaluate_only:
         result = json.loads(record.read_text())
+        if args.half:
+            detector = ssdlite160()
+            detector.load_state_dict(load_state_dict(weights))
+            save_state_dict(stored(detector, half=True), weights)
+            result |= {"sha256": file_sha256(weights), "recipe": {**result["recipe"], "half": True}}
     else:
         result = train(args, weights)
         if not result:

@@ -18,13 +18,16 @@ from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import usage
 from ovcalib.data.objects import reference_of
-from ovcalib.errors import DataError, UsageError
+from ovcalib.errors import DataError, ModelError, UsageError
 from ovcalib.evaluation.classification import accuracy
 from ovcalib.evaluation.dataset import EvaluationSet, ObjectSet, open_dataset
+from ovcalib.evaluation.detection import decoded, decoder_of, mean_precision
 from ovcalib.evaluation.outputs import collect
 from ovcalib.evaluation.proof import SHORTER
+from ovcalib.evaluation.sanity import box_fault
 from ovcalib.export.convert import export
 from ovcalib.graph.files import batch_one
+from ovcalib.graph.heads import split_detector
 from ovcalib.keywords import (
     BenchmarkKeywords,
     ConvertKeywords,
@@ -57,7 +60,7 @@ from ovcalib.records.recipe import Recipe, make_recipe
 from ovcalib.records.result import Evaluated, Parity
 from ovcalib.records.sweep import Sweep, SweepRecipe
 from ovcalib.rundir import RunDir
-from ovcalib.runtime import OpenVINORunner
+from ovcalib.runtime import OpenVINORunner, output_ports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -239,7 +242,7 @@ def evaluate(
     progress: Progress | None = None,
     **options: Unpack[EvaluateKeywords],
 ) -> Evaluated:
-    """Accuracy of a model on labelled images, on a device.
+    """Accuracy of a model on labelled images, or mean average precision of a detector, on a device.
 
     data   imagefolder:DIR, cifar10[:ROOT], datumaro:FORMAT:DIR or npz:FILE; or the images with their labels, as `eval`
            of `quantize`
@@ -254,25 +257,48 @@ def evaluate(
         dataset = open_dataset(data, loaded.spec, asked.limit, asked.download)
     else:
         dataset = ObjectSet(data, loaded.spec, asked.limit)
-    if dataset.labels is None or loaded.spec.num_classes is None:
-        raise DataError(
-            f"{dataset.reference!r} has no labels that fit {loaded.spec.name}, so there is no accuracy to measure."
-        )
+    task = loaded.spec.task
+    _refuse_without_labels(loaded, dataset)
     with tempfile.TemporaryDirectory() as folder:
-        graph = loaded.graph if loaded.graph is not None else export(loaded, Path(folder), progress).graph
+        if loaded.graph is None:
+            exported = export(loaded, Path(folder), progress)
+            graph, parts = exported.graph, exported.detector
+        else:
+            graph = batch_one(loaded.graph, loaded.spec)
+            parts = split_detector(graph) if task == "detection" else None
         precision = None if asked.precision == "default" else asked.precision
-        runner = OpenVINORunner(batch_one(graph, loaded.spec), asked.device, precision)
+        body = graph if parts is None else parts.body
+        decode = decoder_of(loaded, parts)
+        if task == "detection" and decode is None:
+            raise ModelError(
+                f"The file holds the raw heads of {loaded.spec.name}, and torchvision makes boxes of them outside. "
+                "Evaluate the torch model; `ovcalib quantize --eval` measures INT8."
+                if parts is None
+                else f"The boxes that {loaded.spec.name} returns are in no known layout: DetectionOutput [1, 1, n, 7], "
+                "[1, n, 6], or corners [n, 4] with scores and classes. Export it with one of them."
+            )
+        runner = OpenVINORunner(body, asked.device, precision)
     with progress.task(f"evaluating on {asked.device}", len(dataset), SHORTER) as tick:
         outputs = collect(runner, dataset.images().items, tick)
-    assert outputs.labels is not None
-    return Evaluated(
+    found = Evaluated(
         model=loaded.spec.name,
         protocol=dataset.protocol,
         count=len(outputs),
         data_sha256=outputs.digest,
         device=asked.device,
         precision=precision,
-        accuracy=accuracy(outputs.values, outputs.labels),
+        accuracy=None if outputs.labels is None else accuracy(outputs.values, outputs.labels),
+    )
+    if decode is None:
+        return found
+    assert outputs.boxes is not None
+    boxes = decoded(outputs, output_ports(body), decode)
+    return found.model_copy(
+        update={
+            "detection": mean_precision(outputs.boxes, boxes),
+            "boxes": sum(map(len, outputs.boxes)),
+            "fault": box_fault(outputs.boxes, boxes, loaded.spec, loaded.spec.name),
+        }
     )
 
 
@@ -415,6 +441,24 @@ def sources() -> dict[str, dict[str, Any]]:
             "help": (source.Options.__doc__ or "").strip() if dataclasses.fields(source.Options) else "",
         }
     return table
+
+
+def _refuse_without_labels(model: Model, dataset: EvaluationSet) -> None:
+    """Raise DataError, or ModelError, with the reason where there is nothing to measure."""
+    spec = model.spec
+    if spec.task == "detection":
+        if getattr(dataset, "box_classes", None) is None:
+            raise DataError(
+                f"{dataset.reference!r} has no boxes, and {spec.name} is a detector. Give a detection set, such as "
+                "datumaro:coco:DIR."
+            )
+    elif spec.num_classes is None:
+        raise ModelError(
+            f"The outputs of {spec.name} are no class logits (`task={spec.task}`), so there is no accuracy to measure. "
+            "`ovcalib quantize --metric-function` measures them with a function of yours."
+        )
+    elif dataset.labels is None:
+        raise DataError(f"{dataset.reference!r} has no labels, so there is no accuracy to measure.")
 
 
 def _reference(model: str | nn.Module) -> tuple[str, nn.Module | None]:

@@ -30,7 +30,7 @@ from ovcalib.evaluation.dataset import (
     refuse_same_images,
     require_task,
 )
-from ovcalib.evaluation.detection import Decoder, graph_decoder
+from ovcalib.evaluation.detection import Decoder, decoder_of
 from ovcalib.evaluation.metrics import probabilities
 from ovcalib.evaluation.proof import prove, reference_outputs
 from ovcalib.evaluation.sanity import fp32_fault
@@ -166,13 +166,13 @@ def quantize(
         warnings = [*model.warnings, *ready.warnings, *calibration.provenance.warnings]
 
         images = proof_images(proven_on, calibration, recipe.evaluation.allow_overlap)
-        reference = reference_outputs(exported.graph, images, progress)
+        reference = reference_outputs(exported.graph, images, progress, ready.decode)
         fault = steered = None
         if proven_on is not None:
             fault = fp32_fault(lambda: OpenVINORunner(exported.graph), proven_on, reference, progress)
             steered = reference if validation is proven_on else None
         elif validation is not None:
-            steered = reference_outputs(exported.graph, validation.images(), progress)
+            steered = reference_outputs(exported.graph, validation.images(), progress, ready.decode)
             fault = fp32_fault(lambda: OpenVINORunner(exported.graph), validation, steered, progress)
         if fault is not None:
             progress.say(fault)
@@ -307,13 +307,7 @@ def prepare(
     spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
     exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
     settings = resolve_settings(recipe.quantization, exported.graph)
-    decode = None
-    if exported.detector is not None:
-        decode = graph_decoder(exported.detector, model.spec.input_shape[1:])
-    elif model.spec.task == "detection":
-        from ovcalib.models.detectors import RawHeads
-
-        decode = model.module.boxes if isinstance(model.module, RawHeads) else None
+    decode = decoder_of(model, exported.detector)
     return Prepared(
         recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric, decode
     )

@@ -25,23 +25,26 @@ FORMATS = ("html", "md", "csv")
 
 
 def evaluate(given: dict[str, Any], common: Common) -> None:
-    """Measure the accuracy of a model on labelled images."""
+    """Measure the accuracy of a model on labelled images, or the mean average precision of a detector."""
     from ovcalib import api
     from ovcalib.reports.verdict import points
 
     found = api.evaluate(given.pop("model"), given.pop("data"), progress=common.progress, **given)
+    warn((found.fault,) if found.fault else (), common)
     if common.as_json:
         print(found.model_dump_json(indent=2))
         return
-    low, high = found.accuracy.ci95
-    row = {
-        "model": found.model,
-        "top-1": points(found.accuracy.top1),
-        "95 % interval": f"{points(low)} to {points(high)}",
-        "top-5": points(found.accuracy.top5),
-        "images": str(found.count),
-        "device": f"{found.device} {found.precision or 'default'}",
-    }
+    row = {"model": found.model}
+    if found.accuracy is not None:
+        low, high = found.accuracy.ci95
+        row |= {
+            "top-1": points(found.accuracy.top1),
+            "95 % interval": f"{points(low)} to {points(high)}",
+            "top-5": points(found.accuracy.top5),
+        }
+    if found.detection is not None:
+        row |= {"mAP": points(found.detection.map), "AP50": points(found.detection.map50), "boxes": str(found.boxes)}
+    row |= {"images": str(found.count), "device": f"{found.device} {found.precision or 'default'}"}
     print_table([row])
     print(f"\nmeasured on {found.protocol}")
 

@@ -207,6 +207,11 @@ class DatumaroData(ImageData):
         if not self.has_boxes:
             return None
         found = [a for a in self.items[index].annotations if a.type.name == "bbox"]
+        if any(a.label is None for a in found):  # Datumaro reads COCO's category 0 as none
+            raise DataError(
+                f"{self.name(index)!r} of {self.reference!r} has a box without a category. Number the categories "
+                "from 1."
+            )
         corners = [(a.x, a.y, a.x + a.w, a.y + a.h) for a in found]
         return Boxes(
             np.array(corners, np.float64).reshape(-1, 4),
@@ -375,10 +380,10 @@ def model_labels(data: ImageData, spec: ModelSpec) -> NDArray[np.int64]:
 
 
 def box_classes(data: ImageData, spec: ModelSpec) -> NDArray[np.int64] | None:
-    """The detector's class for each class of a set with boxes, by name where both have names, else the same number.
+    """The detector's class for each class of a set with boxes, by name where both have names, else in order.
 
     returns   int64 [K], -1 for a class that the detector does not know; None for a set without boxes
-    raises    DataError where no name is known to both, or images are cropped
+    raises    DataError where no name is known to both, their numbers are not the same, or images are cropped
     """
     if not len(data) or data.boxes(0) is None or data.class_names is None:
         return None
@@ -388,7 +393,7 @@ def box_classes(data: ImageData, spec: ModelSpec) -> NDArray[np.int64] | None:
             "boxes off. Pass `short_side=0`."
         )
     if not spec.classes:
-        return np.arange(len(data.class_names))
+        return _in_order(data.reference, data.class_names, spec)
     known = {_plain(name): i for i, name in enumerate(spec.classes)}
     found = np.array([known.get(_plain(name), -1) for name in data.class_names], np.int64)
     if (found < 0).all():
@@ -397,6 +402,24 @@ def box_classes(data: ImageData, spec: ModelSpec) -> NDArray[np.int64] | None:
             f"{', '.join(spec.classes[:10])}, ..."
         )
     return found
+
+
+def _in_order(reference: str, names: Sequence[str], spec: ModelSpec) -> NDArray[np.int64]:
+    """The classes of a detector without names; a category for the background is none of them."""
+    if spec.box_labels is None:  # boxes come out of a graph, and their numbers are those of its output
+        return np.arange(len(names))
+    first, last = spec.box_labels
+    objects = np.array([_plain(name).strip() != "background" for name in names])
+    count = int(objects.sum())
+    # RetinaNet and FCOS have no background, but torchvision trains them as the others: with objects from 1.
+    start = 1 if count == last else first
+    if count != last - start + 1:
+        raise DataError(
+            f"{reference!r} has {count} categories of objects, but {spec.name} tells {last - first + 1} apart (numbers "
+            f"{first} to {last}) and names none of them. List exactly these in the set, also unused ones, with ids in "
+            "the detector's order."
+        )
+    return np.where(objects, start + np.cumsum(objects) - 1, -1)
 
 
 def _plain(name: str) -> str:

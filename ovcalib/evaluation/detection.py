@@ -13,6 +13,7 @@ from ovcalib.data.boxes import Boxes
 from ovcalib.errors import require
 from ovcalib.evaluation.outputs import Outputs
 from ovcalib.graph.heads import Detector
+from ovcalib.models.load import Model
 from ovcalib.records.result import BoxAgreement, DetectionAccuracy, MeanPrecision
 from ovcalib.runtime import MultiInference, Port
 
@@ -127,6 +128,17 @@ def detection_accuracy(
         protocol=protocol, count=len(truth), boxes=sum(map(len, truth)), data_sha256=digest, fp32=fp32, int8=int8,
         drop_points=100 * (fp32.map - int8.map),
     )  # fmt: skip
+
+
+def decoder_of(model: Model, detector: Detector | None) -> Decoder | None:
+    """From raw heads to boxes; None for what is no detector, or has boxes in an unknown layout, or only outside.
+
+    detector   the parts of a graph with boxes
+    """
+    if detector is not None:
+        _, height, width = model.spec.input_shape
+        return graph_decoder(detector, (height, width))
+    return getattr(model.module, "boxes", None) if model.spec.task == "detection" else None
 
 
 def decoded(outputs: Outputs, ports: Sequence[Port], decode: Decoder) -> list[Boxes]:

@@ -29,12 +29,14 @@ class Outputs:
     labels   int64 [N], or None: classes of the model where it is a classifier, else of the data set
     digest   SHA-256 over the pixels and labels of the items, in order
     boxes    the truth of each item, or None
+    found    what a detector found in each item, or None
     """
 
     values: NDArray[np.float32]
     labels: NDArray[np.int64] | None
     digest: str
     boxes: list[Boxes] | None = None
+    found: list[Boxes] | None = None
 
     def __len__(self) -> int:
         return len(self.values)

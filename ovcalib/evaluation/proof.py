@@ -37,10 +37,17 @@ class Proof:
     warnings: tuple[str, ...]
 
 
-def reference_outputs(fp32: ov.Model, images: Images, progress: Progress) -> Outputs:
-    """The outputs of the FP32 model (batch 1). Raises DataError where an image is in the calibration set too."""
+def reference_outputs(fp32: ov.Model, images: Images, progress: Progress, decode: Decoder | None = None) -> Outputs:
+    """The outputs of the FP32 model (batch 1).
+
+    decode   from the outputs of one image to boxes, for a detector
+    raises   DataError where an image is in the calibration set too
+    """
     with progress.task("evaluating FP32", images.count, SHORTER) as tick:
-        return collect(OpenVINORunner(fp32), images.items, tick)
+        outputs = collect(OpenVINORunner(fp32), images.items, tick)
+    if decode is not None:
+        outputs.found = decoded(outputs, output_ports(fp32), decode)
+    return outputs
 
 
 def prove(
@@ -57,7 +64,7 @@ def prove(
 
     evaluation   the data set that the images are of; None for calibration images, which say nothing of accuracy
     kernels      on which INT8 runs, or is emulated
-    decode       from the outputs of one image to boxes, for a detector
+    decode       of the reference
     """
     with progress.task("evaluating INT8", images.count, SHORTER) as tick:
         outputs = collect(runner_for(int8, kernels), images.items, tick)
@@ -70,12 +77,13 @@ def prove(
     agreed = agreement(reference, outputs, images.on, spec.task, output_ports(int8)).model_copy(update=where)
     warnings = []
     detection = None
-    ports = output_ports(int8)
-    if decode is not None:
-        before, after = decoded(reference, ports, decode), decoded(outputs, ports, decode)
-        agreed = agreed.model_copy(update={"boxes": box_agreement(before, after)})
+    if decode is not None and reference.found is not None:
+        outputs.found = decoded(outputs, output_ports(int8), decode)
+        agreed = agreed.model_copy(update={"boxes": box_agreement(reference.found, outputs.found)})
         if evaluation is not None and reference.boxes is not None:
-            detection = detection_accuracy(reference.boxes, before, after, evaluation.protocol, reference.digest)
+            detection = detection_accuracy(
+                reference.boxes, reference.found, outputs.found, evaluation.protocol, reference.digest
+            )
     shares = {"": agreed.top1, "the pixels of ": agreed.pixels}
     for what, share in shares.items():
         if share is None or share >= COLLAPSED_AGREEMENT:

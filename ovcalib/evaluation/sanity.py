@@ -7,13 +7,15 @@ few, which are tried: normalisation, channel order, resizing, or the order of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ovcalib.data.boxes import Boxes
 from ovcalib.data.sets import choose
 from ovcalib.evaluation.dataset import ORDER_SEED, DataSet, EvaluationSet
+from ovcalib.evaluation.detection import SHOWN_SCORE, matches, mean_precision
 from ovcalib.evaluation.metrics import hits
 from ovcalib.evaluation.outputs import Outputs, collect
 from ovcalib.progress import Progress
@@ -23,8 +25,10 @@ from ovcalib.runtime import Runner
 
 # Images on which preprocessing is tried.
 TRIED = 64
-# Fewer images than this say nothing about chance.
-ENOUGH = 20
+# Fewer images, or objects, than this say nothing about chance.
+ENOUGH, ENOUGH_OBJECTS = 20, 100
+# A detector that works has more mean average precision than this, whatever it detects.
+WORKING_MAP = 0.01
 # A published accuracy of which less than this share is left was measured on other images, or with other preprocessing.
 PUBLISHED_SHARE = 1 / 3
 # Share of the images that a mapping of classes must explain, with so many images a class.
@@ -51,6 +55,8 @@ def fp32_fault(start: Callable[[], Runner], dataset: EvaluationSet, outputs: Out
     outputs   what it said about the images of the data set
     """
     spec, labels = dataset.spec, outputs.labels
+    if outputs.boxes is not None and outputs.found is not None:
+        return box_fault(outputs.boxes, outputs.found, spec)
     if labels is None or spec.num_classes is None or len(outputs) < ENOUGH:
         return None
     top1, least = float(hits(outputs.values, labels).mean()), works_from(spec)
@@ -73,8 +79,43 @@ def fp32_fault(start: Callable[[], Runner], dataset: EvaluationSet, outputs: Out
     return f"FP32 itself is at {top1:.2%} top-1 ({against}): preprocessing or classes are wrong. {cause}"
 
 
-def class_order(labels: NDArray[np.int64], named: NDArray[np.int64], spec: ModelSpec) -> str | None:
-    """Whether the model is right but for the numbers of the classes."""
+def box_fault(truth: Sequence[Boxes], found: Sequence[Boxes], spec: ModelSpec, who: str = "FP32 itself") -> str | None:
+    """What is wrong with a detector, in words; None where it works, or there are too few objects to tell."""
+    objects = sum(map(len, truth))
+    if objects < ENOUGH_OBJECTS:
+        return None
+    precision = mean_precision(truth, found).map
+    if precision >= WORKING_MAP:
+        return None
+    labels: list[int] = []
+    named: list[int] = []
+    for there, boxes in zip(truth, found, strict=True):
+        shown = boxes.above(SHOWN_SCORE)
+        for i, j in matches(_of_one_class(there), _of_one_class(shown)):
+            labels.append(int(there.labels[i]))
+            named.append(int(shown.labels[j]))
+    cause = f"It finds {len(labels)} of them as any class: are images normalised as in training, and weights trained?"
+    if len(labels) >= EXPLAINED * objects:
+        order = class_order(np.array(labels), np.array(named), spec, "objects that it finds", "categories")
+        cause = order or f"It finds {len(labels)} of them, but as other classes: was it trained on these?"
+        if order and spec.classes is None and spec.box_labels is None:
+            cause += (
+                " Categories are counted from 0 in the order of their ids; a first category `background` moves them."
+            )
+    return f"{who} is at {precision:.2%} mAP on {objects} objects: preprocessing or classes are wrong. {cause}"
+
+
+def _of_one_class(boxes: Boxes) -> Boxes:
+    return dataclasses.replace(boxes, labels=np.zeros_like(boxes.labels))
+
+
+def class_order(
+    labels: NDArray[np.int64], named: NDArray[np.int64], spec: ModelSpec, of: str = "images", by: str = "folders"
+) -> str | None:
+    """Whether the model is right but for the numbers of the classes.
+
+    of, by   what has labels, and what has the names of the classes
+    """
     shift = max((-1, 1), key=lambda shift: float((named == labels + shift).mean()))
     shifted = float((named == labels + shift).mean())
     present = np.unique(labels)
@@ -87,14 +128,14 @@ def class_order(labels: NDArray[np.int64], named: NDArray[np.int64], spec: Model
         return None
     if shifted >= renumbered:
         return (
-            f"The labels are off by one: FP32 names class {shift:+d} for {shifted:.0%} of the images. One of them "
+            f"The labels are off by one: the model names class {shift:+d} for {shifted:.0%} of the {of}. One of them "
             "counts a background class."
         )
     other = next(label for label in common if common[label] != label)
     a, b = (spec.classes[i] if spec.classes else f"class {i}" for i in (other, common[other]))
     return (
-        f"The classes are in another order: {renumbered:.0%} of the images come out right if they are renumbered, "
-        f"for example {a!r} as {b!r}. Name or number the folders in the order of the model's outputs."
+        f"The classes are in another order: {renumbered:.0%} of the {of} come out right if they are renumbered, "
+        f"for example {a!r} as {b!r}. Name or number the {by} in the order of the model's outputs."
     )
 
 

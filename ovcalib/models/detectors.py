@@ -22,6 +22,7 @@ class RawHeads(nn.Module):
     """Backbone and head of a torchvision SSD, RetinaNet or FCOS, without its transform and postprocessing.
 
     forward   float32 [N, 3, H, W], normalised -> maps [N, anchors, ...] in the order of `names`
+    labels    first and last number of a box; 0 is SSD's background
     """
 
     def __init__(self, detector: nn.Module, shape: Sequence[int]) -> None:
@@ -33,6 +34,8 @@ class RawHeads(nn.Module):
             heads = detector.head(features)  # type: ignore[operator]
             self.anchors = detector.anchor_generator(self._image_list(image), features)  # type: ignore[operator]
         self.names = tuple(sorted(heads))
+        self.is_ssd = any(kind.__name__ == "SSD" for kind in type(detector).__mro__)
+        self.labels = (int(self.is_ssd), heads["cls_logits"].shape[-1] - 1)
         positions = [feature.shape[2] * feature.shape[3] for feature in features]
         each = heads["cls_logits"].shape[1] // sum(positions)
         # The heads of SSD differ in their anchors a position; its postprocessing takes all levels at once.
@@ -59,7 +62,7 @@ class RawHeads(nn.Module):
         tensors = {name: torch.from_numpy(np.array(head)) for name, head in zip(self.names, heads, strict=True)}
         given: Any = tensors
         anchors: Any = self.anchors
-        if type(self.detector).__name__ != "SSD":
+        if not self.is_ssd:
             given = {name: list(torch.split(head, self.levels, 1)) for name, head in tensors.items()}
             anchors = [list(torch.split(each, self.levels)) for each in anchors]
         with torch.no_grad():

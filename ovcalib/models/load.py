@@ -401,6 +401,7 @@ def _from_module(
     spec = ModelSpec(
         name=name, task=task, input_shape=(c, h, w), num_classes=num_classes, preprocessing=preprocessing,
         classes=classes if classes and (detector or len(classes) == num_classes) else None, weights=weights,
+        box_labels=module.labels if detector else None,
         dataset="imagenet" if num_classes in (1000, 1001) else None,
     )  # fmt: skip
     return Model(spec, module=module, sha256=digest, warnings=warnings)

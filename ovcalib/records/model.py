@@ -42,6 +42,7 @@ class ModelSpec(Frozen):
     input_shape   (C, H, W) of one item
     num_classes   width of the logits; None where the output is not [N, classes]
     classes       names in class order, where they are known
+    box_labels    first and last number that a detector can give its boxes, where they are known
     task          of specs of earlier versions: classification where there are logits, else dense
     """
 
@@ -51,6 +52,7 @@ class ModelSpec(Frozen):
     input_shape: ImageShape
     num_classes: int | None = Field(gt=0)
     classes: tuple[str, ...] | None = None
+    box_labels: tuple[int, int] | None = None
     preprocessing: Preprocessing
     weights: Weights
 

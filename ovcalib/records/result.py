@@ -357,9 +357,11 @@ class SizeBytes(Frozen):
 
 
 class Evaluated(Frozen):
-    """Accuracy of one model on labelled images.
+    """Accuracy of one model on labelled images: top-1 of a classifier, or mean average precision of a detector.
 
     precision   the inference precision hint; None is the device's default
+    boxes       of the truth, for a detector
+    fault       why a detector does not work on the images, with the likely cause; None where it works
     """
 
     model: str
@@ -368,7 +370,10 @@ class Evaluated(Frozen):
     data_sha256: str
     device: str
     precision: str | None
-    accuracy: Top
+    accuracy: Top | None
+    detection: MeanPrecision | None = None
+    boxes: int | None = None
+    fault: str | None = None
 
 
 Outcome = Literal["done", "goal-met", "goal-missed", "budget"]

@@ -17,6 +17,7 @@ from ovcalib.data.sets import Reader, box_classes, open_data
 from ovcalib.models.load import load_model
 from ovcalib.models.weights import load_state_dict, save_state_dict
 from ovcalib.records.options import ModelOptions
+from ovcalib.rundir import file_sha256
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +137,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(recipe, tiles, tmp_path,
     assert {key: evaluated[key] for key in ("map", "map50", "sha256")} == {
         key: record[key] for key in ("map", "map50", "sha256")
     }
+    half = run("whole", "--evaluate-only", "--half")
+    for key, rounded in load_state_dict(half).items():
+        assert torch.equal(rounded.float(), whole[key].half().float() if whole[key].ndim > 1 else whole[key])
+    assert json.loads((tmp_path / "whole/ssdlite160.json").read_text())["sha256"] == file_sha256(half)
 
 
 def test_ovcalib_reads_the_set_and_finds_what_the_training_finds(recipe, tiles, tmp_path, monkeypatch) -> None:
@@ -158,7 +163,7 @@ def test_ovcalib_reads_the_set_and_finds_what_the_training_finds(recipe, tiles, 
     recipe.pasted_objects.write(tmp_path / "set", iter(made))
     data = open_data(f"datumaro:coco:{tmp_path / 'set'}")
     read = list(Reader(data, model.spec, box_classes=box_classes(data, model.spec)))
-    assert data.class_names[1:] == recipe.pasted_objects.CLASSES
+    assert data.class_names == recipe.pasted_objects.CLASSES
     for sample, (image, boxes) in zip(sorted(read, key=lambda sample: sample.name), made, strict=True):
         np.testing.assert_array_equal(sample.pixels, image.permute(1, 2, 0).numpy())
         objects = [sorted(zip(b.corners.tolist(), b.labels.tolist(), strict=True)) for b in (sample.boxes, boxes)]
@@ -171,3 +176,12 @@ def test_ovcalib_reads_the_set_and_finds_what_the_training_finds(recipe, tiles, 
         assert len(expected) > 10
         np.testing.assert_allclose(found.corners, expected.corners, atol=1e-3)
         np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+def test_the_shipped_weights_are_those_of_their_card(recipe) -> None:
+    weights = ROOT / "benchmarks/weights/ssdlite160.safetensors"
+    card = json.loads(weights.with_suffix(".json").read_text())
+    assert card["sha256"] == file_sha256(weights)
+    detector: Any = recipe.ssdlite160()
+    detector.load_state_dict(load_state_dict(weights))
+    assert weights.stat().st_size < 3e6

@@ -1,6 +1,5 @@
 """The recipe of the CIFAR-10 networks keeps what it says of itself."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from ovcalib.models.weights import load_state_dict
 
 @pytest.fixture(scope="module")
 def recipe():
-    path = Path(__file__).parents[2] / "benchmarks/train_cifar10.py"
-    spec = importlib.util.spec_from_file_location("train_cifar10", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        import train_cifar10
+
+        yield train_cifar10
 
 
 def test_cutout_hides_one_square_of_each_image_and_is_centred_anywhere(recipe) -> None:

@@ -30,7 +30,8 @@ source: str = result.record.calibration.source
 cpu: str | None = result.record.environment.cpu
 made: ovcalib.CalibrationSet = ovcalib.generate("noise", "resnet20-cifar10", 8, seed=1, score=True)
 difference: float | None = ovcalib.convert("resnet20-cifar10", Path("runs/ir"), to=("ir",)).torch_vs_ir_max_abs
-top1: float = ovcalib.evaluate("resnet20-cifar10", "cifar10", limit=100, precision="f16").accuracy.top1
+evaluated = ovcalib.evaluate("resnet20-cifar10", "cifar10", limit=100, precision="f16")
+top1: float | None = evaluated.accuracy.top1 if evaluated.accuracy else None
 fps: list[float] = [run.throughput_fps for run in ovcalib.benchmark("runs/mine", seconds=1.0).runs]
 worst: str = ovcalib.diagnose("a.xml", "b.xml", calib=["noise"]).operations[0].name
 written: list[Path] = ovcalib.report(["runs/mine"], formats=("html",))

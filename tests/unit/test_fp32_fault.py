@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from ovcalib.data.boxes import Boxes
 from ovcalib.data.sets import ArrayData
 from ovcalib.evaluation.dataset import DataSet
 from ovcalib.evaluation.outputs import collect
-from ovcalib.evaluation.sanity import fp32_fault, works_from
+from ovcalib.evaluation.sanity import box_fault, fp32_fault, works_from
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec, Weights
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -80,7 +81,9 @@ def test_another_order_of_the_classes_is_found():
     assert "The classes are in another order: 100% of the images come out right if they are renumbered" in found
     assert "'red' as 'pink'" in found
     found = fault(Network(HALF, HALF, order=[7, 0, 1, 2, 3, 4, 5, 6]), spec(mean=HALF, std=HALF), used=140)
-    assert "The labels are off by one: FP32 names class +1 for 100% of the images" in found  # all but the last class
+    assert (
+        "The labels are off by one: the model names class +1 for 100% of the images" in found
+    )  # all but the last class
 
 
 def test_a_model_that_nothing_helps_is_said_to_be_so():
@@ -99,6 +102,44 @@ def test_a_model_that_nothing_helps_is_said_to_be_so():
 )
 def test_what_a_model_that_works_reaches(num_classes, top1, expected):
     assert works_from(spec(top1, num_classes)) == pytest.approx(expected)
+
+
+def objects(images=60, each=2):
+    rng = np.random.default_rng(0)
+    low = rng.integers(0, 30, (images, each, 2)) + 50 * np.arange(each)[:, None]
+    return [Boxes(np.concatenate([a, a + 20], 1).astype(float), rng.integers(1, 4, each)) for a in low]
+
+
+def found_as(truth, label, score=0.9, shift=0.0):
+    return [Boxes(b.corners + shift, label(b.labels), np.full(len(b), score)) for b in truth]
+
+
+ROLLED = np.array([0, 2, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("label", "shift", "cause"),
+    [
+        (lambda labels: labels + 1, 0, "the model names class +1 for 100% of the objects that it finds"),
+        (lambda labels: labels - 1, 2, "the model names class -1 for 100% of the objects that it finds"),
+        (lambda labels: ROLLED[labels], 0, "classes are in another order: 100% of the objects that it finds"),
+        (lambda labels: labels * 0 + 9, 0, "It finds 120 of them, but as other classes"),
+        (lambda labels: labels, 200, "It finds 0 of them as any class: are images normalised"),
+    ],
+)
+def test_a_detector_that_finds_nothing_or_names_it_otherwise_is_found_out(label, shift, cause):
+    truth = objects()
+    fault = box_fault(truth, found_as(truth, label, shift=shift), spec(num_classes=None))
+    assert fault.startswith("FP32 itself is at 0.00% mAP on 120 objects: preprocessing or classes are wrong. ")
+    assert cause in fault
+    assert ("a first category `background` moves them" in fault) == ("of the objects" in cause)
+
+
+def test_a_detector_that_works_has_no_fault():
+    truth = objects()
+    assert box_fault(truth, found_as(truth, lambda labels: labels, shift=2), spec(num_classes=None)) is None
+    few = objects(images=49)
+    assert box_fault(few, found_as(few, lambda labels: labels + 1), spec(num_classes=None)) is None
 
 
 def test_the_verdict_begins_with_the_fault(result):
