@@ -201,6 +201,8 @@ def document(
     ]
     if sweep:
         lines += provenance(sweep, results)
+        for machine in dict.fromkeys((r.environment.cpu, r.environment.isa) for r in results.values()):
+            lines += [f"- CPU: {machine[0]}, {machine[1]}"]
         versions = next((r.environment.versions for r in results.values()), {})
         lines += [f"- Versions: {', '.join(f'{name} {value}' for name, value in versions.items() if value)}"]
     for title, mode, published in (

@@ -214,7 +214,7 @@ def result(drop, agreement=0.9, nmse=0.1):
     )  # fmt: skip
     return SimpleNamespace(
         model=SimpleNamespace(weights=SimpleNamespace(origin="file"), sha256="0" * 64),
-        calibration=SimpleNamespace(num_samples=300), environment=SimpleNamespace(versions={}),
+        calibration=SimpleNamespace(num_samples=300), environment=SimpleNamespace(cpu="A CPU", isa="AVX2", versions={}),
         accuracy=accuracy, agreement=SimpleNamespace(top1=agreement, count=1000, nmse=nmse),
         quantization=SimpleNamespace(reverted=(), seconds=1.0),
     )  # fmt: skip
@@ -341,6 +341,7 @@ def test_nncfs_own_settings_have_tables_of_their_own_and_name_them(paper) -> Non
     assert lines[first + 2].startswith("`bias_correction=fast`. Measured on: avx2.")
     assert "| Fractal (1 seed) | 0.40 |" in lines[first:]
     assert "- Calibration images: 300 for Fractal." in lines
+    assert "- CPU: A CPU, AVX2" in lines
     assert "## NNCF's own settings" not in paper.document(sweep, results, {})
 
 
