@@ -89,6 +89,7 @@ class BenchmarkKeywords(InputKeywords, total=False):
     data: str | None
     limit: int | None
     min_agreement: float
+    counters: bool
 
 
 class DiagnoseKeywords(InputKeywords, total=False):

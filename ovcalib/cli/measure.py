@@ -84,7 +84,9 @@ def benchmark(given: dict[str, Any], common: Common) -> int:
 
 
 def print_benchmark(found: Benchmark) -> None:
-    """The runs as a table, and the verdicts."""
+    """The runs as a table, the slowest operations where they were counted, and the verdicts."""
+    from ovcalib.reports.benchmark import by_setting, operation_table
+
     print_table(
         [
             {
@@ -102,6 +104,11 @@ def print_benchmark(found: Benchmark) -> None:
             for r in found.runs
         ]
     )
+    for runs in by_setting(found).values():
+        operations = operation_table(runs, rows=12)
+        if operations.rows:
+            print()
+            print_table([dict(zip(operations.columns, row, strict=True)) for row in operations.rows])
     print()
     for s in found.speedups:
         print(f"{s.hint}, {s.precision}: {s.verdict}{' (unreliable)' if s.unreliable else ''}")

@@ -211,7 +211,7 @@ def benchmark(models: Sequence[Path], options: BenchmarkOptions, progress: Progr
     refuse_missing_devices(settings)
     files = model_files(models)
     with progress.task("benchmarking", len(settings) * ROUNDS, "less time (`seconds`), or fewer settings.") as tick:
-        runs, noise = measured(files, settings, seconds, tick)
+        runs, noise = measured(files, settings, seconds, tick, counters=options.counters)
     return Benchmark(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ovcalib=__version__,
         seconds=seconds, rounds=ROUNDS, input="seeded standard normal values, as of normalised images",
@@ -238,11 +238,13 @@ def measured(
     seconds: float,
     tick: Callable[[int], None],
     compile_cached: bool = True,
+    counters: bool = False,
 ) -> tuple[list[BenchmarkRun], Noise]:
     """Every file under every setting, and what else the machine did meanwhile, which makes the runs doubtful.
 
     tick             receives the number of finished rounds, over all settings
     compile_cached   measure compiling from a cache too, which costs one more compilation of each model
+    counters         measure every operation too, for as long as one round
     """
     about = {label: describe_file(path) for label, path in files.items()}
     earlier = machine.processor_ticks()
@@ -250,7 +252,8 @@ def measured(
     ticks, throttled, temperature = machine.processor_ticks(), machine.throttle_count(), machine.temperature_celsius()
     runs: list[BenchmarkRun] = []
     for i, setting in enumerate(settings):
-        runs += turns(files, about, setting, seconds, lambda done, i=i: tick(i * ROUNDS + done), compile_cached)  # type: ignore[misc]
+        count = lambda done, i=i: tick(i * ROUNDS + done)  # noqa: E731
+        runs += turns(files, about, setting, seconds, count, compile_cached, counters)
     noise = Noise(
         busy_before=machine.busy_share(earlier, ticks),
         steal_share=machine.steal_share(ticks, machine.processor_ticks()),
@@ -372,6 +375,7 @@ def turns(
     seconds: float,
     tick: Callable[[int], None],
     compile_cached: bool = True,
+    counters: bool = False,
 ) -> list[BenchmarkRun]:
     """All models under one setting: A B A B ..., one model at work at a time."""
     with workers(list(files)) as started, tempfile.TemporaryDirectory() as folder:
@@ -390,6 +394,9 @@ def turns(
                 rounds[label].append(measured)
             tick(turn + 1)
         finished = {label: worker("finish", compile_cached=compile_cached) for label, worker in started.items()}
+        if counters:
+            for label, worker in started.items():
+                finished[label] |= worker("counters", seconds=seconds / ROUNDS)
     return [
         summarise_run(label, about[label], setting, loaded[label], warm[label], rounds[label], finished[label])
         for label in files
@@ -410,7 +417,8 @@ def summarise_run(
     round_fps = tuple(setting.batch * r["inferences"] / r["seconds"] for r in rounds)
     calls = np.concatenate([r["call_ms"] for r in rounds])
     power = power_of(rounds)
-    nodes = tuple(ExecutedNode(**node) for node in loaded["nodes"])
+    times = finished.get("mean_us", {})
+    nodes = tuple(ExecutedNode(**node, mean_us=times.get(node["name"])) for node in loaded["nodes"])
     compute: dict[str, int] = {}
     for node in nodes:
         if node.kind in COMPUTE_KINDS:

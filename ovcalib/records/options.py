@@ -344,6 +344,9 @@ class BenchmarkOptions(Frozen):
         le=1,
         description="Share of these images with the same class below which a device disagrees.",
     )
+    counters: bool = Field(
+        default=False, description="Show which operations take the time, from the counters of the device."
+    )
 
     @field_validator("device", "hint", "precision", mode="before")
     @classmethod

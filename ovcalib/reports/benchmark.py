@@ -63,10 +63,16 @@ def benchmark_page(b: Benchmark) -> str:
     )
 
 
-def benchmark_context(b: Benchmark) -> dict[str, Any]:
+def by_setting(b: Benchmark) -> dict[tuple[str, str, str], list[BenchmarkRun]]:
+    """The runs that were measured in turns, by device, hint and precision."""
     groups: dict[tuple[str, str, str], list[BenchmarkRun]] = {}
     for run in b.runs:
         groups.setdefault((run.device, run.hint, run.precision), []).append(run)
+    return groups
+
+
+def benchmark_context(b: Benchmark) -> dict[str, Any]:
+    groups = by_setting(b)
     return {
         "comparisons": [
             {
@@ -93,6 +99,11 @@ def benchmark_context(b: Benchmark) -> dict[str, Any]:
         ],
         "runs": run_table(b),
         "parity": parity_table(b),
+        "operations": [
+            (f"{device}, {hint} hint, precision {precision}", table)
+            for (device, hint, precision), runs in groups.items()
+            if (table := operation_table(runs)).rows
+        ],
         "settings": Table(
             ["model", "device", "hint", "requested", "effective"],
             [
@@ -168,6 +179,29 @@ def parity_table(b: Benchmark) -> Table:
     )  # fmt: skip
 
 
+def operation_table(runs: Sequence[BenchmarkRun], rows: int = 20) -> Table:
+    """Where the time goes: the slowest operations of models that ran under one setting, side by side.
+
+    An operation has the same name in FP32 and INT8; conversions between them are in one of the two alone. The last row
+    is the sum over all operations. Empty without counters.
+    """
+    nodes = [{node.name: node for node in run.nodes if node.mean_us is not None} for run in runs]
+    times = [{name: node.mean_us for name, node in own.items() if node.mean_us is not None} for own in nodes]
+    slowest = {name: max(own.get(name, 0.0) for own in times) for own in times for name in own}
+    cells = []
+    for name in sorted(slowest, key=lambda name: -slowest[name])[:rows]:
+        kind = next(own[name].kind for own in nodes if name in own)
+        row: list[Any] = [name, kind]
+        for own in nodes:
+            row += [own[name].mean_us, own[name].precision] if name in own else [None, None]
+        cells.append(row)
+    if cells:
+        cells.append(["all operations", "", *(cell for own in times for cell in (sum(own.values()), None))])
+    return Table(
+        ["operation", "kind", *(f"{run.model}, {column}" for run in runs for column in ("µs", "precision"))], cells
+    )
+
+
 def benchmark_markdown(b: Benchmark) -> str:
     lines = ["# Benchmark"]
     lines += [
@@ -178,6 +212,9 @@ def benchmark_markdown(b: Benchmark) -> str:
     lines += ["", run_table(b).markdown()]
     if b.parity:
         lines += ["", "## Do devices agree?", "", parity_table(b).markdown()]
+    for (device, hint, precision), runs in by_setting(b).items():
+        if (table := operation_table(runs)).rows:
+            lines += ["", f"## Where the time goes: {device}, {hint} hint, precision {precision}", "", table.markdown()]
     lines += [
         "",
         "## Machine",

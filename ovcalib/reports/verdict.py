@@ -204,5 +204,5 @@ def _speed(result: Result) -> tuple[str, bool]:
 
 def _slower_advice(environment: Environment) -> str:
     if environment.isa in FAST_INT8:
-        return "Ship FP32 for this machine, or see which operations lose with `ovcalib benchmark`."
+        return "Ship FP32 for this machine, or see which operations lose with `ovcalib benchmark --counters`."
     return "Ship FP32 for this machine: INT8 pays on CPUs with VNNI or AMX, which this one lacks."

@@ -20,8 +20,9 @@ def result(toy, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def benchmarked(result, tmp_path_factory):
-    """A benchmark of both models under both hints, with device parity, made where torch and nncf are refused."""
+    """A benchmark of both models under both hints, with counters and device parity, where torch and nncf are refused."""
     out = tmp_path_factory.mktemp("benchmark") / "out"
-    found = process("benchmark", result, "-t", "0.1", "--data", result.parent / "images", "-o", out, edge=True)
+    found = process("benchmark", result, "-t", "0.1", "--counters", "--data", result.parent / "images", "-o", out,
+                    edge=True)  # fmt: skip
     assert found.returncode == 0, found.stderr
     return out, found.stdout

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import ovcalib
 from ovcalib.cli import app as cli
+from ovcalib.measurement.benchmark import COMPUTE_KINDS
 from ovcalib.records.schema import schema
 from ovcalib.rundir import file_sha256
 from tests.e2e.test_process import ovcalib as process
@@ -138,6 +139,18 @@ def test_an_edge_device_benchmarks(benchmarked):
         "report.csv",
         "request.json",
     }
+
+
+def test_every_convolution_is_counted(benchmarked) -> None:
+    out, stdout = benchmarked
+    for run in json.loads((out / "benchmark.json").read_text())["runs"]:
+        counted = {node["name"]: node["mean_us"] for node in run["nodes"] if node["mean_us"] is not None}
+        work = {node["name"] for node in run["nodes"] if node["kind"] in COMPUTE_KINDS}
+        assert work <= set(counted)
+        assert sum(counted[name] for name in work) > 0
+    assert "all operations" in stdout
+    for page in ("report.html", "report.md"):
+        assert "Where the time goes: CPU, latency hint" in (out / page).read_text()
 
 
 def test_devices_agree_with_cpu_in_f32(benchmarked) -> None:

@@ -20,7 +20,8 @@ from ovcalib.measurement.benchmark import (
 )
 from ovcalib.measurement.device_parity import likeness
 from ovcalib.measurement.worker import Session, is_steady
-from ovcalib.records.benchmark import BenchmarkRun, Noise
+from ovcalib.records.benchmark import BenchmarkRun, ExecutedNode, Noise
+from ovcalib.reports.benchmark import operation_table
 
 
 def test_percentiles_of_every_inference() -> None:
@@ -251,3 +252,24 @@ def test_what_the_system_does_not_tell_is_none(tmp_path) -> None:
     assert machine.power_source(nowhere) is None
     quiet = Noise(busy_before=None, steal_share=None, throttled=None, power_source="battery")
     assert machine_doubts(quiet) == ("the machine ran on its battery, which may lower the clock",)
+
+
+def test_the_slowest_operations_stand_side_by_side() -> None:
+    def node(name, precision, mean_us):
+        return ExecutedNode(name=name, kind="Convolution", precision=precision, primitive="", mean_us=mean_us)
+
+    fp32 = run_of("fp32", "latency", 1.0, 1.0, nodes=(node("a", "f32", 5.0), node("b", "f32", 9.0)))
+    int8 = run_of(
+        "int8", "latency", 1.0, 1.0,
+        nodes=(node("a", "u8", 7.0), node("b", "u8", 2.0), node("conversion", "u8", 1.0), node("gone", "u8", None)),
+    )  # fmt: skip
+    found = operation_table([fp32, int8], rows=2)
+    assert list(found.columns) == ["operation", "kind", "fp32, µs", "fp32, precision", "int8, µs", "int8, precision"]
+    assert found.cells == [
+        ["b", "Convolution", 9.0, "f32", 2.0, "u8"],
+        ["a", "Convolution", 5.0, "f32", 7.0, "u8"],
+        ["all operations", "", 14.0, None, 10.0, None],
+    ]
+    assert operation_table([fp32, int8], rows=3).cells[2] == ["conversion", "Convolution", None, None, 1.0, "u8"]
+    uncounted = run_of("fp32", "latency", 1.0, 1.0, nodes=(node("a", "f32", None),))
+    assert operation_table([uncounted]).rows == []
