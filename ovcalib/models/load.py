@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -175,6 +176,8 @@ def _timm_has(name: str) -> bool:
     return bool(timm.is_model(name.split(".")[0]))
 
 
+# Repositories of the Hugging Face Hub that timm can read: an architecture by name, and weights.
+HF_HUB = "hf-hub:"
 LIBRARIES: dict[str, Callable[[str], bool]] = {"torchvision": _torchvision_has, "timm": _timm_has}
 
 # One function a kind of reference -------------------------------------------------------------
@@ -256,25 +259,38 @@ def _from_torchvision(name: str, options: ModelOptions, say: Callable[[str], Non
 
 def _from_timm(name: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
     timm = require("timm", "quantize", f"The model 'timm:{name}'")
-    if not timm.is_model(name.split(".")[0]):
+    on_hub = name.startswith(HF_HUB)
+    if on_hub and name.count("/") != 1:
+        raise UsageError(f"'timm:{name}' is not a model reference. Expected timm:{HF_HUB}OWNER/NAME.")
+    if not on_hub and not timm.is_model(name.split(".")[0]):
         raise UnknownNameError("timm model", name, timm.list_models())
+
+    def load(pretrained: bool) -> Any:
+        with from_cache_if_offline(f"timm:{name}"):
+            return _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+
     if options.weights in (None, "published"):
         say(f"downloading the weights of timm:{name}")
-        with from_cache_if_offline(f"timm:{name}"):
-            module = _downloading(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        module = load(pretrained=True)
         weights = Weights(
             origin="timm", licence=module.pretrained_cfg.get("license"), url=module.pretrained_cfg.get("hf_hub_id")
         )
     else:
-        module, weights = _with_file(lambda: timm.create_model(name, pretrained=False), name, options)
+        # Of a repository on the hub, the architecture is downloaded even so.
+        make = partial(load, False) if on_hub else partial(timm.create_model, name, pretrained=False)
+        module, weights = _with_file(make, name, options)
     config = timm.data.resolve_data_config({}, model=module)
     shape = options.input_shape or tuple(config["input_size"])
     published = Preprocessing(
         height=shape[1], width=shape[2], mean=tuple(config["mean"]), std=tuple(config["std"]),
         short_side=int(min(shape[1:]) / config["crop_pct"]), interpolation=config["interpolation"],
     )  # fmt: skip
-    classes = imagenet_names(module.num_classes) if weights.origin == "timm" else None
-    return _from_module(module, f"timm:{name}", weights, options, shape, published, classes or ())
+    labels = module.pretrained_cfg.get("label_names")
+    if labels is not None and len(labels) == module.num_classes:
+        classes: Sequence[str] | None = tuple(map(str, labels))
+    else:
+        classes = imagenet_names(module.num_classes) if weights.origin == "timm" and not on_hub else None
+    return _from_module(module, f"timm:{name}", weights, options, shape, published, tuple(classes or ()))
 
 
 def _from_hub(rest: str, options: ModelOptions, say: Callable[[str], None]) -> Model:
