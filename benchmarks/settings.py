@@ -12,7 +12,7 @@ Each `--arm` lists keywords of `ovcalib.quantize`. `--factor` widens channels of
         --arm guard=False equalize=off --arm equalize=off --arm equalize=on -o equalization.json
 
 Agreement, NMSE and top-1 are those of the evaluation images, in the arithmetic of each ISA: executed where this CPU has
-it, else emulated. `in float` counts the layers left in float.
+it, else emulated. `in float` counts the layers left in float. Finished cells are kept in the output file.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ def main() -> None:
         widen(model, args.factor)
         pre = loaded.spec.preprocessing
         given = {"input_shape": loaded.spec.input_shape, "mean": pre.mean, "std": pre.std}
-    cells = []
+    cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
+    done = {(cell["isa"], cell["arm"], cell["seed"]) for cell in cells}
     for seed in range(args.seeds):
+        if done.issuperset((isa, " ".join(arm), seed) for isa in args.deploy_isa for arm in args.arm):
+            continue
         made = ovcalib.generate(args.calib, model, args.count, seed=seed, **given)
         for isa in args.deploy_isa:
             for arm in args.arm:
+                if (isa, " ".join(arm), seed) in done:
+                    continue
                 recipe = ovcalib.make_recipe(
                     model=args.model, calib=args.calib, num_samples=args.count, seed=seed, eval=args.eval,
                     limit=args.limit, deploy_isa=isa, benchmark_time=0, **given,

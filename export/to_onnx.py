@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovcalib.errors import ModelError, excerpt, require
+from ovcalib.errors import ModelError, excerpt, interrupted, require
 
 if TYPE_CHECKING:
     import onnx
@@ -67,6 +67,8 @@ def _export(module: nn.Module, input_shape: tuple[int, int, int], dynamic_batch:
             assert program is not None
             return program.model_proto
         except Exception as modern:  # torch.export refuses some modules that tracing accepts
+            if interrupted(modern):
+                raise KeyboardInterrupt from modern
             return _export_by_tracing(module, example, dynamic_batch, arguments, modern)
 
 

@@ -81,6 +81,21 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(kept)
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C or SIGTERM led to an error: a library that is stopped in the middle of an import raises others."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        waiting += [found.__cause__, found.__context__]
+    return False
+
+
 class UsageError(OvcalibError):
     exit_code = 2
 

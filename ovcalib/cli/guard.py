@@ -20,6 +20,7 @@ from ovcalib.errors import (
     OvcalibError,
     UsageError,
     excerpt,
+    interrupted,
     printable,
 )
 
@@ -41,9 +42,10 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
         print(f"interrupted; {stopped.kept}. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return nothing_kept()
     except OvcalibError as error:
+        if interrupted(error):
+            return nothing_kept()
         if debug:
             traceback.print_exc()
         print(f"error: {printable(message(error, flags))}", file=sys.stderr)
@@ -54,6 +56,8 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
         print("error: The memory of this machine is not enough. Use fewer images, or free some.", file=sys.stderr)
         return OUTCOME_CODES["budget"]
     except Exception as error:
+        if interrupted(error):
+            return nothing_kept()
         if debug:
             traceback.print_exc()
         package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
@@ -74,6 +78,11 @@ def guarded(run: Callable[[], Any], flags: Mapping[str, str], debug: bool) -> An
             file=sys.stderr,
         )
         return 1
+
+
+def nothing_kept() -> int:
+    print("interrupted; nothing was written", file=sys.stderr)
+    return INTERRUPTED
 
 
 def full_disk(error: Exception) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import openvino as ov
 
 from ovcalib.errors import ModelError
-from ovcalib.graph.reading import signals_of
+from ovcalib.graph.reading import signal_names
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.preprocessing import Preprocessing
 
@@ -96,9 +96,9 @@ def write_ir(graph: ov.Model, path: Path, fp16: bool = False) -> None:
     the process made before, and the same graph should give the same bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    signals = signal_names(graph)
     for i, op in enumerate(graph.get_ordered_ops()):
-        constant = op.get_type_name() != "Parameter" and not signals_of(op)
-        if constant and re.fullmatch(r"[A-Z]\w*_\d+", op.get_friendly_name()):
+        if op.get_name() not in signals and re.fullmatch(r"[A-Z]\w*_\d+", op.get_friendly_name()):
             op.set_friendly_name(f"{op.get_type_name()}_{i}")
     ov.save_model(graph, str(path), compress_to_fp16=fp16)
 

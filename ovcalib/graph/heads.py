@@ -16,7 +16,7 @@ import openvino as ov
 from openvino.passes import ConstantFolding, Manager
 
 from ovcalib.graph.files import ensure_names
-from ovcalib.graph.reading import MOVING, WEIGHTED, is_constant, signals_of
+from ovcalib.graph.reading import MOVING, WEIGHTED, is_constant, signal_names
 
 # Exporters put suppression into control flow: by class, or for the case that there is no box at all.
 SUPPRESSION = frozenset(
@@ -103,15 +103,16 @@ def _heads(graph: ov.Model) -> tuple[list[ov.Output], list[ov.Node]]:
     """
     heads: dict[tuple[str, int], ov.Output] = {}
     region: dict[str, ov.Node] = {}
+    signals = signal_names(graph)
     waiting = [result.input_value(0) for result in graph.get_results()]
     while waiting:
         value = waiting.pop(0)
         op = value.get_node()
-        if is_constant(value) or op.get_name() in region:
+        if op.get_name() not in signals or op.get_name() in region:
             continue
         if op.get_type_name() == "Parameter":
             return [], []
-        if _ends_layer(op):
+        if _ends_layer(op, signals):
             heads.setdefault((op.get_name(), value.get_index()), value)
             continue
         region[op.get_name()] = op
@@ -119,13 +120,13 @@ def _heads(graph: ov.Model) -> tuple[list[ov.Output], list[ov.Node]]:
     return list(heads.values()), list(region.values())
 
 
-def _ends_layer(op: ov.Node) -> bool:
+def _ends_layer(op: ov.Node, signals: set[str]) -> bool:
     """Whether an operation is a layer with weights, or adds the bias of one."""
     if op.get_type_name() == "BatchNormInference":
         return True
     if op.get_type_name() == "Add":
-        signals = signals_of(op)
-        return len(signals) == 1 and _is_layer(signals[0].get_node())
+        read = [value.get_node() for value in op.input_values() if value.get_node().get_name() in signals]
+        return len(read) == 1 and _is_layer(read[0])
     return _is_layer(op)
 
 

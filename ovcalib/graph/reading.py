@@ -94,9 +94,10 @@ class Quantizable:
 def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
     """Convolutions and matrix products with constant weights, and sums of two signals, in execution order."""
     found = []
+    names = signal_names(graph)
     for op in graph.get_ordered_ops():
         kind, values = op.get_type_name(), op.input_values()
-        constant = [is_constant(value) for value in values]
+        constant = [_node(value).get_name() not in names for value in values]
         if kind in ("Convolution", "GroupConvolution", "MatMul") and constant == [False, True]:
             weights = _by_group(op, np.array(_node(_fold(values[1])).get_data(), np.float64))
         elif kind == "Add" and not any(constant):
@@ -226,15 +227,18 @@ class Window:
 
 def quantized_layers(graph: ov.Model) -> list[Layer]:
     """The layers that compute with quantized weights, in execution order."""
+    names = signal_names(graph)
     return [
         Layer.of(op)
         for op in quantized_operations(graph)
-        if op.get_type_name() in WEIGHTED and [is_constant(value) for value in op.input_values()][:2] == [False, True]
+        if op.get_type_name() in WEIGHTED
+        and [_node(value).get_name() in names for value in op.input_values()][:2] == [True, False]
     ]
 
 
 def activation_quantizers(graph: ov.Model) -> list[ov.Node]:
-    return [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and not is_constant(op.input_value(0))]
+    names = signal_names(graph)
+    return [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and op.get_name() in names]
 
 
 def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]] | None:
@@ -376,6 +380,16 @@ def is_constant(value: ov.Output) -> bool:
         seen.add(node.get_name())
         waiting += [_node(v) for v in reversed(node.input_values())]
     return True
+
+
+def signal_names(graph: ov.Model) -> set[str]:
+    """The names of all operations that depend on the network's input: `is_constant` of a whole graph in one pass."""
+    found: set[str] = set()
+    for op in graph.get_ordered_ops():
+        sources = [_node(value) for value in op.input_values()]
+        if any(source.get_name() in found for source in sources) or (not sources and op.get_type_name() != "Constant"):
+            found.add(op.get_name())
+    return found
 
 
 def _fold(value: ov.Output) -> ov.Output:

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from ovcalib.graph.editing import set_weights
-from ovcalib.graph.reading import Quantizable, constant_value, layer_name, quantizable_operations, signals_of
+from ovcalib.graph.reading import (
+    Quantizable,
+    constant_value,
+    layer_name,
+    quantizable_operations,
+    signal_names,
+    signals_of,
+)
 from ovcalib.records.result import Equalized
 
 # f(x / s) = f(x) / s in every channel, for s > 0. Not a Clamp: its bound would need a value for each channel, and the
@@ -178,8 +185,10 @@ def _groups(graph: ov.Model) -> list[_Group]:
     additions: list[_Addition] = []
     axes: dict[Key, int] = {}  # of channels, where they are known
     joined = _Joined()
+    names = signal_names(graph)
     for op in graph.get_ordered_ops():
-        signals, layer = signals_of(op), operations.get(op.get_friendly_name())
+        signals = [value for value in op.input_values() if value.get_node().get_name() in names]
+        layer = operations.get(op.get_friendly_name())
         if not signals:
             continue
         known = [axes.get(_key(value)) for value in signals]

@@ -212,7 +212,7 @@ def _read_yaml(path: Path) -> Any:
         content = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror or excerpt(error)}.") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError, AttributeError) as error:
         # PyYAML raises unrelated types for scalars that are not what their tag says.
         raise UsageError(f"{name} is not YAML: {excerpt(error)}.") from error
     refuse_strange_data(content, name)

@@ -352,8 +352,8 @@ class Quantization(Frozen):
 class SizeBytes(Frozen):
     """Bytes of .xml and .bin together."""
 
-    fp32: int
-    int8: int
+    fp32: int = Field(gt=0)
+    int8: int = Field(gt=0)
 
 
 class Evaluated(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -12,6 +13,9 @@ from ovcalib.errors import UsageError
 from ovcalib.records.base import MAX_WHOLE, Frozen, checked
 from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, ChannelOrder, Interpolation, Shape, TextValues
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
+
+# Recipes of all cells are made before the first one runs: seconds, and a page of megabytes.
+MAX_CELLS = 10_000
 
 
 class SweepEntry(Frozen):
@@ -134,6 +138,16 @@ class SweepRecipe(Frozen):
             make_recipe(model="any", mode=mode, **common)
         except UsageError as error:
             raise ValueError(f"'common': {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _cells_are_bounded(self) -> SweepRecipe:
+        sides = [len(values) for values in (self.models, self.sources, self.modes, self.seeds)]
+        if (cells := math.prod(sides)) > MAX_CELLS:
+            raise ValueError(
+                f"{' x '.join(map(str, sides))} models, sources, modes and seeds are {cells} cells. Expected at most "
+                f"{MAX_CELLS}: make several sweeps of it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
-from onnx import TensorProto, helper
+from onnx import AttributeProto, TensorProto, helper
 
 from tests.hostile.archives import ESCAPES
 
@@ -40,29 +40,28 @@ WEIGHTS = (constant("w", (4, 3, 3, 3)), constant("m", (4, 4)))
 
 
 def nested(levels, kind="If"):
-    """An If in an If in an If."""
-
-    def body(level):
-        if level == 0:
-            nodes = [helper.make_node("Identity", ["input"], ["o0"])]
-        else:
-            inner = body(level - 1)
-            nodes = (
-                [helper.make_node("If", ["yes"], [f"o{level}"], then_branch=inner, else_branch=inner)]
-                if kind == "wide"
-                else [helper.make_node("If", ["yes"], [f"o{level}"], then_branch=inner, else_branch=leaf())]
-            )
-        return helper.make_graph(nodes, f"b{level}", [], [helper.make_tensor_value_info(f"o{level}", FLOAT, None)])
-
-    def leaf():
-        return helper.make_graph(
-            [helper.make_node("Identity", ["input"], ["l"])], "l", [], [helper.make_tensor_value_info("l", FLOAT, None)]
-        )
-
-    branch = body(levels)
-    nodes = [helper.make_node("If", ["yes"], ["x"], then_branch=branch, else_branch=leaf())]
+    """An If in an If in an If, joined as bytes: protobuf writes at most a hundred levels."""
+    leaf = branch("leaf", field(1, helper.make_node("Identity", ["input"], ["leaf"]).SerializeToString()))
+    inner, name = leaf, "leaf"
+    for level in range(levels + 1):
+        name = f"o{level}"
+        node = helper.make_node("If", ["yes"], [name]).SerializeToString()
+        for key, graph in (("then_branch", inner), ("else_branch", inner if kind == "wide" else leaf)):
+            node += field(5, AttributeProto(name=key, type=AttributeProto.GRAPH).SerializeToString() + field(6, graph))
+        inner = branch(name, field(1, node))
     yes = helper.make_tensor("yes", TensorProto.BOOL, (), [True])
-    return model(small(nodes, "x"), constants=(*WEIGHTS, yes))
+    nodes = [node, *(node.SerializeToString() for node in small(start=name))]
+    return model([], constants=(*WEIGHTS, yes)) + field(7, b"".join(field(1, node) for node in nodes))
+
+
+def branch(output, nodes):
+    named = helper.make_tensor_value_info(output, FLOAT, None)
+    return helper.make_graph([], f"graph-{output}", [], [named]).SerializeToString() + nodes
+
+
+def field(number, content):
+    """A field of protobuf that holds bytes or a message."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def deep_protobuf(levels):

@@ -171,6 +171,22 @@ def test_a_module_that_nothing_exports_is_a_model_error(tmp_path) -> None:
     assert not (tmp_path / "m.onnx").exists()
 
 
+def test_an_interruption_that_looks_like_a_fault_of_torch_is_one(tmp_path, monkeypatch) -> None:
+    calls = []
+
+    def stopped(*args, dynamo, **kwargs):
+        calls.append(dynamo)
+        try:
+            raise KeyboardInterrupt  # within an import of torch, which then misses a part of itself
+        except KeyboardInterrupt:
+            raise AttributeError("module 'torch._dynamo' has no attribute 'exc'")  # noqa: B904 (as imports do it)
+
+    monkeypatch.setattr(torch.onnx, "export", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        to_onnx(ToyNet(), (3, 16, 16), tmp_path / "toy.onnx")
+    assert calls == [True]  # tracing would go on
+
+
 def test_quantized_modules_are_refused() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
     with pytest.raises(ModelError, match="already quantized"):

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from ovcalib.cli.app import app
 from ovcalib.cli.guard import guarded, in_flags, message
-from ovcalib.errors import DataError, DeviceError, InvalidOptionError, ModelError, OvcalibError, UsageError
+from ovcalib.errors import DataError, DeviceError, InvalidOptionError, ModelError, OvcalibError, UsageError, interrupted
 from ovcalib.records.read import read_record
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -62,6 +62,30 @@ def test_a_value_of_a_file_is_named_with_the_file_and_not_as_a_flag() -> None:
     assert (
         message(InvalidOptionError("max_drop", 3, "too large", "r.yaml: "), flags) == "r.yaml: max_drop=3: too large."
     )
+
+
+@pytest.mark.parametrize("kind", [AttributeError, ModelError])
+@pytest.mark.parametrize("link", ["cause", "context"])
+def test_an_error_that_an_interruption_leads_to_is_an_interruption(capsys, kind, link) -> None:
+    def stopped() -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as inner:
+                if link == "cause":
+                    raise ValueError("half an import") from inner
+                raise ValueError("half an import")  # noqa: B904 (this link is what is tested)
+        except ValueError as error:
+            raise kind("no attribute 'exc'") from error
+
+    assert guarded(stopped, {}, debug=False) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_other_errors_are_no_interruption_and_circles_end() -> None:
+    first, second = ValueError(), TypeError()
+    first.__context__, second.__context__ = second, first
+    assert not interrupted(first)
 
 
 def test_a_reader_that_has_gone_is_left_to_the_group(capsys) -> None:
