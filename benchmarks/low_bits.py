@@ -75,8 +75,9 @@ def main() -> None:
                 continue
             source, options = source_of(arm)
             made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
+            int8 = int8_of(fp32, made)
             for _, _, bits, rounding in wanted:
-                graph = quantized(fp32, made, args, bits, rounding)
+                graph = quantized(fp32, int8, made, args, bits, rounding)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits, "rounding": rounding,
@@ -91,12 +92,15 @@ def main() -> None:
     print(table(args, cells))
 
 
-def quantized(fp32: Any, made: CalibrationSet, args: argparse.Namespace, bits: str, rounding: str) -> Any:
+def int8_of(fp32: Any, made: CalibrationSet) -> Any:
+    """The graph of 8 bits that the simulated graphs of a calibration set are derived from."""
+    return quantize_default(fp32, split(made).ranges, Settings(overflow_fix="disable", bias_correction="none"))
+
+
+def quantized(fp32: Any, int8: Any, made: CalibrationSet, args: argparse.Namespace, bits: str, rounding: str) -> Any:
     """The simulated graph of one cell."""
     weights, activations = map(int, bits.split("/"))
     parts = split(made)
-    settings = Settings(overflow_fix="disable", bias_correction="none")
-    int8 = quantize_default(fp32, parts.ranges, settings)
     fitted = parts.corrections.inputs()
     graph = simulate(fp32, int8, Bits(weights, activations, args.edges, args.ranges), parts.ranges.inputs())
     if rounding == "compensated":

@@ -14,6 +14,7 @@ import numpy as np
 import openvino as ov
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from openvino.passes import ConstantFolding, Manager
 
 from ovcalib.errors import UnknownNameError
 
@@ -398,8 +399,15 @@ def _fold(value: ov.Output) -> ov.Output:
     if node.get_type_name() == "Constant":
         data = node.get_data()
     else:
-        graph = ov.Model([value], [], "fold")
-        data = next(iter(ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({}).values()))
+        graph = ov.Model([value], [], "fold").clone()  # folding is in place
+        manager = Manager()
+        manager.register_pass(ConstantFolding())
+        manager.run_passes(graph)
+        folded = _node(graph.get_results()[0].input_value(0))
+        if folded.get_type_name() == "Constant":
+            data = folded.get_data()
+        else:  # OpenVINO leaves a few operations, though none depends on an input
+            data = next(iter(ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({}).values()))
     constant = ov.op.Constant(np.array(data))
     constant.set_friendly_name(f"{node.get_friendly_name()}/float")
     return constant.output(0)

@@ -18,6 +18,7 @@ images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ HELD_OUT_SHARE = 0.25
 SEED = 0
 # Columns whose errors are added to all later ones by one matrix product.
 BLOCK = 128
+# Weights that are rounded with several scales at once, which takes a few times their 8 bytes each.
+VALUES_AT_ONCE = 2**23
 
 
 # The rounding of one layer: arrays in, arrays out -----------------------------------------------
@@ -103,14 +106,19 @@ def rescaled_rounding(
     damped = _damped(hessian, damping)
     least = np.full(scale.shape, np.inf)
     best, chosen = np.zeros(weights.shape, np.int8), scale
-    for factor in SCALES:
-        integers = compensated_rounding(weights, factor * scale, hessian, limit, damping)
-        errors = weights - factor * scale[..., None] * integers
+    # Rows are independent, so one problem has those of many scales.
+    for factors in np.array_split(SCALES, min(len(SCALES), math.ceil(len(SCALES) * weights.size / VALUES_AT_ONCE))):
+        many = np.tile(weights, (len(factors), 1))
+        scales = np.concatenate([factor * scale for factor in factors], axis=-1)
+        integers = compensated_rounding(many, scales, hessian, limit, damping)
+        errors = many - scales[..., None] * integers
         lost = np.sum((errors @ damped) * errors, axis=-1)
-        better = lost < least
-        least = np.where(better, lost, least)
-        best = np.where(better[..., None], integers, best)
-        chosen = np.where(better, factor * scale, chosen)
+        parts = (np.split(values, len(factors), axis) for values, axis in ((lost, -1), (integers, -2), (scales, -1)))
+        for one_lost, one, one_scale in zip(*parts, strict=True):
+            better = one_lost < least
+            least = np.where(better, one_lost, least)
+            best = np.where(better[..., None], one, best)
+            chosen = np.where(better, one_scale, chosen)
     return best, chosen
 
 

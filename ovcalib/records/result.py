@@ -151,6 +151,23 @@ class Agreement(Frozen):
     emulated: bool = False
 
 
+class ProbeError(Frozen):
+    """INT8 against FP32 on images of one source that nobody took.
+
+    agreement       how often INT8 names the class that FP32 names, a fraction
+    expected_loss   of top-1 if FP32's probabilities are right, a fraction
+    confidence      mean probability that FP32 gives to the class that it names
+    nmse            as in Agreement
+    """
+
+    source: str
+    count: int
+    agreement: float
+    expected_loss: float
+    confidence: float
+    nmse: float | None
+
+
 class CustomMetric(Frozen):
     """The user's own metric, of both models on the same `count` images of `on`.
 

@@ -114,7 +114,9 @@ def test_it_errs_less_than_plain_rounding(rng, samples) -> None:
     )
 
 
-def test_other_scales_are_taken_where_they_lose_less(rng) -> None:
+@pytest.mark.parametrize("at_once", [1, 100, 10_000])
+def test_other_scales_are_taken_where_they_lose_less(rng, monkeypatch, at_once) -> None:
+    monkeypatch.setattr(rounding, "VALUES_AT_ONCE", at_once)
     weights, scale, hessian = rng.normal(size=(6, 5)), np.full(6, 0.1), covariance(rng, 5)
     damped = hessian + 0.1 * np.diag(hessian).mean() * np.eye(5)
     integers, chosen = rescaled_rounding(weights, scale, hessian, 20, 0.1)
