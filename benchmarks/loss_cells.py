@@ -75,6 +75,7 @@ def main() -> None:
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits,
                     "loss_points": 100 * float(right.mean() - hits(found, labels).mean()),
+                    "score": made.provenance.score and made.provenance.score.model_dump(),
                     "agreement": float(same_class(reference, found).mean()), "nmse": nmse(reference, found),
                     "probes": {
                         name: probe_error(name, expected[name], outputs_of(graph, images)).model_dump()

@@ -1,3 +1,17 @@
-from ovcalib.cli.app import main
+"""The entry point of `ovcalib` and of `python -m ovcalib`."""
 
-main()
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    try:
+        from ovcalib.cli.app import main as run
+    except KeyboardInterrupt:  # the imports take long enough to be interrupted
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

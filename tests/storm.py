@@ -188,7 +188,8 @@ def interrupted_round(
 def after_signal(code: int, number: signal.Signals, errors: str) -> str | None:
     if number == signal.SIGKILL:
         return None if code == -signal.SIGKILL else f"exit code {code} after SIGKILL: {errors}"
-    if "Traceback" in errors:
+    # Python shows one of its own where it is stopped before it has come to ovcalib.
+    if "Traceback" in errors and "ovcalib/" in errors.replace("ovcalib/__init__.py", ""):
         return f"a traceback after {number.name}: {errors}"
     # A process that has not yet installed its handlers dies of the signal itself.
     return None if code in (130, -number) else f"exit code {code} after {number.name}: {errors}"

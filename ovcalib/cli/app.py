@@ -46,14 +46,10 @@ for module in (quantize, measure, sweep, catalogue, gan):
 
 
 def main() -> None:
-    """The entry point; SIGTERM cleans up as Ctrl-C does."""
+    """Run the command line; SIGTERM cleans up as Ctrl-C does."""
 
     def terminate(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,14 @@
 """What scripts rely on, by value."""
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+import ovcalib.__main__
 from ovcalib.cli.app import app
 from ovcalib.cli.guard import guarded, in_flags, message
 from ovcalib.errors import DataError, DeviceError, InvalidOptionError, ModelError, OvcalibError, UsageError, interrupted
@@ -86,6 +88,19 @@ def test_other_errors_are_no_interruption_and_circles_end() -> None:
     first, second = ValueError(), TypeError()
     first.__context__, second.__context__ = second, first
     assert not interrupted(first)
+
+
+def test_an_interruption_of_the_imports_shows_no_traceback(monkeypatch) -> None:
+    class Stop:
+        def find_spec(self, name, path, target=None) -> None:
+            if name == "ovcalib.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "ovcalib.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        ovcalib.__main__.main()
+    assert stopped.value.code == 130
 
 
 def test_a_reader_that_has_gone_is_left_to_the_group(capsys) -> None:
