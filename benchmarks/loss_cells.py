@@ -2,11 +2,12 @@
 
     python benchmarks/loss_cells.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --limit 4000 \\
         --arm real:imagefolder:cifar10-jpeg/train --arm bn-inversion --arm fractal --arm noise \\
-        --bits 8 7 6 5 4 --seeds 1 -o loss-resnet20-cifar10.json
+        --bits 8 7 6 5 --seeds 1 -o loss-resnet20-cifar10.json
 
 Every cell is one calibration set and one number of bits, simulated as in `low_bits.py` with weights rounded to the
-nearest. It has the loss of top-1 on the evaluation images, and on each probe (the held-out images of the calibration
-set, fractals, noise) the errors that `ovcalib quantize` computes. Finished cells are kept in the output file.
+nearest and the extremes of the images as ranges. It has the loss of top-1 on the evaluation images, and on each probe
+(the held-out images of the calibration set, fractals, noise) the errors that `ovcalib quantize` computes. Finished
+cells are kept in the output file.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from low_bits import int8_of, quantized
 from settings import about, add_model
 
 import ovcalib
+from ovcalib.calibration.probe import probe_inputs
 from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import open_dataset
 from ovcalib.evaluation.metrics import hits, nmse, same_class
-from ovcalib.evaluation.predicted_loss import PROBE_IMAGES, PROBES, probe_error
+from ovcalib.evaluation.predicted_loss import probe_error
 from ovcalib.export.convert import export
 from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
@@ -42,10 +44,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4])
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5])
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    args.edges, args.ranges = "academic", "mse"
+    args.edges, args.ranges = "academic", "extremes"
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {(cell["arm"], cell["seed"], cell["bits"]) for cell in cells}
@@ -56,9 +58,7 @@ def main() -> None:
     inputs, labels = [item.input for item in items], np.array([item.label for item in items])
     reference = outputs_of(fp32, inputs)
     right = hits(reference, labels)
-    probes = {
-        source: ovcalib.generate(source, args.model, PROBE_IMAGES, seed=1000, **given).inputs() for source in PROBES
-    }
+    probes = {source: probe_inputs(model.spec, source) for source in ("fractal", "noise")}
     for seed in range(args.seeds):
         for arm in args.arm:
             wanted = [bits for bits in args.bits if (arm, seed, bits) not in done]

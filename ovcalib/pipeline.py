@@ -15,6 +15,8 @@ import openvino as ov
 
 from ovcalib import __version__
 from ovcalib.calibration.make import make_set, resolve_calibration, set_of_object
+from ovcalib.calibration.probe import SOURCE as PROBE
+from ovcalib.calibration.probe import probe_inputs
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImages
 from ovcalib.data.sets import open_image
@@ -32,6 +34,7 @@ from ovcalib.evaluation.dataset import (
 )
 from ovcalib.evaluation.detection import Decoder, decoder_of
 from ovcalib.evaluation.metrics import probabilities
+from ovcalib.evaluation.predicted_loss import predict_loss
 from ovcalib.evaluation.proof import prove, reference_outputs
 from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import Exported, export
@@ -203,6 +206,9 @@ def quantize(
         kernels = proof_kernels(recipe.quantization.deploy_isa)
         body = int8 if exported.detector is None else raw_heads(int8)
         proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
+        predicted, unpredicted = predict_loss(
+            exported.graph, int8, model.spec, PROBE, lambda: probe_inputs(model.spec), kernels
+        )
         custom = None
         if ready.metric is not None and custom_fp32 is not None:
             custom_int8 = ready.metric.of(proof.outputs, ports)
@@ -225,6 +231,8 @@ def quantize(
             accuracy_reason=proof.accuracy_reason,
             fp32_fault=fault,
             agreement=proof.agreement,
+            predicted_loss=predicted,
+            predicted_loss_reason=unpredicted,
             detection=proof.detection,
             custom_metric=custom,
             parity=exported.parity,

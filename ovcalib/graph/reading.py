@@ -400,6 +400,9 @@ def _fold(value: ov.Output) -> ov.Output:
         data = node.get_data()
     else:
         graph = ov.Model([value], [], "fold").clone()  # folding is in place
+        for op in graph.get_ops():  # NNCF keeps compressed weights from being folded
+            for key in [key for key in op.get_rt_info() if key.startswith("DisableConstantFolding")]:
+                del op.get_rt_info()[key]
         manager = Manager()
         manager.register_pass(ConstantFolding())
         manager.run_passes(graph)

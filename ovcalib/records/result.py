@@ -168,6 +168,18 @@ class ProbeError(Frozen):
     nmse: float | None
 
 
+class PredictedLoss(Frozen):
+    """Loss of top-1 accuracy to expect on real images, in percentage points, predicted from images that were made.
+
+    points, interval90   median, and what nine of ten cases lie within, see ovcalib.evaluation.predicted_loss
+    probe                what it was predicted from
+    """
+
+    points: float
+    interval90: tuple[float, float]
+    probe: ProbeError
+
+
 class CustomMetric(Frozen):
     """The user's own metric, of both models on the same `count` images of `on`.
 
@@ -415,6 +427,9 @@ class Result(Frozen):
     accuracy_reason: str | None
     fp32_fault: str | None = None
     agreement: Agreement
+    # Records of earlier versions have neither.
+    predicted_loss: PredictedLoss | None = None
+    predicted_loss_reason: str | None = None
     detection: DetectionAccuracy | None = None
     custom_metric: CustomMetric | None = None
     parity: Parity

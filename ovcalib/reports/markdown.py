@@ -17,8 +17,10 @@ from ovcalib.reports.verdict import (
     agreement_note,
     custom_metric,
     execution,
+    expected_loss,
     mean_precision,
     points,
+    predicted_note,
     reliable_latency,
     result_verdict,
     speedup,
@@ -47,6 +49,8 @@ def summary(result: Result) -> dict[str, str]:
         row["mAP"] = f"{points(result.detection.fp32.map)} -> {points(result.detection.int8.map)}"
     if result.custom_metric:
         row[result.custom_metric.function] = f"{result.custom_metric.fp32:.4g} -> {result.custom_metric.int8:.4g}"
+    if result.accuracy is None and result.predicted_loss is not None:
+        row["expected loss, points"] = expected_loss(result.predicted_loss)
     name, value = agreement_figure(result.agreement)
     row[name] = value + (" (emulated)" if result.agreement.emulated else "")
     row["size MB"] = f"{megabytes(result.size_bytes.fp32)} -> {megabytes(result.size_bytes.int8)}"
@@ -217,6 +221,8 @@ def markdown_report(result: Result) -> str:
     else:
         lines += [f"Accuracy was not measured: {escape_markdown(result.accuracy_reason or '')}."]
     lines += [escape_markdown(agreement_note(result.agreement)), ""]
+    if predicted := predicted_note(result):
+        lines += [escape_markdown(predicted), ""]
     if result.custom_metric:
         lines += [escape_markdown(custom_metric(result.custom_metric)), ""]
     if len(result.agreement.outputs) > 1:

@@ -36,6 +36,7 @@ from ovcalib.reports.verdict import (
     custom_metric,
     execution,
     mean_precision,
+    predicted_note,
     reliable_latency,
     result_verdict,
     speedup,
@@ -105,6 +106,7 @@ def result_page(
         if result.detection
         else f"Accuracy was not measured: {result.accuracy_reason}.",
         agreement_note=agreement_note(result.agreement),
+        predicted_note=predicted_note(result),
         custom_note=custom_metric(result.custom_metric) if result.custom_metric else None,
         outputs=Table(
             ["output", "shape", "NMSE", "pixels of the same class"], [*map(output_row, result.agreement.outputs)]

@@ -12,6 +12,7 @@ from ovcalib.records.result import (
     CustomMetric,
     DetectionAccuracy,
     LatencyComparison,
+    PredictedLoss,
     Result,
 )
 
@@ -94,6 +95,10 @@ def _accuracy(result: Result) -> tuple[str, str]:
     if result.custom_metric is not None:
         return f"{custom_metric(result.custom_metric)} {text}", "bad" if bad else "unsure"
     unknown = "" if result.detection is not None else " Accuracy was not measured."
+    if result.predicted_loss is not None:
+        unknown = (
+            f" Accuracy was not measured; expected loss of top-1, in points: {expected_loss(result.predicted_loss)}."
+        )
     return f"{text}{unknown}", "bad" if bad else "unsure"
 
 
@@ -143,6 +148,28 @@ def agreement_note(found: Agreement) -> str:
         f"INT8 names the class that FP32 names for {points(share)} of {what}{images}; that is agreement, not accuracy. "
         f"{ends}"
     )
+
+
+def expected_loss(found: PredictedLoss) -> str:
+    """The predicted loss as a figure, with its interval."""
+    low, high = found.interval90
+    return f"{found.points:.1f} ({low:.1f} to {high:.1f})"
+
+
+def predicted_note(result: Result) -> str:
+    """What loss was predicted and from what, or why none was; nothing for records of earlier versions."""
+    found = result.predicted_loss
+    if found is None:
+        reason = result.predicted_loss_reason
+        return "" if reason is None else f"The loss of top-1 on real images was not predicted: {reason}."
+    text = (
+        f"Expected loss of top-1 on real images: {expected_loss(found)} points, the interval for nine of ten models, "
+        f"predicted from the output error on {found.probe.count} images of {found.probe.source} (NMSE "
+        f"{found.probe.nmse:.4g})."
+    )
+    if result.accuracy is not None:
+        text += f" Measured: {result.accuracy.drop_points:.1f} points."
+    return text
 
 
 def custom_metric(found: CustomMetric) -> str:

@@ -19,10 +19,13 @@ import yaml
 from click.testing import CliRunner
 
 import ovcalib
+from ovcalib.calibration.probe import probe_inputs
 from ovcalib.cli import app as cli
+from ovcalib.evaluation.metrics import nmse
 from ovcalib.measurement.benchmark import COMPUTE_KINDS
 from ovcalib.records.schema import schema
 from ovcalib.rundir import file_sha256
+from ovcalib.runtime import outputs_of
 from tests.e2e.test_process import ovcalib as process
 
 QUICK = ["-t", "0.1"]
@@ -45,6 +48,21 @@ def test_the_report_of_a_run_holds_what_people_ask_for(result) -> None:
     assert {"report.html", "report.md", "report.csv"} <= set(record["files"])
     rows = list(csv.DictReader((result / "report.csv").open()))
     assert float(rows[0]["top-1 INT8 %"]) == 100 * record["accuracy"]["int8"]["top1"]
+
+
+def test_the_loss_is_predicted_from_images_that_calibrated_nothing(toy, tmp_path) -> None:
+    made = ovcalib.generate("fractal", toy.net, 16, input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    recipe = ovcalib.make_recipe(model="ToyNet", calib="fractal", num_samples=16, benchmark_time=0,
+                                 input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)  # fmt: skip
+    found = ovcalib.run_recipe(recipe, tmp_path / "out", module=toy.net, calibration=made)
+    predicted = found.record.predicted_loss
+    assert predicted is not None
+    spec = ovcalib.load_model(toy.net, input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3).spec
+    reference, outputs = (outputs_of(graph, probe_inputs(spec)) for graph in (found.fp32, found.int8))
+    assert (predicted.probe.source, predicted.probe.count) == ("fractal", 32)
+    assert predicted.probe.nmse == pytest.approx(nmse(reference, outputs))
+    assert "Expected loss of top-1 on real images:" in (tmp_path / "out" / "report.html").read_text()
+    assert "| expected loss, points |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_report_says_where_everything_comes_from(result):

@@ -8,7 +8,7 @@ from openvino import opset13 as ops
 from ovcalib.errors import UnknownNameError
 from ovcalib.graph.editing import restore, set_input_range, widen_channel_ranges
 from ovcalib.graph.files import read_graph, write_ir
-from ovcalib.graph.reading import float_operations, layer_name, match_operations, quantized_operations
+from ovcalib.graph.reading import constant_value, float_operations, layer_name, match_operations, quantized_operations
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import OpenVINORunner
@@ -201,3 +201,20 @@ def test_made_images_need_not_reach_black_and_white_but_the_input_does(toy, toy_
     assert made[1] >= high.max() - 0.02
     assert measured[0] > 0.6 * low.min()
     assert measured[1] < 0.6 * high.max()
+
+
+def test_constant_expressions_are_folded_as_they_are_computed(rng) -> None:
+    """Compressed weights, which are marked not to be folded, and those behind a FakeQuantize."""
+    integers = rng.integers(-127, 128, (4, 3)).astype(np.int8)
+    convert = ops.convert(ops.constant(integers), np.float32)
+    convert.get_rt_info()["DisableConstantFolding_0"] = ""
+    scale = rng.uniform(0.01, 0.1, (4, 1)).astype(np.float32)
+    compressed = ops.multiply(convert, ops.constant(scale))
+    np.testing.assert_array_equal(constant_value(compressed.output(0)), integers * scale)
+    assert "DisableConstantFolding_0" in convert.get_rt_info()
+
+    weights = rng.normal(size=(4, 3)).astype(np.float32)
+    ends = [ops.constant(np.float32(end)) for end in (-1, 1, -1, 1)]
+    quantized = ops.fake_quantize(ops.constant(weights), *ends, 255)
+    expected = np.rint((np.clip(weights, -1, 1) + 1) / 2 * 254) / 254 * 2 - 1
+    np.testing.assert_allclose(constant_value(quantized.output(0)), expected, atol=1e-6)
