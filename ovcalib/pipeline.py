@@ -16,7 +16,7 @@ import openvino as ov
 from ovcalib import __version__
 from ovcalib.calibration.make import make_set, resolve_calibration, set_of_object
 from ovcalib.calibration.probe import SOURCE as PROBE
-from ovcalib.calibration.probe import probe_inputs
+from ovcalib.calibration.probe import blind_to, probe_inputs
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImages
 from ovcalib.data.sets import open_image
@@ -207,8 +207,9 @@ def quantize(
         body = int8 if exported.detector is None else raw_heads(int8)
         proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
         predicted, unpredicted = predict_loss(
-            exported.graph, int8, model.spec, PROBE, lambda: probe_inputs(model.spec), kernels
-        )
+            exported.graph, int8, model.spec, PROBE, lambda: probe_inputs(model.spec), blind_to(calibration),
+            kernels,
+        )  # fmt: skip
         custom = None
         if ready.metric is not None and custom_fp32 is not None:
             custom_int8 = ready.metric.of(proof.outputs, ports)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Request, generate
+from ovcalib.records.calibration import Provenance
 from ovcalib.records.model import ModelSpec
 
 SOURCE = "fractal"
@@ -22,3 +25,24 @@ def probe_inputs(spec: ModelSpec, source: str = SOURCE) -> tuple[NDArray[np.floa
     """Network inputs [1, C, H, W] of a source that needs no model."""
     options = OPTIONS if source == SOURCE else {}
     return tuple(generate(source, Request(count=IMAGES, seed=SEED, spec=spec), options).inputs())
+
+
+def blind_to(calibration: CalibrationSet) -> str | None:
+    """Why these images say nothing of a model that was calibrated with a set; None where they do.
+
+    Ranges that come from fractals fit fractals, whatever they do to photographs.
+    """
+    for origin in _origins(calibration.provenance):
+        name = origin.source.partition(":")[0]
+        if name == SOURCE:
+            return "it is predicted from fractals, and the calibration images are fractals themselves"
+        if name == "npz" and not origin.real:
+            return f"it is not known which source made the images of {origin.source}"
+    return None
+
+
+def _origins(provenance: Provenance) -> Iterator[Provenance]:
+    if not provenance.parts:
+        yield provenance
+    for part in provenance.parts:
+        yield from _origins(part)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jsonschema
 import PIL.Image
@@ -51,13 +52,14 @@ def test_the_report_of_a_run_holds_what_people_ask_for(result) -> None:
 
 
 def test_the_loss_is_predicted_from_images_that_calibrated_nothing(toy, tmp_path) -> None:
-    made = ovcalib.generate("fractal", toy.net, 16, input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
-    recipe = ovcalib.make_recipe(model="ToyNet", calib="fractal", num_samples=16, benchmark_time=0,
-                                 input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)  # fmt: skip
-    found = ovcalib.run_recipe(recipe, tmp_path / "out", module=toy.net, calibration=made)
+    toy.write_folder(tmp_path / "images", 20)
+    about: dict[str, Any] = {"input_shape": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    found = ovcalib.quantize(
+        toy.net, tmp_path / "out", calib=f"real:{tmp_path / 'images'}", num_samples=20, benchmark_time=0, **about
+    )
     predicted = found.record.predicted_loss
     assert predicted is not None
-    spec = ovcalib.load_model(toy.net, input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3).spec
+    spec = ovcalib.load_model(toy.net, **about).spec
     reference, outputs = (outputs_of(graph, probe_inputs(spec)) for graph in (found.fp32, found.int8))
     assert (predicted.probe.source, predicted.probe.count) == ("fractal", 32)
     assert predicted.probe.nmse == pytest.approx(nmse(reference, outputs))

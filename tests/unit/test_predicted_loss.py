@@ -4,11 +4,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 from scipy.special import softmax
 
+from ovcalib.calibration.probe import blind_to
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.evaluation import predicted_loss as predicted
 from ovcalib.evaluation.predicted_loss import LARGEST_NMSE, LINES, predict_loss, predicted_loss, probe_error
+from ovcalib.records.calibration import Provenance
 from ovcalib.records.model import ModelSpec, Weights
 from ovcalib.records.preprocessing import Preprocessing
 from ovcalib.records.read import read_record
@@ -16,6 +21,7 @@ from ovcalib.records.result import Accuracy, ProbeError, Result, Top
 from ovcalib.reports.markdown import summary
 from ovcalib.reports.verdict import predicted_note, result_verdict
 
+PREPROCESSING = Preprocessing(height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "result-0.1.json"
 
 
@@ -57,18 +63,45 @@ def test_thin_evidence_is_said_instead(nmse, reason) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "origin", "reason"),
-    [(None, "file", "no class logits"), (10, "random", "weights of toy are random")],
-)
-def test_what_has_no_accuracy_has_no_predicted_loss(num_classes, origin, reason) -> None:
+    ("num_classes", "origin", "obstacle", "reason"),
+    [
+        (None, "file", None, "no class logits"), (10, "random", None, "weights of toy are random"),
+        (10, "file", "they are fractals", "they are fractals"),
+    ],
+)  # fmt: skip
+def test_there_is_a_reason_where_nothing_is_predicted(num_classes, origin, obstacle, reason) -> None:
     spec = ModelSpec(
         name="toy", input_shape=(3, 8, 8), num_classes=num_classes, weights=Weights(origin=origin),
-        preprocessing=Preprocessing(height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3),
+        preprocessing=PREPROCESSING,
     )  # fmt: skip
-    found, why = predict_loss(None, None, spec, "fractal", lambda: pytest.fail("images are made for nothing"), "vnni")
+    x = ops.parameter([1, 3, 8, 8])
+    graph = ov.Model([x], [x], "unused")
+    found, why = predict_loss(graph, graph, spec, "fractal", lambda: pytest.fail("for nothing"), obstacle, "vnni")
     assert found is None
     assert why is not None
     assert reason in why
+
+
+def made_by(source: str, real: bool = False, parts: tuple[Provenance, ...] = ()) -> CalibrationSet:
+    provenance = Provenance(
+        source=source, options={}, num_samples=1, requested=1, seed=0, seconds=0.0, domain="pixels", labels=None,
+        real=real, parts=parts,
+    )  # fmt: skip
+    return CalibrationSet(np.zeros((1, 8, 8, 3), np.uint8), None, PREPROCESSING, provenance)
+
+
+def test_fractals_say_nothing_of_a_model_that_is_calibrated_with_them() -> None:
+    inversion, fractal = (made_by(source).provenance for source in ("bn-inversion", "fractal"))
+    for made in (
+        made_by("fractal"), made_by("mix:bn-inversion=0.5,fractal=0.5", parts=(inversion, fractal)),
+        made_by("auto", parts=(fractal,)), made_by("npz:set/calibration.npz"),
+    ):  # fmt: skip
+        assert blind_to(made) is not None
+    for made in (
+        made_by("bn-inversion"), made_by("noise"), made_by("real:photos", real=True), made_by("npz:x.npz", real=True),
+        made_by("auto:bn-inversion,fractal", parts=(inversion,)),
+    ):  # fmt: skip
+        assert blind_to(made) is None
 
 
 def test_reports_show_it_beside_what_was_measured(tmp_path) -> None:
