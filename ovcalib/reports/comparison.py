@@ -16,7 +16,8 @@ from ovcalib.reports.verdict import reliable_latency
 
 RESULT_COLUMNS = (
     "model", "source", "images", "mode", "outcome", "seed", "top-1 FP32 %", "top-1 INT8 %", "drop, points", "drop from",
-    "drop to", "agreement %", "NMSE", "FP32 MB", "INT8 MB", "FP32 p50 ms", "INT8 p50 ms", "speed-up",
+    "drop to", "expected loss, points", "expected from", "expected to", "agreement %", "NMSE", "FP32 MB", "INT8 MB",
+    "FP32 p50 ms", "INT8 p50 ms", "speed-up",
 )  # fmt: skip
 
 
@@ -24,12 +25,13 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
     """One line a result."""
     cells = []
     for r in results:
-        a, b = r.accuracy, reliable_latency(r)[0] if latency else None
+        a, b, e = r.accuracy, reliable_latency(r)[0] if latency else None, r.predicted_loss
         cells.append(
             [
                 r.model.name, r.calibration.source, r.calibration.num_samples, r.quantization.mode, r.outcome,
                 r.calibration.seed,
                 *((100 * a.fp32.top1, 100 * a.int8.top1, a.drop_points, *a.drop_ci95) if a else (None,) * 5),
+                *((e.points, *e.interval90) if e else (None,) * 3),
                 None if r.agreement.top1 is None else 100 * r.agreement.top1, r.agreement.nmse,
                 r.size_bytes.fp32 / 1e6, r.size_bytes.int8 / 1e6,
                 *((b.latency_ms["fp32"].p50, b.latency_ms["int8"].p50, b.speedup) if b else (None,) * 3),
@@ -40,8 +42,8 @@ def results_table(results: Sequence[Result], latency: bool = True) -> Table:
 
 # What the page shows beside the name of a result: the figures that decide first.
 PAGE_COLUMNS = (
-    "drop, points", "drop from", "drop to", "agreement %", "NMSE", "INT8 p50 ms", "speed-up", "INT8 MB", "top-1 INT8 %",
-    "top-1 FP32 %", "mode", "outcome", "seed",
+    "drop, points", "drop from", "drop to", "expected loss, points", "agreement %", "NMSE", "INT8 p50 ms", "speed-up",
+    "INT8 MB", "top-1 INT8 %", "top-1 FP32 %", "mode", "outcome", "seed",
 )  # fmt: skip
 
 
