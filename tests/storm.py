@@ -191,8 +191,9 @@ def after_signal(code: int, number: signal.Signals, errors: str) -> str | None:
     # Python shows one of its own where it is stopped before it has come to ovcalib.
     if "Traceback" in errors and "ovcalib/" in errors.replace("ovcalib/__init__.py", ""):
         return f"a traceback after {number.name}: {errors}"
-    # A process that has not yet installed its handlers dies of the signal itself.
-    return None if code in (130, -number) else f"exit code {code} after {number.name}: {errors}"
+    # A process that has not yet installed its handlers dies of the signal itself. Python ends by SIGINT, which a shell
+    # shows as 130, where an extension module ran Python code when a signal came, even if it was handled.
+    return None if code in (130, -number, -signal.SIGINT) else f"exit code {code} after {number.name}: {errors}"
 
 
 def run(job: Job, target: Path, number: signal.Signals | None, delay: float, fresh: bool) -> tuple[int, float, str]:
