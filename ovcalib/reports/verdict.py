@@ -157,11 +157,11 @@ def expected_loss(found: PredictedLoss) -> str:
 
 
 def predicted_note(result: Result) -> str:
-    """What loss was predicted and from what, or why none was; nothing for records of earlier versions."""
-    found = result.predicted_loss
+    """What loss was predicted and from what, or why none was; nothing for what has no top-1."""
+    found, reason = result.predicted_loss, result.predicted_loss_reason
     if found is None:
-        reason = result.predicted_loss_reason
-        return "" if reason is None else f"The loss of top-1 on real images was not predicted: {reason}."
+        classifies = result.agreement.top1 is not None
+        return f"The loss of top-1 on real images was not predicted: {reason}." if reason and classifies else ""
     text = (
         f"Expected loss of top-1 on real images: {expected_loss(found)} points, the interval for nine of ten models, "
         f"predicted from the output error on {found.probe.count} images of {found.probe.source} (NMSE "

@@ -101,7 +101,8 @@ def test_without_data_there_is_agreement_and_it_is_called_so(data, tmp_path) -> 
                 "-O", "init=gaussian", "-o", tmp_path / "out", *FAST)  # fmt: skip
     assert found.exit_code == 0, found.stderr
     assert "agreement" in found.stdout
-    assert "top-1" not in found.stdout
+    assert "top-1 INT8" not in found.stdout
+    assert "expected loss of top-1, in points" in found.stdout  # and it is called so, too
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["accuracy"] is None
     assert "`eval`" in result["accuracy_reason"]

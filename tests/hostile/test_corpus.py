@@ -29,8 +29,8 @@ ANY, USAGE, MODEL, DATA = {0, 2, 3, 4}, {2}, {2, 3}, {0, 2, 4}
 class Server:
     """The process that runs the commands."""
 
-    def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    def __init__(self, cache):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OVCALIB_CACHE": str(cache)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.hostile.server"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
@@ -43,8 +43,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server():
-    made = Server()
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("cache"))
     yield made
     made.process.stdin.close()
     made.process.wait(30)
