@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.records.calibration import Provenance
-from ovcalib.records.model import ModelSpec
+from ovcalib.records.model import ModelSpec, Weights
 
 SOURCE = "fractal"
 IMAGES = 32
@@ -20,9 +20,18 @@ SEED = 1000
 OPTIONS = {"systems": "8"}
 
 
-@functools.lru_cache(maxsize=1)
 def probe_inputs(spec: ModelSpec, source: str = SOURCE) -> tuple[NDArray[np.float32], ...]:
     """Network inputs [1, C, H, W] of a source that needs no model."""
+    # Of the model only its input counts, so that models of the same input share the images.
+    plain = ModelSpec(
+        name="probe", input_shape=spec.input_shape, num_classes=None, preprocessing=spec.preprocessing,
+        weights=Weights(origin="random"),
+    )  # fmt: skip
+    return _made(plain, source)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(spec: ModelSpec, source: str) -> tuple[NDArray[np.float32], ...]:
     options = OPTIONS if source == SOURCE else {}
     return tuple(generate(source, Request(count=IMAGES, seed=SEED, spec=spec), options).inputs())
 
