@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 import jsonschema
+import numpy as np
+import openvino as ov
 import PIL.Image
 import pytest
 import torch
@@ -65,6 +67,19 @@ def test_the_loss_is_predicted_from_images_that_calibrated_nothing(toy, tmp_path
     assert predicted.probe.nmse == pytest.approx(nmse(reference, outputs))
     assert "Expected loss of top-1 on real images:" in (tmp_path / "out" / "report.html").read_text()
     assert "| expected loss, points |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_written_model_takes_other_shapes(result, rng) -> None:
+    model = ov.Core().read_model(result / "int8" / "model.xml")
+    images = rng.normal(size=(2, 3, 16, 16)).astype(np.float32)
+    expected = outputs_of(model, [image[None] for image in images])
+    batch = model.clone()
+    batch.reshape([2, 3, 16, 16])
+    (found,) = ov.Core().compile_model(batch, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images).values()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    larger = model.clone()
+    larger.reshape([1, 3, 24, 20])
+    assert outputs_of(larger, [np.zeros((1, 3, 24, 20), np.float32)]).shape == (1, 4)
 
 
 def test_the_report_says_where_everything_comes_from(result):
