@@ -14,51 +14,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from calibration import source_of
-from low_bits import int8_of, quantized
-from settings import about, add_model
+from low_bits import add_arms, int8_of, opened, quantized
+from settings import about
 
 import ovcalib
 from ovcalib.calibration.probe import probe_inputs
 from ovcalib.calibration.split import split
-from ovcalib.evaluation.dataset import open_dataset
 from ovcalib.evaluation.metrics import hits, nmse, same_class
 from ovcalib.evaluation.predicted_loss import probe_error
-from ovcalib.export.convert import export
 from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
-from ovcalib.progress import Progress
+from ovcalib.quantization.low_bits import Bits
 from ovcalib.runtime import outputs_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model(parser)
-    parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
-    parser.add_argument("--seeds", type=int, default=1)
+    add_arms(parser)
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5])
-    parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    args.edges, args.ranges = "academic", "extremes"
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {(cell["arm"], cell["seed"], cell["bits"]) for cell in cells}
-    model = ovcalib.load_model(args.model, **given)
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = export(model, Path(folder), Progress()).graph
-    items = open_dataset(args.eval, model.spec, args.limit).images().items
-    inputs, labels = [item.input for item in items], np.array([item.label for item in items])
+    spec, fp32, inputs, labels = opened(args)
     reference = outputs_of(fp32, inputs)
     right = hits(reference, labels)
-    probes = {source: probe_inputs(model.spec, source) for source in ("fractal", "noise")}
+    probes = {source: probe_inputs(spec, source) for source in ("fractal", "noise")}
     for seed in range(args.seeds):
         for arm in args.arm:
             wanted = [bits for bits in args.bits if (arm, seed, bits) not in done]
@@ -70,7 +54,8 @@ def main() -> None:
             expected = {name: outputs_of(fp32, images) for name, images in seen.items()}
             int8 = int8_of(fp32, made)
             for bits in wanted:
-                graph = without_saturation(quantized(fp32, int8, made, args, f"{bits}/{bits}", "nearest"))
+                kind = Bits(bits, bits, "academic", "extremes")
+                graph = without_saturation(quantized(fp32, int8, made, kind, "nearest"))
                 found = outputs_of(graph, inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits,

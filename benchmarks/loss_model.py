@@ -47,14 +47,16 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--only-test", nargs="+", default=[], type=Path, help="files that nothing is fitted to")
     parser.add_argument("--largest", type=float, default=LARGEST_NMSE, help="NMSE on fractals of the cells that count")
+    parser.add_argument("--quantiles", nargs=3, type=float, default=QUANTILES, metavar="Q")
     args = parser.parse_args()
+    quantiles = args.quantiles
     networks, unseen = ({path.stem: cells_of(path, args) for path in paths} for paths in (args.files, args.only_test))
     found = []
     for probes in PROBES:
         for error in ERRORS:
             for power in POWERS:
                 both = {name: sides(cells, probes, error, power) for name, cells in networks.items()}
-                found.append((left_out(both), probes, error, power, lines([*both.values()])))
+                found.append((left_out(both, quantiles), probes, error, power, lines([*both.values()], quantiles)))
     found.sort(key=lambda row: row[0]["pinball"])
     print("| probes | error | B | off by, points | within | width, points | pinball loss |")
     print("|---|---|---|---|---|---|---|")
@@ -64,7 +66,7 @@ def main() -> None:
     print(f"\nLINES = {tuple((round(a, 2), round(b, 1)) for a, b in best[4])}\n")
     print("| left out | cells | loss from, points | to | off by | within | width |")
     print("|---|---|---|---|---|---|---|")
-    tested = {name: judged(best[4], *sides(cells, *CHOSEN)) for name, cells in unseen.items()}
+    tested = {name: judged(best[4], *sides(cells, *CHOSEN), quantiles) for name, cells in unseen.items()}
     for name, measured in {**best[0]["networks"], **tested}.items():
         losses = [cell["loss_points"] for cell in {**networks, **unseen}[name]]
         print(f"| {name} | {len(losses)} | {min(losses):+.2f} | {max(losses):+.2f} | {row(measured)} |")
@@ -87,11 +89,11 @@ def sides(cells: list[Cell], probes: str, error: str, power: float) -> Sides:
     return joint**power, np.array([cell["loss_points"] for cell in cells])
 
 
-def lines(networks: Sequence[Sides]) -> list[tuple[float, float]]:
+def lines(networks: Sequence[Sides], quantiles: Sequence[float]) -> list[tuple[float, float]]:
     """Intercept and slope of each quantile; cells of a network share its weight."""
     weights = np.concatenate([np.full(len(x), 1 / len(x)) for x, _ in networks])
     x, y = (np.concatenate(values) for values in zip(*networks, strict=True))
-    return [quantile_line(x, y, weights, quantile) for quantile in QUANTILES]
+    return [quantile_line(x, y, weights, quantile) for quantile in quantiles]
 
 
 def quantile_line(
@@ -105,23 +107,27 @@ def quantile_line(
     return float(solved.x[0]), float(solved.x[1])
 
 
-def left_out(networks: dict[str, Sides]) -> dict[str, Any]:
+def left_out(networks: dict[str, Sides], quantiles: Sequence[float]) -> dict[str, Any]:
     """What the lines of all other networks say of each network; means over networks."""
     rows = {
-        name: judged(lines([both for other, both in networks.items() if other != name]), *networks[name])
+        name: judged(
+            lines([both for other, both in networks.items() if other != name], quantiles), *networks[name], quantiles
+        )
         for name in networks
     }
     means = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
     return {**means, "networks": rows}
 
 
-def judged(fitted: list[tuple[float, float]], x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
+def judged(
+    fitted: list[tuple[float, float]], x: NDArray[np.float64], y: NDArray[np.float64], quantiles: Sequence[float]
+) -> dict[str, float]:
     """What fitted lines say of the cells of a network."""
     low, middle, high = (a + b * x for a, b in fitted)
     low, high = np.minimum(low, middle), np.maximum(high, middle)
     pinball = [
         np.maximum(q * (y - line), (q - 1) * (y - line)).mean()
-        for q, line in zip(QUANTILES, (low, middle, high), strict=True)
+        for q, line in zip(quantiles, (low, middle, high), strict=True)
     ]
     return {
         "off": float(np.abs(y - middle).mean()),

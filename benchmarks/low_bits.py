@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from calibration import source_of, spread
+from numpy.typing import NDArray
 from settings import about, add_model
 
 import ovcalib
@@ -38,6 +39,7 @@ from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
+from ovcalib.records.model import ModelSpec
 from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "rounding")
@@ -45,26 +47,16 @@ KEY = ("arm", "seed", "bits", "rounding")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model(parser)
-    parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
-    parser.add_argument("--seeds", type=int, default=1)
+    add_arms(parser)
     parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
     parser.add_argument("--edges", choices=["academic", "full"], default="academic")
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
     parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated"], default=["nearest"])
-    parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {tuple(cell[name] for name in KEY) for cell in cells}
-    model = ovcalib.load_model(args.model, **given)
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = export(model, Path(folder), Progress()).graph
-    items = open_dataset(args.eval, model.spec, args.limit).images().items
-    inputs, labels = [item.input for item in items], np.array([item.label for item in items])
+    _, fp32, inputs, labels = opened(args)
     reference = outputs_of(fp32, inputs)
     top1 = float(hits(reference, labels).mean())
     print(f"FP32 top-1 {100 * top1:.2f} %")
@@ -77,7 +69,8 @@ def main() -> None:
             made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
             int8 = int8_of(fp32, made)
             for _, _, bits, rounding in wanted:
-                graph = quantized(fp32, int8, made, args, bits, rounding)
+                weights, activations = map(int, bits.split("/"))
+                graph = quantized(fp32, int8, made, Bits(weights, activations, args.edges, args.ranges), rounding)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits, "rounding": rounding,
@@ -92,17 +85,36 @@ def main() -> None:
     print(table(args, cells))
 
 
+def add_arms(parser: argparse.ArgumentParser) -> None:
+    """The model, the evaluation images, the calibration sets to compare, and where finished cells are kept."""
+    add_model(parser)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+
+
+def opened(args: argparse.Namespace) -> tuple[ModelSpec, Any, list[NDArray[np.float32]], NDArray[np.int64]]:
+    """The model and its float graph, and inputs and labels of the evaluation images."""
+    model = ovcalib.load_model(args.model, **about(args))
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = export(model, Path(folder), Progress()).graph
+    items = open_dataset(args.eval, model.spec, args.limit).images().items
+    return model.spec, fp32, [item.input for item in items], np.array([item.label for item in items])
+
+
 def int8_of(fp32: Any, made: CalibrationSet) -> Any:
     """The graph of 8 bits that the simulated graphs of a calibration set are derived from."""
     return quantize_default(fp32, split(made).ranges, Settings(overflow_fix="disable", bias_correction="none"))
 
 
-def quantized(fp32: Any, int8: Any, made: CalibrationSet, args: argparse.Namespace, bits: str, rounding: str) -> Any:
+def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str) -> Any:
     """The simulated graph of one cell."""
-    weights, activations = map(int, bits.split("/"))
     parts = split(made)
     fitted = parts.corrections.inputs()
-    graph = simulate(fp32, int8, Bits(weights, activations, args.edges, args.ranges), parts.ranges.inputs())
+    graph = simulate(fp32, int8, bits, parts.ranges.inputs())
     if rounding == "compensated":
         return compensated(fp32, graph, fitted)
     correct_biases(fp32, graph, fitted)

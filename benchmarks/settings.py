@@ -71,33 +71,31 @@ def main() -> None:
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {(cell["isa"], cell["arm"], cell["seed"]) for cell in cells}
     for seed in range(args.seeds):
-        if done.issuperset((isa, " ".join(arm), seed) for isa in args.deploy_isa for arm in args.arm):
+        wanted = [(isa, arm) for isa in args.deploy_isa for arm in args.arm if (isa, " ".join(arm), seed) not in done]
+        if not wanted:
             continue
         made = ovcalib.generate(args.calib, model, args.count, seed=seed, **given)
-        for isa in args.deploy_isa:
-            for arm in args.arm:
-                if (isa, " ".join(arm), seed) in done:
-                    continue
-                recipe = ovcalib.make_recipe(
-                    model=args.model, calib=args.calib, num_samples=args.count, seed=seed, eval=args.eval,
-                    limit=args.limit, deploy_isa=isa, benchmark_time=0, **given,
-                    **dict(entry.split("=", 1) for entry in arm),
-                )  # fmt: skip
-                module = None if isinstance(model, str) else model
-                record = ovcalib.run_recipe(recipe, module=module, calibration=made).record
-                accuracy = record.accuracy
-                cells.append({
-                    "isa": isa, "arm": " ".join(arm), "seed": seed, "nmse": record.agreement.nmse,
-                    "agreement": record.agreement.top1, "top1": accuracy and accuracy.int8.top1,
-                    "fp32_top1": accuracy and accuracy.fp32.top1,
-                    "in float": record.quantization.float_operations, "seconds": record.quantization.seconds,
-                    "emulated": record.agreement.emulated, "quantization": record.quantization.model_dump(mode="json"),
-                })  # fmt: skip
-                print("  ".join(f"{cells[-1][name]}" for name in COLUMNS), flush=True)
-                args.output.write_text(json.dumps({
-                    **{name: str(value) for name, value in vars(args).items()},
-                    "environment": environment().model_dump(), "cells": cells,
-                }, indent=1) + "\n")  # fmt: skip
+        for isa, arm in wanted:
+            recipe = ovcalib.make_recipe(
+                model=args.model, calib=args.calib, num_samples=args.count, seed=seed, eval=args.eval,
+                limit=args.limit, deploy_isa=isa, benchmark_time=0, **given,
+                **dict(entry.split("=", 1) for entry in arm),
+            )  # fmt: skip
+            module = None if isinstance(model, str) else model
+            record = ovcalib.run_recipe(recipe, module=module, calibration=made).record
+            accuracy = record.accuracy
+            cells.append({
+                "isa": isa, "arm": " ".join(arm), "seed": seed, "nmse": record.agreement.nmse,
+                "agreement": record.agreement.top1, "top1": accuracy and accuracy.int8.top1,
+                "fp32_top1": accuracy and accuracy.fp32.top1,
+                "in float": record.quantization.float_operations, "seconds": record.quantization.seconds,
+                "emulated": record.agreement.emulated, "quantization": record.quantization.model_dump(mode="json"),
+            })  # fmt: skip
+            print("  ".join(f"{cells[-1][name]}" for name in COLUMNS), flush=True)
+            args.output.write_text(json.dumps({
+                **{name: str(value) for name, value in vars(args).items()},
+                "environment": environment().model_dump(), "cells": cells,
+            }, indent=1) + "\n")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import openvino as ov
 from openvino.passes import ConstantFolding, Manager
 
 from ovcalib.graph.files import ensure_names
-from ovcalib.graph.reading import MOVING, WEIGHTED, is_constant, signal_names
+from ovcalib.graph.reading import MOVING, WEIGHTED, is_constant, signal_names, signals_of
 
 # Exporters put suppression into control flow: by class, or for the case that there is no box at all.
 SUPPRESSION = frozenset(
@@ -125,8 +125,8 @@ def _ends_layer(op: ov.Node, signals: set[str]) -> bool:
     if op.get_type_name() == "BatchNormInference":
         return True
     if op.get_type_name() == "Add":
-        read = [value.get_node() for value in op.input_values() if value.get_node().get_name() in signals]
-        return len(read) == 1 and _is_layer(read[0])
+        read = signals_of(op, signals)
+        return len(read) == 1 and _is_layer(read[0].get_node())
     return _is_layer(op)
 
 

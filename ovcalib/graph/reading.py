@@ -136,9 +136,12 @@ def _by_group(op: ov.Node, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return grouped.reshape(*grouped.shape[:3], -1)
 
 
-def signals_of(op: ov.Node) -> list[ov.Output]:
-    """The inputs of an operation that depend on the network's input."""
-    return [value for value in op.input_values() if not is_constant(value)]
+def signals_of(op: ov.Node, names: set[str]) -> list[ov.Output]:
+    """The inputs of an operation that depend on the network's input.
+
+    names   `signal_names` of its graph
+    """
+    return [value for value in op.input_values() if _node(value).get_name() in names]
 
 
 def constant_value(value: ov.Output) -> NDArray[np.float64]:

@@ -128,19 +128,18 @@ def _ratio(group: _Group, weights: dict[str, NDArray[np.float64]]) -> float:
 
 @dataclass(frozen=True)
 class _Addition:
-    """An Add of a constant to a signal whose channels lie on an axis."""
+    """An Add of a constant, its input `index`, to a signal whose channels lie on an axis."""
 
     op: ov.Node
     axis: int
+    index: int
 
     def divide(self, s: NDArray[np.float64]) -> None:
         """Divide the constant by [C], in place."""
         rank = len(self.op.output(0).get_partial_shape())
         by_channel = s.reshape([-1 if axis == self.axis else 1 for axis in range(rank)])
-        (signal,) = signals_of(self.op)
-        index = 1 if _key(signal) == _key(self.op.input_value(0)) else 0
-        constant = ops.constant((constant_value(self.op.input_value(index)) / by_channel).astype(np.float32))
-        self.op.input(index).replace_source_output(constant.output(0))
+        constant = ops.constant((constant_value(self.op.input_value(self.index)) / by_channel).astype(np.float32))
+        self.op.input(self.index).replace_source_output(constant.output(0))
 
 
 @dataclass
@@ -187,7 +186,7 @@ def _groups(graph: ov.Model) -> list[_Group]:
     joined = _Joined()
     names = signal_names(graph)
     for op in graph.get_ordered_ops():
-        signals = [value for value in op.input_values() if value.get_node().get_name() in names]
+        signals = signals_of(op, names)
         layer = operations.get(op.get_friendly_name())
         if not signals:
             continue
@@ -208,7 +207,7 @@ def _groups(graph: ov.Model) -> list[_Group]:
         for value in signals:
             joined.join(value, op.output(0))
         if op.get_type_name() == "Add" and len(signals) == 1:
-            additions.append(_Addition(op, behind))
+            additions.append(_Addition(op, behind, int(_key(signals[0]) == _key(op.input_value(0)))))
     groups: dict[Key, _Group] = {}
 
     def group_of(value: ov.Output) -> _Group:
