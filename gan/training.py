@@ -97,6 +97,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """What torch has taken of a GPU at its peak, and what is free beside it, as fields of a plan; none of a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak, now = torch.cuda.max_memory_reserved(device), torch.cuda.memory_reserved(device)
+    return {"gpu_memory_bytes": peak, "free_gpu_memory_bytes": torch.cuda.mem_get_info(device)[0] + now}
+
+
 def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """What the blocks that may run in half precision do run in.
 

@@ -289,10 +289,11 @@ def _refuse_processes() -> None:
 
 
 def _plan_training(training: Any, what: str, request: Mapping[str, Any], folder: Path, progress: Progress) -> Plan:
-    from ovcalib.gan.training import load_checkpoint, refuse_another_training, tensor_bytes
+    from ovcalib.gan.training import gpu_memory, load_checkpoint, refuse_another_training, tensor_bytes
 
     refuse_another_training(folder, request)
-    earlier = load_checkpoint(folder, getattr(training, "device", None) or training.team.device)
+    device = getattr(training, "device", None) or training.team.device
+    earlier = load_checkpoint(folder, device)
     if earlier is not None:
         training.restore(earlier)
         progress.say(f"the training would go on after step {training.steps}")
@@ -312,4 +313,5 @@ def _plan_training(training: Any, what: str, request: Mapping[str, Any], folder:
         # The checkpoint is written beside the last one before it replaces it.
         disk_bytes=2 * tensor_bytes(training.state()),
         **resources(folder),
+        **gpu_memory(device),
     )

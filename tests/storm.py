@@ -158,12 +158,13 @@ def prepare(place: Path) -> None:
 def interrupted_round(
     job: Job, target: Path, content: Any, seconds: float, rng: random.Random, counts: Counter[str]
 ) -> str | None:
-    """Interrupt a command two to eight times, let it end, and compare; what is wrong, or None."""
+    """Interrupt a command two to twelve times, let it end, and compare; what is wrong, or None."""
     shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir()
     done: dict[str, int] = {}
-    for _ in range(rng.randint(2, 8)):
-        number, delay = rng.choice(SIGNALS), rng.uniform(0, 1.1 * seconds)
+    for _ in range(rng.randint(2, 12)):
+        # Any moment of the run, early ones more often: what is taken up again has less left to do.
+        number, delay = rng.choice(SIGNALS), rng.triangular(0, 1.1 * seconds, 0)
         code, _, errors = run(job, target, number, delay, fresh=rng.random() < 0.1)
         if code == 0:  # it ended before the signal
             break

@@ -34,6 +34,8 @@ def show(plan: Plan, common: Common) -> int:
     print(f"\ntime:   about {duration(plan.seconds)}{more}")
     memory = size(plan.memory_bytes, plan.memory_reason)
     print(f"memory: {memory}{free(plan.free_memory_bytes)}")
+    if plan.gpu_memory_bytes is not None:
+        print(f"GPU:    {size(plan.gpu_memory_bytes, None)}{free(plan.free_gpu_memory_bytes)}")
     disk = size(plan.disk_bytes, plan.disk_reason)
     print(f"disk:   {disk} in {plan.writes}{free(plan.free_disk_bytes)}")
     return 0

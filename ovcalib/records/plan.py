@@ -28,19 +28,22 @@ class Plan(Frozen):
     recipe         the options, as request.json would hold them
     stages         the work, in its order
     memory_bytes   of the processes at their peak, as far as the work was tried; None with a reason
+    gpu_memory_bytes   what torch took of the GPU at its peak, as far as the work was tried; None where it runs on none
     disk_bytes     what would be written, about; None with a reason
     writes         the output folder
-    free_memory_bytes, free_disk_bytes   what there is; None where the system does not tell
+    free_memory_bytes, free_gpu_memory_bytes, free_disk_bytes   what there is; None where the system does not tell
     """
 
     recipe: dict[str, Any]
     stages: tuple[Stage, ...]
     memory_bytes: int | None = Field(default=None, ge=0)
     memory_reason: str | None = None
+    gpu_memory_bytes: int | None = Field(default=None, ge=0)
     disk_bytes: int | None = Field(default=None, ge=0)
     disk_reason: str | None = None
     writes: Path
     free_memory_bytes: int | None = None
+    free_gpu_memory_bytes: int | None = None
     free_disk_bytes: int | None = None
 
     @computed_field  # type: ignore[prop-decorator]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from ovcalib import progress
 from ovcalib.cli import app as cli
-from ovcalib.gan import distillation
+from ovcalib.gan import distillation, training
 from ovcalib.gan import teacher as gan_teacher
 from ovcalib.gan.pairs import Pairs, save_pairs
 from ovcalib.gan.stylegan2 import DiscriminatorConfig
@@ -162,6 +162,18 @@ def test_train_teacher_tells_its_steps_and_what_is_left(images, narrow, monkeypa
     assert "r1_gamma" in other.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in run(*command, "--kimg", 40, "--dry-run").stderr
+
+
+def test_a_training_on_a_gpu_tells_its_memory(pairs, narrow, monkeypatch) -> None:
+    """As far as that goes without a GPU: what torch tells of one is shown, and nothing is said of it on a CPU."""
+    command = ["gan", "distill", pairs, "--preset", "cpu", "--batch", 4, "-o", "student", "--dry-run"]
+    assert "GPU:" not in run(*command).stdout
+    ask = training.gpu_memory
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(training, "gpu_memory", lambda device: ask(torch.device("cuda")))
+    assert "GPU:    about 3,000.0 MB; 7,000 MB are free" in run(*command).stdout
 
 
 def test_distill_tells_its_steps(pairs, narrow) -> None:
