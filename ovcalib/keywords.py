@@ -39,6 +39,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     smooth_quant: Literal["auto", "on", "off"]
     guard: bool
     equalize: Literal["auto", "on", "off"]
+    optimize_for: Literal["size", "latency"]
     model_type: Literal["auto", "cnn", "transformer"]
     ignore: Sequence[str]
     metric: Literal["top1", "agreement", "expected-top1", "nmse"] | None

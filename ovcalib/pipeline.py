@@ -189,7 +189,7 @@ def quantize(
                 warnings.append(STEERED_BY_EVALUATION)
         quantized = quantize_graph(
             recipe.quantization, settings, exported.graph, calibration, steering, model.spec.task,
-            out_of_time, progress, log, steered,
+            out_of_time, progress, log, steered, recipe.measurement.device,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
             fp32 = exported.whole(quantized.fp32)

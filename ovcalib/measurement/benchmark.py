@@ -2,7 +2,7 @@
 
 `benchmark` is the proof: a process for each model, hints, devices, memory, the executed graph, and a word on whether
 the machine was quiet enough. `measure_pair` is the same for the two models of `quantize` under one setting, and
-`interleaved_latency` a quick look at several graphs in this process.
+`interleaved_latency` and `race` a quick look at several graphs in this process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ovcalib import __version__, errors, machine
 from ovcalib.errors import DeviceError, ModelError, OvcalibError
 from ovcalib.graph.files import is_quantized, read_graph
+from ovcalib.measurement.counters import set_random_input
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.records.benchmark import Benchmark, BenchmarkRun, Distribution, ExecutedNode, Noise, Power, Speedup
@@ -58,7 +59,7 @@ ROUND_INFERENCES = 5
 COMPUTE_KINDS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "Fullyconnected", "MatMul", "Gemm"})
 INT8_PRECISIONS = frozenset({"i8", "u8"})
 
-K = TypeVar("K", bound=str)
+K = TypeVar("K", bound=str | int)
 Kind = Literal["fp32", "int8"]
 
 
@@ -85,26 +86,28 @@ def interleave(
     seconds: float,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[K, NDArray[np.float64]]:
-    """Durations in ms of each callable, run for seconds / rounds in turn: A B A B ...
+) -> dict[K, list[NDArray[np.float64]]]:
+    """Durations in ms of each callable by round, run for seconds / rounds in turn: A B A B ...
 
     seconds   for each callable, all rounds together; at least one inference a round is made
     """
-    durations: dict[K, list[float]] = {name: [] for name in runs}
+    durations: dict[K, list[NDArray[np.float64]]] = {name: [] for name in runs}
     for run in runs.values():
         for _ in range(WARMUP_RUNS):
             run()
     for _ in range(rounds):
         for name, run in runs.items():
+            taken = []
             end = clock() + seconds / rounds
             while True:
                 began = clock()
                 run()
                 done = clock()
-                durations[name].append(1000 * (done - began))
+                taken.append(1000 * (done - began))
                 if done >= end:
                     break
-    return {name: np.array(values) for name, values in durations.items()}
+            durations[name].append(np.array(taken))
+    return durations
 
 
 def measure_pair(
@@ -149,16 +152,27 @@ def latency_of(run: BenchmarkRun) -> Latency:
 
 def interleaved_latency(graphs: Mapping[K, ov.Model], device: str, seconds: float) -> dict[K, Latency]:
     """Single-stream latency of several graphs with batch 1, measured in turns for `seconds` each."""
-    runs: dict[K, Callable[[], object]] = {}
-    precision = {}
-    for name, graph in graphs.items():
-        compiled = compile_graph(graph, device, {"PERFORMANCE_HINT": "LATENCY"})
-        request = compiled.create_infer_request()
-        shape = [1, *(d.get_length() for d in list(graph.inputs[0].get_partial_shape())[1:])]
-        request.set_input_tensor(ov.Tensor(np.random.default_rng(0).standard_normal(shape, dtype=np.float32)))
-        runs[name] = request.infer
-        precision[name] = effective_precision(compiled)
-    return {name: summarise(values, precision[name]) for name, values in interleave(runs, seconds).items()}
+    compiled = {name: compile_graph(graph, device, {"PERFORMANCE_HINT": "LATENCY"}) for name, graph in graphs.items()}
+    durations = interleave({name: _single_stream(model) for name, model in compiled.items()}, seconds)
+    return {
+        name: summarise(np.concatenate(rounds), effective_precision(compiled[name]))
+        for name, rounds in durations.items()
+    }
+
+
+def race(graphs: Mapping[K, ov.Model], device: str, seconds: float) -> dict[K, list[float]]:
+    """Median single-stream latency in ms of each round, measured in turns for `seconds` each; see `ratio_interval`."""
+    runs = {
+        name: _single_stream(compile_graph(graph, device, {"PERFORMANCE_HINT": "LATENCY"}))
+        for name, graph in graphs.items()
+    }
+    return {name: [float(np.median(r)) for r in rounds] for name, rounds in interleave(runs, seconds).items()}
+
+
+def _single_stream(compiled: ov.CompiledModel) -> Callable[[], object]:
+    request = compiled.create_infer_request()
+    set_random_input(request)
+    return request.infer  # type: ignore[no-any-return]
 
 
 def effective_precision(compiled: ov.CompiledModel) -> str | None:

@@ -19,6 +19,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.errors import ModelError, OvcalibError
+from ovcalib.measurement.counters import executed_times
 from ovcalib.runtime import check_device
 
 # The latency has settled when the medians of two windows in a row differ by less than this share.
@@ -177,17 +178,7 @@ class Session:
         request = compiled.create_infer_request()
         for i in range(len(compiled.inputs)):
             request.set_input_tensor(i, self.queue[0].get_input_tensor(i))
-        request.infer()
-        totals: dict[str, float] = {}
-        inferences, end = 0, self.clock() + seconds
-        while not inferences or self.clock() < end:
-            request.infer()
-            inferences += 1
-            for node in request.profiling_info:
-                if node.status == ov.ProfilingInfo.Status.EXECUTED:
-                    took = node.real_time.total_seconds()
-                    totals[node.node_name] = totals.get(node.node_name, 0.0) + took
-        return {"mean_us": {name: 1e6 * total / inferences for name, total in totals.items()}}
+        return {"mean_us": executed_times(request, seconds, self.clock)}
 
     def finish(self, compile_cached: bool) -> dict[str, Any]:
         """Memory, and then the compile time from a warm cache, because filling the cache costs memory."""

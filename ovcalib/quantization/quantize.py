@@ -21,6 +21,7 @@ from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.expected_noise import Expected
+from ovcalib.quantization.latency_search import faster_in_float, speed_warnings
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.selection import (
     OutputError,
@@ -94,6 +95,7 @@ def quantize_graph(
     progress: Progress,
     log: TextIO | None = None,
     steering_reference: Outputs | None = None,
+    device: str = "CPU",
 ) -> Quantized:
     """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one.
 
@@ -103,7 +105,8 @@ def quantize_graph(
     task             what the outputs are
     log              receives what NNCF prints
     steering_reference   outputs of FP32 on the steering images, where they are known
-    raises           ModelError, DataError
+    device           on which operations are timed, where options ask for that
+    raises           ModelError, DataError, DeviceError
     """
     began = time.monotonic()
     warnings = []
@@ -153,6 +156,10 @@ def quantize_graph(
                 "between classes cost agreement, but hardly accuracy: `metric=expected-top1`, labelled images or a "
                 "larger `max_drop` keep more operations in INT8."
             )
+    speed = None
+    if options.optimize_for == "latency":
+        int8, speed = faster_in_float(int8, best.source, best.output.nmse, device, progress)
+        warnings += speed_warnings(speed, options.deploy_isa)
     record = Quantization(
         mode=options.mode,
         preset=settings.preset,
@@ -183,6 +190,7 @@ def quantize_graph(
         float_operations=len(float_operations(int8)),
         reverted=tuple(map(layer_name, reverted)),
         restoration=restored,
+        speed=speed,
         seconds=round(time.monotonic() - began, 3),
     )
     return Quantized(best.source, int8, record, outcome, tuple(warnings))

@@ -213,6 +213,11 @@ class QuantizationOptions(Frozen):
         Switch,
         Shown(default="auto: where operations would stay in float, and the output error is no larger with it"),
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
+    optimize_for: Literal["size", "latency"] = Field(
+        default="size",
+        description="latency leaves operations in float that INT8 makes slower here, on `device`; size leaves none for "
+        "that reason.",
+    )
     model_type: Literal["auto", "cnn", "transformer"] = Field(
         default="auto", description="transformer turns on the mixed preset and tries SmoothQuant."
     )

@@ -273,6 +273,24 @@ class Restored(Frozen):
     ranking: tuple[tuple[str, float], ...]
 
 
+class SpeedSearch(Frozen):
+    """What `optimize_for=latency` did, by times on one machine: single-stream latency with batch 1, in turns.
+
+    in_float           operations that were given their float precision back, by what that promised to save
+    over_int8, ci95    latency of the model with all of them in INT8 over that of the one that was written
+    over_fp32, ci95    latency of FP32 over that of the one that was written
+    nmse               of the outputs on held-out calibration images, before and after
+    """
+
+    device: str
+    in_float: tuple[str, ...]
+    over_int8: float
+    over_int8_ci95: tuple[float, float]
+    over_fp32: float
+    over_fp32_ci95: tuple[float, float]
+    nmse: tuple[float, float]
+
+
 class SetSplit(Frozen):
     """How many images of the calibration set served for what; `shared` names the parts that have images in common.
 
@@ -343,6 +361,7 @@ class Quantization(Frozen):
     int8_operations    operations that compute on quantized values
     float_operations   convolutions and matrix products left in float
     reverted           operations that accuracy-aware quantization gave their float precision back
+    speed              None where operations were not given back for the sake of speed
     """
 
     mode: Literal["default", "accuracy-aware"]
@@ -375,6 +394,7 @@ class Quantization(Frozen):
     float_operations: int
     reverted: tuple[str, ...]
     restoration: Restored | None
+    speed: SpeedSearch | None = None
     seconds: float
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovcalib.records.result import Agreement, KernelsError, OutputAgreement, Quantization, Result
+from ovcalib.records.result import Agreement, KernelsError, OutputAgreement, Quantization, Result, SpeedSearch
 from ovcalib.reports.provenance import (
     MODEL_API,
     calibration_facts,
@@ -103,7 +103,22 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
             ),
             ("reverted to float", ", ".join(quantization.reverted) or "none"),
         ]
+    if quantization.speed is not None:
+        facts += speed_facts(quantization.speed)
     return [*facts, ("seconds", f"{quantization.seconds:.1f}")]
+
+
+def speed_facts(found: SpeedSearch) -> list[tuple[str, str]]:
+    """Which operations compute in float because that is faster, and what that won."""
+    times = "{:.2f} times (95 % interval {:.2f} to {:.2f})"
+    return [
+        ("in float for speed", ", ".join(found.in_float) or "none"),
+        (
+            f"speed on {found.device}",
+            f"{times.format(found.over_int8, *found.over_int8_ci95)} that of all in INT8, "
+            f"{times.format(found.over_fp32, *found.over_fp32_ci95)} that of FP32",
+        ),
+    ]
 
 
 def equalization(quantization: Quantization) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from ovcalib.records.environment import Environment
 from ovcalib.records.result import (
     Accuracy,
     Agreement,
@@ -223,13 +222,16 @@ def _speed(result: Result) -> tuple[str, bool]:
     if high < 1:
         return (
             f"INT8 is slower than FP32 on {latency.device}: {latency.speedup:.2f} times its speed {interval}. "
-            f"{_slower_advice(result.environment)}",
+            f"{_slower_advice(result)}",
             True,
         )
     return f"No measurable difference in speed on {latency.device} {interval}.", False
 
 
-def _slower_advice(environment: Environment) -> str:
-    if environment.isa in FAST_INT8:
-        return "Ship FP32 for this machine, or see which operations lose with `ovcalib benchmark --counters`."
-    return "Ship FP32 for this machine: INT8 pays on CPUs with VNNI or AMX, which this one lacks."
+def _slower_advice(result: Result) -> str:
+    way_out = "Leave the operations that lose in float with `--optimize-for latency`, or ship FP32 for this machine"
+    if result.quantization.speed is not None:
+        way_out = "Ship FP32 for this machine"
+    if result.environment.isa in FAST_INT8:
+        return f"{way_out}."
+    return f"{way_out}: INT8 pays on CPUs with VNNI or AMX, which this one lacks."
