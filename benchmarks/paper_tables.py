@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep
-from ovcalib.reports.markdown import escape_markdown
+from ovcalib.reports.tables import escape_markdown
 from ovcalib.sweeps.state import read_results, read_sweep
 from ovcalib.sweeps.tables import (
     AGREEMENT,

@@ -30,6 +30,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     preview: bool
     keep_images: bool
     mode: Literal["default", "accuracy-aware"]
+    search: bool
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
     overflow_fix: Literal["auto", "disable", "first-layer", "enable"]

@@ -46,6 +46,7 @@ from ovcalib.measurement.environment import environment
 from ovcalib.models.load import Model, load_model, model_record, with_statistics
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_search import deadline
+from ovcalib.quantization.arm_search import refuse_small_set, search
 from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.model import ModelSpec
@@ -187,8 +188,15 @@ def quantize(
             steering = validation.images() if validation is not None else calibration_images(calibration)
             if validation is not None and validation is proven_on:
                 warnings.append(STEERED_BY_EVALUATION)
+        asked, searched = recipe.quantization, None
+        if asked.search:
+            timed_on = recipe.measurement.device if recipe.measurement.benchmark_time else None
+            asked, searched = search(
+                asked, exported.graph, calibration, model.spec.task, out_of_time, progress, log, timed_on
+            )
+            settings = resolve_settings(asked, exported.graph)
         quantized = quantize_graph(
-            recipe.quantization, settings, exported.graph, calibration, steering, model.spec.task,
+            asked, settings, exported.graph, calibration, steering, model.spec.task,
             out_of_time, progress, log, steered, recipe.measurement.device,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
@@ -197,7 +205,7 @@ def quantize(
             write_ir(fp32, work.path / "fp32" / "model.xml")
         written = exported.whole(quantized.int8)
         describe(written, ready.spec, recipe.model.dynamic_batch)
-        how = quantized.record.model_dump_json(exclude={"restoration", "seconds"})
+        how = quantized.record.model_dump_json(exclude={"restoration", "speed", "seconds"})
         written.set_rt_info(how, ["ovcalib", "quantization"])
         write_ir(written, work.path / "int8" / "model.xml")
 
@@ -227,7 +235,7 @@ def quantize(
             model=model_record(model, int8, recipe.model.dynamic_batch),
             recipe=recipe,
             calibration=calibration.record(),
-            quantization=quantized.record,
+            quantization=quantized.record.model_copy(update={"search": searched}),
             accuracy=proof.accuracy,
             accuracy_reason=proof.accuracy_reason,
             fp32_fault=fault,
@@ -308,6 +316,8 @@ def prepare(
             calibration = set_of_object(calibration, recipe.calibration, model)
         calibration.refuse_other_shape(model.spec)
         options = recipe.calibration.model_copy(update={"num_samples": len(calibration)})
+    if recipe.quantization.search and options.num_samples is not None:
+        refuse_small_set(options.num_samples)
     recipe = recipe.model_copy(update={"calibration": options})
     proven_on = open_evaluation(recipe.evaluation, model.spec, evaluation)
     refuse_same_images(options.calib, proven_on, recipe.evaluation)

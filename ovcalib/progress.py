@@ -32,8 +32,8 @@ class Task:
     def __init__(self, owner: Progress, name: str, total: int, shorter: str = "") -> None:
         self.owner, self.name, self.total, self.shorter = owner, name, total, shorter
         self.began = self.printed = time.monotonic()
-        # From when and which step the time left is reckoned.
-        self.start: tuple[float, float] | None = None
+        # When the first report came, and what was done then.
+        self.first: tuple[float, float] | None = None
 
     def __call__(self, done: float, note: str = "") -> None:
         """Report `done` steps, and a word on how it goes.
@@ -42,13 +42,19 @@ class Task:
         """
         self.owner._update(self, done, note)
 
-    def left(self, now: float, done: float) -> float | None:
-        """Seconds to the end; None where nothing has been done yet."""
-        if self.start is None:
-            at_once = now - self.began < DELAY_S
-            self.start = (now, done) if at_once else (self.began, 0.0)
-        began, before = self.start
-        return (now - began) * (self.total - done) / (done - before) if done > before else None
+    def left(self, now: float, done: float) -> tuple[float | None, bool]:
+        """Seconds to the end, None where nothing can be said, and whether that is an estimate or only a bound.
+
+        What comes before the first report often takes longer than all steps that follow: models are compiled, memory is
+        filled. So the first report gives a bound, and those after it reckon from there.
+        """
+        since, before = self.first or (self.began, 0.0)
+        bound = self.first is None
+        if bound:
+            self.first = now, done
+            if now - self.began < DELAY_S:  # what was done may have been there before
+                return None, True
+        return (now - since) * (self.total - done) / (done - before) if done > before else None, bound
 
 
 class Progress:
@@ -150,14 +156,14 @@ class Terminal(Progress):
 
     def _update(self, task: Task, done: float, note: str) -> None:
         now = time.monotonic()
-        left = task.left(now, done)
+        left, bound = task.left(now, done)
         if now - task.began < DELAY_S or now - task.printed < (PLAIN_EVERY_S if self.plain else 0.1):
             return
         task.printed = now
         text = f"{task.name} {int(done)}/{task.total}{f', {note}' if note else ''}"
         if left is not None:
-            text += f", {duration(left)} left"
-            if task.shorter and now - task.began + left > LONG_S:
+            text += f", {'up to ' if bound else ''}{duration(left)} left"
+            if task.shorter and not bound and now - task.began + left > LONG_S:
                 self.say(f"{task.name} takes about {duration(now - task.began + left)}. Shorter: {task.shorter}")
                 task.shorter = ""
         if self.plain:

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond them a series is exact enough.
+T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 Z95 = 1.959963984540054
 # Values that are converted to float64 at once: output maps of a whole set would take eight times their memory.
 CHUNK = 2**22
+
+
+def t95(freedom: int) -> float:
+    """Student's t for a two-sided 95 % interval, to 3 digits."""
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    # Abramowitz and Stegun 26.7.5
+    z = Z95
+    series = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / float(freedom) ** i for i, term in enumerate(series))
+
+
+def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two values (Student's t)."""
+    half = t95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:

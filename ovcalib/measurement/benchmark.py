@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ovcalib import __version__, errors, machine
 from ovcalib.errors import DeviceError, ModelError, OvcalibError
+from ovcalib.evaluation.metrics import mean_interval
 from ovcalib.graph.files import is_quantized, read_graph
 from ovcalib.measurement.counters import set_random_input
 from ovcalib.measurement.environment import environment
@@ -39,8 +40,8 @@ from ovcalib.runtime import check_device, compile_graph
 
 WARMUP_RUNS = 10
 ROUNDS = 5
-# Student's t for a 95 % interval over ROUNDS rounds, four degrees of freedom.
-T95 = 2.776
+# Of a race: short turns meet the same disturbances.
+RACE_ROUNDS = 15
 HISTOGRAM_BINS = 60
 WARMUP_LIMIT_S = 5.0
 # Below this many inferences the 99.9th percentile is a guess.
@@ -166,7 +167,8 @@ def race(graphs: Mapping[K, ov.Model], device: str, seconds: float) -> dict[K, l
         name: _single_stream(compile_graph(graph, device, {"PERFORMANCE_HINT": "LATENCY"}))
         for name, graph in graphs.items()
     }
-    return {name: [float(np.median(r)) for r in rounds] for name, rounds in interleave(runs, seconds).items()}
+    durations = interleave(runs, seconds, RACE_ROUNDS)
+    return {name: [float(np.median(r)) for r in rounds] for name, rounds in durations.items()}
 
 
 def _single_stream(compiled: ov.CompiledModel) -> Callable[[], object]:
@@ -476,14 +478,8 @@ def distribution(durations_ms: NDArray[np.floating[Any]]) -> Distribution:
     )  # fmt: skip
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of ROUNDS values (Student's t)."""
-    half = T95 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of ROUNDS paired ratios and its 95 % interval; pairing by round cancels drift."""
+    """Geometric mean of the rounds' ratios and its 95 % interval; pairing by round cancels drift."""
     logs = [math.log(a / b) for a, b in zip(numerators, denominators, strict=True)]
     low, high = mean_interval(logs)
     return math.exp(float(np.mean(logs))), math.exp(low), math.exp(high)

@@ -166,6 +166,11 @@ class QuantizationOptions(Frozen):
     mode: Mode = Field(
         default="default", description="accuracy-aware reverts operations to float until `max_drop` holds."
     )
+    search: bool = Field(
+        default=False,
+        description="Compare several ways to quantize, NNCF's own among them, on a part of the calibration images, and "
+        "take the best.",
+    )
     preset: Annotated[Preset | None, Shown(default="performance; mixed for transformers")] = Field(
         default=None, description="Symmetric activations, or asymmetric where they are signed."
     )
@@ -245,7 +250,7 @@ class QuantizationOptions(Frozen):
         default=None,
         gt=0,
         le=MAX_SECONDS,
-        description="Time after which accuracy-aware quantization ends with the best so far.",
+        description="Time after which accuracy-aware quantization or `search` ends with the best so far.",
     )
     max_iterations: Annotated[int | None, Shown(metavar="N", default="none")] = Field(
         default=None, ge=1, le=MAX_WHOLE, description="Candidates that accuracy-aware quantization measures at most."
@@ -264,8 +269,11 @@ class QuantizationOptions(Frozen):
     def _steering_needs_something_to_steer(self) -> QuantizationOptions:
         if self.mode == "default":
             for name in STEERING_FIELDS:
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}={getattr(self, name)}` does nothing without `mode=accuracy-aware`")
+                if getattr(self, name) is not None and not (name == "max_time" and self.search):
+                    alternative = " or `search=True`" if name == "max_time" else ""
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)}` does nothing without `mode=accuracy-aware`{alternative}"
+                    )
         return self
 
 

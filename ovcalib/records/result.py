@@ -331,6 +331,41 @@ class KernelsError(Frozen):
     emulated: bool
 
 
+class Arm(Frozen):
+    """A way to quantize, judged on calibration images that it has not seen.
+
+    changes           options that differ from those of the run
+    output_error      on the kernels of all machines that the model is for
+    difference_ci95   of the NMSE minus that of the defaults, paired by image, where both are largest
+    agreement         how often it names the class that FP32 names; None for what is no classifier
+    latency_ms        median, measured in turns with the other arms; None where no time is measured
+    seconds           of quantizing
+    """
+
+    name: str
+    changes: dict[str, str]
+    output_error: tuple[KernelsError, ...]
+    difference_ci95: tuple[float, float] | None
+    agreement: float | None
+    size_bytes: int
+    latency_ms: float | None
+    seconds: float
+
+
+class ArmSearch(Frozen):
+    """What `search` compared, on `count` images.
+
+    left_out   arms that would have undone what was asked for
+    late       arms that `max_time` left no time for
+    """
+
+    arms: tuple[Arm, ...]
+    chosen: str
+    count: int
+    left_out: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+
+
 class Quantization(Frozen):
     """How INT8 was made, resolved.
 
@@ -362,6 +397,7 @@ class Quantization(Frozen):
     float_operations   convolutions and matrix products left in float
     reverted           operations that accuracy-aware quantization gave their float precision back
     speed              None where operations were not given back for the sake of speed
+    search             the ways to quantize that were compared; None where that was not asked for
     """
 
     mode: Literal["default", "accuracy-aware"]
@@ -395,6 +431,7 @@ class Quantization(Frozen):
     reverted: tuple[str, ...]
     restoration: Restored | None
     speed: SpeedSearch | None = None
+    search: ArmSearch | None = None
     seconds: float
 
 

@@ -8,11 +8,8 @@ from typing import Any
 
 from ovcalib.records.benchmark import Benchmark, BenchmarkRun, Noise
 from ovcalib.reports import charts
-from ovcalib.reports.markdown import (
-    escape_markdown,
-)
 from ovcalib.reports.render import FORMATS, machine_facts, render, tile, write
-from ovcalib.reports.tables import Table
+from ovcalib.reports.tables import Table, escape_markdown
 
 
 def condition_facts(noise: Noise) -> list[tuple[str, str]]:

@@ -10,9 +10,8 @@ from typing import Any
 from ovcalib.graph.reading import literal_pattern
 from ovcalib.records.diagnosis import Candidate, Diagnosis, Metrics, OperationDiagnosis
 from ovcalib.reports import charts
-from ovcalib.reports.markdown import escape_markdown
 from ovcalib.reports.render import FORMATS, render, tile, write
-from ovcalib.reports.tables import Table, shown
+from ovcalib.reports.tables import Table, escape_markdown, shown
 from ovcalib.reports.verdict import points
 
 # On the page; the JSON and the CSV hold all of them.

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from ovcalib.records.result import Agreement, KernelsError, OutputAgreement, Quantization, Result, SpeedSearch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ovcalib.records.result import (
+    Agreement,
+    Arm,
+    ArmSearch,
+    KernelsError,
+    OutputAgreement,
+    Quantization,
+    Result,
+    SpeedSearch,
+)
 from ovcalib.reports.provenance import (
     MODEL_API,
     calibration_facts,
@@ -12,6 +25,7 @@ from ovcalib.reports.provenance import (
     snippet,
     without_paths,
 )
+from ovcalib.reports.tables import Table, escape_markdown
 from ovcalib.reports.verdict import (
     KERNELS,
     agreement_note,
@@ -119,6 +133,54 @@ def speed_facts(found: SpeedSearch) -> list[tuple[str, str]]:
             f"{times.format(found.over_fp32, *found.over_fp32_ci95)} that of FP32",
         ),
     ]
+
+
+ARM_COLUMNS = (
+    "way", "output error (NMSE)", "difference to the defaults (95 % interval)", "agreement %", "p50 ms", "MB", "seconds",
+    "",
+)  # fmt: skip
+
+
+def arm_rows(search: ArmSearch) -> list[list[Any]]:
+    """The ways to quantize that were compared, a row of ARM_COLUMNS each."""
+    worse = dominated(search.arms)
+    rows: list[list[Any]] = []
+    for arm in search.arms:
+        errors = [error.nmse for error in arm.output_error]
+        interval = arm.difference_ci95
+        remark = "chosen" if arm.name == search.chosen else "dominated" * (arm.name in worse)
+        rows.append([
+            arm.name,
+            "not finite" if None in errors else max(error for error in errors if error is not None),
+            None if interval is None or not arm.changes else "{:+.2g} to {:+.2g}".format(*interval),
+            None if arm.agreement is None else 100 * arm.agreement, arm.latency_ms, arm.size_bytes / 1e6, arm.seconds,
+            remark,
+        ])  # fmt: skip
+    return rows
+
+
+def arms_note(search: ArmSearch) -> str:
+    """On what the ways were compared, and which were not tried."""
+    text = f"Compared on {search.count} calibration images that none of them was made from; “{search.chosen}” is used."
+    if search.left_out:
+        text += f" Left out, because they would undo options that were given: {', '.join(search.left_out)}."
+    if search.late:
+        text += f" Not tried, for want of time: {', '.join(search.late)}."
+    return text
+
+
+def dominated(arms: Sequence[Arm]) -> frozenset[str]:
+    """Arms that another one is no worse than in error, latency and size, and better in one: off the Pareto front."""
+
+    def figures(arm: Arm) -> tuple[float, float, float]:
+        errors = [math.inf if e.nmse is None else e.nmse for e in arm.output_error]
+        return max(errors), arm.latency_ms or 0.0, float(arm.size_bytes)
+
+    def beats(one: Arm, other: Arm) -> bool:
+        pairs = list(zip(figures(one), figures(other), strict=True))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return frozenset(arm.name for arm in arms if any(beats(other, arm) for other in arms))
 
 
 def equalization(quantization: Quantization) -> str:
@@ -261,6 +323,9 @@ def markdown_report(result: Result) -> str:
         "",
         *(f"- {name}: {escape_markdown(value)}" for name, value in quantization_facts(quantization)),
     ]
+    if quantization.search is not None:
+        ways = Table(ARM_COLUMNS, arm_rows(quantization.search))
+        lines += ["", escape_markdown(arms_note(quantization.search)), "", ways.markdown()]
     latency, no_latency = reliable_latency(result)
     if latency is None:
         lines += ["", "## Latency", "", f"Latency is {escape_markdown(no_latency)}."]
@@ -301,10 +366,3 @@ def markdown_report(result: Result) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def escape_markdown(text: str) -> str:
-    """Text from outside, which must not become Markdown or HTML."""
-    for mark in "\\`*_[]|":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("<", "&lt;").replace("\n", " ")

@@ -19,7 +19,16 @@ from ovcalib.reports import charts
 from ovcalib.reports.benchmark import benchmark_context, benchmark_markdown
 from ovcalib.reports.comparison import results_table
 from ovcalib.reports.diagnosis import diagnosis_context, diagnosis_markdown
-from ovcalib.reports.markdown import agreement_figure, markdown_report, megabytes, output_row, quantization_facts
+from ovcalib.reports.markdown import (
+    ARM_COLUMNS,
+    agreement_figure,
+    arm_rows,
+    arms_note,
+    markdown_report,
+    megabytes,
+    output_row,
+    quantization_facts,
+)
 from ovcalib.reports.provenance import (
     MODEL_API,
     calibration_facts,
@@ -77,6 +86,7 @@ def result_page(
     command = quantize_command(result.recipe)
     result = without_paths(result)
     calibration, accuracy = result.calibration, result.accuracy
+    searched = result.quantization.search
     expected = list(result.quantization.expected_sqnr.items())
     latency, no_latency = reliable_latency(result)
     return render(
@@ -123,6 +133,8 @@ def result_page(
         else None,
         sqnr_note="Signal to quantization noise of each layer alone, expected from its weights and the calibration "
         f"images. Layers below {MIN_SQNR_DB:g} dB stay in float, unless the guard is off.",
+        ways=Table(ARM_COLUMNS, arm_rows(searched)) if searched else None,
+        ways_note=arms_note(searched) if searched else None,
         quantization=[("outcome", result.outcome), *quantization_facts(result.quantization)],
         latency_chart=charts.steps(
             f"Latency on {latency.device}",
@@ -148,6 +160,7 @@ def result_page(
         diagnoses=[diagnosis_context(d) for d in diagnoses],
         machine=machine_facts(result.environment),
         command=command,
+        timed=result.quantization.speed is not None,
         recipe=[(key, shown(value)) for key, value in result.recipe.flat().items()],
         # A page cannot hold its own hash.
         files=[(name, digest) for name, digest in sorted(result.files.items()) if not name.startswith("report.")],

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ovcalib.reports.markdown import escape_markdown
-
 
 @dataclass(frozen=True)
 class Table:
@@ -57,3 +55,10 @@ def _plain(value: Any) -> Any:
     if value is None:
         return ""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def escape_markdown(text: str) -> str:
+    """Text from outside, which must not become Markdown or HTML."""
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("<", "&lt;").replace("\n", " ")

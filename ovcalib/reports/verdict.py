@@ -13,6 +13,7 @@ from ovcalib.records.result import (
     LatencyComparison,
     PredictedLoss,
     Result,
+    SpeedSearch,
 )
 
 KERNELS = {"vnni": "32-bit sums (VNNI, AMX)", "avx2": "16-bit sums (AVX2)"}
@@ -58,6 +59,7 @@ def result_verdict(result: Result) -> dict[str, str]:
     """The sentences that a reader takes away (`text`), with their mood (`css`): good, bad or unsure."""
     text, mood = _accuracy(result)
     speed, slower = _speed(result)
+    speed = f"{speed}{_in_float_for_speed(result.quantization.speed)}"
     if slower and mood == "good":
         mood = "unsure"
     if result.outcome == "goal-missed":
@@ -226,6 +228,18 @@ def _speed(result: Result) -> tuple[str, bool]:
             True,
         )
     return f"No measurable difference in speed on {latency.device} {interval}.", False
+
+
+def _in_float_for_speed(found: SpeedSearch | None) -> str:
+    if found is None:
+        return ""
+    if not found.in_float:
+        return f" No operation is faster in float on {found.device}."
+    low, high = found.over_int8_ci95
+    return (
+        f" {len(found.in_float)} operations are in float for speed: {found.over_int8:.2f} times as fast as all of them "
+        f"in INT8 (95 % interval {low:.2f} to {high:.2f})."
+    )
 
 
 def _slower_advice(result: Result) -> str:

@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
-from ovcalib.evaluation.metrics import wilson_interval
+from ovcalib.evaluation.metrics import t95, wilson_interval
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.result import Result
 from ovcalib.reports.comparison import Section, write_comparison
-from ovcalib.reports.markdown import escape_markdown
-from ovcalib.reports.tables import Table
+from ovcalib.reports.tables import Table, escape_markdown
 
 if TYPE_CHECKING:
     from ovcalib.records.sweep import Sweep, SweepCell
 
 Better = Literal["less", "more"]
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond them a series is exact enough.
-T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-Z95 = 1.959964
 
 # Numbers --------------------------------------------------------------------------------------
 
@@ -43,21 +39,6 @@ class Estimate:
     low: float | None
     high: float | None
     count: int
-
-
-def t95(freedom: int) -> float:
-    """Student's t for a two-sided 95 % interval, to 3 digits."""
-    if freedom <= len(T95):
-        return T95[freedom - 1]
-    # Abramowitz and Stegun 26.7.5
-    z = Z95
-    series = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / float(freedom) ** i for i, term in enumerate(series))
 
 
 def estimate(values: Sequence[float], half_widths: Sequence[float] = ()) -> Estimate:

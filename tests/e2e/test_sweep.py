@@ -348,6 +348,7 @@ class AtFirstCell(Progress):
             self.action()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path) -> None:
     address, (_, _, worker) = cluster
     progress = AtFirstCell(worker.kill)

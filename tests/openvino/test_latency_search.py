@@ -61,7 +61,7 @@ def scripted(monkeypatch, gains) -> None:
 
     def race(graphs, device, seconds):
         quantized = {key: set(map(layer_name, names_of(graph))) for key, graph in graphs.items()}
-        return {key: [10.0 + sum(gains.get(n, -0.5) for n in found)] * 5 for key, found in quantized.items()}
+        return {key: [10.0 + sum(gains.get(n, -0.5) for n in found)] * 15 for key, found in quantized.items()}
 
     monkeypatch.setattr(latency_search, "race", race)
 

@@ -244,13 +244,14 @@ def test_the_time_left_is_honest_from_the_first_report(monkeypatch, capsys):
         now[0] = 40.0
         tick(2.5)
     assert capsys.readouterr().err.splitlines() == [
-        "evaluating takes about 33 min 20 s. Shorter: a part (--limit).",
-        "evaluating 1/100, 33 min 00 s left",
-        "evaluating 2/100, 26 min 00 s left",
+        "evaluating 1/100, up to 33 min 00 s left",
+        "evaluating takes about 22 min 20 s. Shorter: a part (--limit).",
+        "evaluating 2/100, 21 min 40 s left",
     ]
     with terminal.task("evaluating", 10, "a part (`limit`).") as tick:
-        now[0] += 20.0
-        tick(1)
+        for done in (1, 2):
+            now[0] += 20.0
+            tick(done)
     assert "Shorter" not in capsys.readouterr().err  # three minutes are not long
 
 

@@ -8,7 +8,7 @@ import pytest
 from ovcalib.quantization.latency_search import restore_latency, speed_warnings
 from ovcalib.records.result import SpeedSearch
 
-ROUNDS = 5
+ROUNDS = 15
 
 
 class Machine:

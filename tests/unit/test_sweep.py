@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from ovcalib.errors import DeviceError, UsageError
+from ovcalib.evaluation.metrics import T95, t95
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.sweep import SweepCell, make_sweep_recipe
 from ovcalib.sweeps.engines import LocalEngine, open_engine, share_of_cpus
 from ovcalib.sweeps.plan import content_of, plan
 from ovcalib.sweeps.state import read_sweep
-from ovcalib.sweeps.tables import T95, Estimate, best, csv_report, estimate, markdown_report, t95
+from ovcalib.sweeps.tables import Estimate, best, csv_report, estimate, markdown_report
 
 SMALL = {
     "models": ["resnet20-cifar10"],

@@ -3,7 +3,7 @@
 import pytest
 
 from ovcalib.records.read import read_record
-from ovcalib.records.result import Accuracy, Latency, LatencyComparison, Top
+from ovcalib.records.result import Accuracy, Latency, LatencyComparison, SpeedSearch, Top
 from ovcalib.reports.markdown import markdown_report, summary
 from ovcalib.reports.result import result_page
 from ovcalib.reports.verdict import result_verdict
@@ -69,11 +69,30 @@ def test_agreement_says_on_which_images_and_is_no_accuracy(result):
         (1.1, (0.9, 1.3), "AVX2", "No measurable difference in speed on CPU"),
         (0.9, (0.85, 0.95), "AVX2", "INT8 is slower than FP32 on CPU: 0.90 times its speed"),
         (0.9, (0.85, 0.95), "AVX2", "INT8 pays on CPUs with VNNI or AMX, which this one lacks"),
-        (0.9, (0.85, 0.95), "AVX512-VNNI", "lose in float with `--optimize-for latency`, or ship FP32 for this machine."),
+        (
+            0.9,
+            (0.85, 0.95),
+            "AVX512-VNNI",
+            "lose in float with `--optimize-for latency`, or ship FP32 for this machine.",
+        ),
     ],
 )
 def test_speed_is_a_statement_with_its_interval(result, speedup, ci95, isa, words):
     assert words in result_verdict(with_speed(result, speedup, ci95, isa=isa))["text"]
+
+
+def test_operations_in_float_for_speed_are_counted(result):
+    def verdict(**changes):
+        found = SpeedSearch(**({"device": "CPU", "in_float": ("a", "b"), "over_int8": 1.5, "over_int8_ci95": (1.4, 1.6),
+                                "over_fp32": 1.1, "over_fp32_ci95": (1.0, 1.2), "nmse": (0.1, 0.1)} | changes))  # fmt: skip
+        quantization = result.quantization.model_copy(update={"speed": found})
+        return result_verdict(result.model_copy(update={"quantization": quantization}))["text"]
+
+    expected = (
+        "2 operations are in float for speed: 1.50 times as fast as all of them in INT8 (95 % interval 1.40 to 1.60)"
+    )
+    assert expected in verdict()
+    assert "No operation is faster in float on CPU." in verdict(in_float=())
 
 
 def test_a_slowdown_is_never_good(result):

@@ -1,0 +1,191 @@
+"""Several ways to quantize, compared on calibration images that none of them has seen.
+
+Every arm goes through `quantize_graph` with options of its own. ovcalib's defaults stay unless an arm has a smaller
+output error beyond the 95 % interval over the images; so NNCF's defaults, which are an arm, are never better beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.errors import UsageError
+from ovcalib.evaluation.metrics import mean_interval, same_class
+from ovcalib.graph.editing import before_softmax
+from ovcalib.graph.files import ir_bytes, write_ir
+from ovcalib.kernels import is_emulated, kernels_of, outputs_on
+from ovcalib.measurement.benchmark import race
+from ovcalib.progress import Progress
+from ovcalib.quantization.quantize import Quantized, quantize_graph
+from ovcalib.quantization.settings import resolve_settings
+from ovcalib.records.model import Task
+from ovcalib.records.options import QuantizationOptions
+from ovcalib.records.result import Arm, ArmSearch, KernelsError
+from ovcalib.runtime import outputs_of
+
+DEFAULTS = "defaults"
+_NNCF: dict[str, Any] = {
+    "activation_ranges": "mean-min-max", "bias_correction": "fast", "rounding": "nearest",
+    "overflow_fix": "first-layer", "guard": False, "equalize": "off",
+}  # fmt: skip
+# What each arm changes. `NNCF` is `nncf.quantize` as its documentation calls it.
+ARMS: dict[str, dict[str, Any]] = {
+    DEFAULTS: {},
+    "NNCF": _NNCF,
+    "NNCF, full bias correction": _NNCF | {"bias_correction": "full"},
+    "histogram ranges": {"activation_ranges": "histogram"},
+    "mixed preset": {"preset": "mixed"},
+    "equalized": {"equalize": "on"},
+}
+# Images that arms are compared on: a quarter of the set, but no more than that.
+JUDGE_SHARE = 0.25
+JUDGE_IMAGES = 32
+SMALLEST_SET = 16
+
+
+def arms_of(options: QuantizationOptions, transformer: bool) -> tuple[dict[str, QuantizationOptions], tuple[str, ...]]:
+    """The options of every arm, and the names of those left out, because they would undo what the user asked for."""
+    usual = {name: field.get_default() for name, field in QuantizationOptions.model_fields.items()}
+    arms, left_out = {}, []
+    for name, changes in ARMS.items():
+        if "NNCF" in name and transformer:
+            changes = changes | {"smooth_quant": "on"}
+        given = {key: getattr(options, key) for key in changes}
+        if any(given[key] not in (usual[key], value) for key, value in changes.items()):
+            left_out.append(name)
+        elif not changes or changes != given:
+            alone = {"search": False, "optimize_for": "size", "mode": "default"}
+            steering = dict.fromkeys(("metric", "validate_on", "max_time", "max_iterations"))
+            arms[name] = options.model_copy(update={**alone, **steering, **changes})
+    return arms, tuple(left_out)
+
+
+def search(
+    options: QuantizationOptions,
+    fp32: ov.Model,
+    calibration: CalibrationSet,
+    task: Task,
+    out_of_time: Callable[[], bool],
+    progress: Progress,
+    log: TextIO | None = None,
+    device: str | None = None,
+) -> tuple[QuantizationOptions, ArmSearch]:
+    """The options of the best arm, in place of those that search.
+
+    fp32     float, batch 1
+    device   on which the arms' latency is measured; None leaves it out
+    returns  the options with what the chosen arm changes, and all arms as they were judged
+    raises   UsageError for too few calibration images, ModelError
+    """
+    count = len(calibration)
+    refuse_small_set(count)
+    judges = min(JUDGE_IMAGES, round(JUDGE_SHARE * count))
+    seen, fresh = calibration.subset(range(count - judges)), calibration.subset(range(count - judges, count))
+    settings = resolve_settings(options, fp32)
+    arms, left_out = arms_of(options, settings.transformer)
+    if settings.preset == "mixed":
+        arms.pop("mixed preset", None)
+    judge = Judge(fp32, fresh, options)
+    made: dict[str, Quantized] = {}
+    late: list[str] = []
+    for name, asked in arms.items():
+        if made and out_of_time():
+            late.append(name)
+            continue
+        progress.say(f"trying {name}")
+        made[name] = quantize_graph(
+            asked, resolve_settings(asked, fp32), fp32, seen, None, task, lambda: False, progress, log
+        )
+        judge(name, made[name].int8)
+    chosen = best(judge.errors)
+    graphs = {name: quantized.int8 for name, quantized in made.items()}
+    latency = {} if device is None else {n: float(np.median(t)) for n, t in race(graphs, device, 1.0).items()}
+    record = ArmSearch(
+        arms=tuple(
+            Arm(
+                name=name, changes={key: str(value) for key, value in ARMS[name].items()},
+                output_error=judge.by_kernels[name], difference_ci95=difference(judge.errors, name),
+                agreement=judge.agreement(name) if task == "classification" else None,
+                size_bytes=written_bytes(quantized.int8), latency_ms=latency.get(name),
+                seconds=quantized.record.seconds,
+            )
+            for name, quantized in made.items()
+        ),
+        chosen=chosen, count=len(fresh), left_out=left_out, late=tuple(late),
+    )  # fmt: skip
+    changes = {key: getattr(arms[chosen], key) for key in ARMS[chosen]} if chosen != DEFAULTS else {}
+    return options.model_copy(update=changes), record
+
+
+def refuse_small_set(count: int) -> None:
+    if count < SMALLEST_SET:
+        raise UsageError(
+            f"`num_samples={count}`: `search` keeps a quarter of the images for the comparison. Expected at least "
+            f"{SMALLEST_SET}."
+        )
+
+
+class Judge:
+    """Squared errors of the outputs of each arm against FP32, by image, on the kernels where they are largest.
+
+    errors       float64 [N] by arm, as shares of the mean square of FP32's outputs: their mean is the NMSE
+    by_kernels   the NMSE on each of the kernels that the model is for
+    """
+
+    def __init__(self, fp32: ov.Model, images: CalibrationSet, options: QuantizationOptions) -> None:
+        self.inputs, self.wanted = images.inputs(), kernels_of(options.deploy_isa)
+        self.reference = outputs_of(before_softmax(fp32), self.inputs)
+        self.errors: dict[str, NDArray[np.float64]] = {}
+        self.by_kernels: dict[str, tuple[KernelsError, ...]] = {}
+        self.outputs: dict[str, NDArray[np.float32]] = {}
+
+    def __call__(self, name: str, int8: ov.Model) -> None:
+        expected = self.reference.astype(np.float64)
+        power = (expected**2).sum(1).mean()
+        found = {}
+        for kernels in self.wanted:
+            outputs = outputs_on(kernels, before_softmax(int8), self.inputs)
+            errors = ((outputs - expected) ** 2).sum(1) / max(power, np.finfo(np.float64).tiny)
+            found[kernels] = np.where(np.isfinite(errors), errors, math.inf), outputs
+        self.by_kernels[name] = tuple(
+            KernelsError(
+                kernels=kernels, nmse=float(errors.mean()) if np.isfinite(errors).all() else None,
+                emulated=is_emulated(kernels),
+            )
+            for kernels, (errors, _) in found.items()
+        )  # fmt: skip
+        self.errors[name], self.outputs[name] = max(found.values(), key=lambda pair: float(pair[0].mean()))
+
+    def agreement(self, name: str) -> float:
+        return float(same_class(self.reference, self.outputs[name]).mean())
+
+
+def difference(errors: Mapping[str, NDArray[np.float64]], name: str) -> tuple[float, float] | None:
+    """95 % interval of an arm's NMSE minus that of the defaults, paired by image; None where one is not finite."""
+    between = errors[name] - errors[DEFAULTS]
+    if not np.isfinite(between).all():
+        return None
+    return mean_interval(between)
+
+
+def best(errors: Mapping[str, NDArray[np.float64]]) -> str:
+    """The arm with the smallest error of those that beat the defaults beyond the interval; the defaults without any."""
+    if not np.isfinite(errors[DEFAULTS]).all():
+        return min(errors, key=lambda name: float(errors[name].mean()))
+    intervals = {name: difference(errors, name) for name in errors}
+    better = [name for name, interval in intervals.items() if interval is not None and interval[1] < 0]
+    return min(better, key=lambda name: float(errors[name].mean()), default=DEFAULTS)
+
+
+def written_bytes(graph: ov.Model) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        write_ir(graph.clone(), Path(folder) / "model.xml")
+        return ir_bytes(Path(folder))

@@ -1,0 +1,168 @@
+"""Ways to quantize, compared on images of their own."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ovcalib
+from ovcalib.errors import UsageError
+from ovcalib.evaluation.metrics import nmse
+from ovcalib.graph.files import graph_sha256, read_graph
+from ovcalib.progress import Progress
+from ovcalib.quantization import arm_search
+from ovcalib.quantization.arm_search import ARMS, DEFAULTS, arms_of, best, difference, search
+from ovcalib.quantization.quantize import quantize_graph
+from ovcalib.records.options import QuantizationOptions
+from ovcalib.records.result import Arm, KernelsError
+from ovcalib.reports.markdown import dominated
+from ovcalib.runtime import outputs_of
+
+
+def run(toy, toy_graph, count=64, out_of_time=lambda: False, **options):
+    asked = QuantizationOptions(search=True, **options)
+    return search(asked, toy_graph, toy.calibration(count), "classification", out_of_time, Progress())
+
+
+# The choice -----------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_paired_differences(rng) -> None:
+    ours, theirs = rng.gamma(2, 0.1, 30), rng.gamma(2, 0.1, 30)
+    low, high = difference({DEFAULTS: ours, "other": theirs}, "other")
+    differences = theirs - ours
+    assert (low + high) / 2 == pytest.approx(theirs.mean() - ours.mean())
+    assert (high - low) / 2 == pytest.approx(2.0452 * np.sqrt(differences.var(ddof=1) / 30), rel=1e-4)
+
+
+def test_the_defaults_stay_unless_an_arm_is_better_beyond_the_interval(rng) -> None:
+    ours = rng.uniform(0.9, 1.1, 32)
+    noisy = ours + rng.normal(-0.05, 1.0, 32)  # smaller in the mean, perhaps, but not beyond its interval
+    assert best({DEFAULTS: ours, "noisy": noisy}) == DEFAULTS
+    better, best_of_all = ours - 0.1, ours - 0.2
+    assert best({DEFAULTS: ours, "noisy": noisy, "better": better}) == "better"
+    assert best({DEFAULTS: ours, "better": better, "best": best_of_all, "worse": ours + 0.1}) == "best"
+
+
+def test_outputs_that_are_not_finite_are_never_chosen() -> None:
+    fine, broken = np.full(4, 0.1), np.array([0.0, 0.0, 0.0, np.inf])
+    assert best({DEFAULTS: fine, "broken": broken}) == DEFAULTS
+    assert best({DEFAULTS: broken, "fine": fine}) == "fine"
+    assert difference({DEFAULTS: fine, "broken": broken}, "broken") is None
+
+
+def arm(name, error, latency, size):
+    found = KernelsError(kernels="vnni", nmse=error, emulated=False)
+    return Arm(name=name, changes={}, output_error=(found,), difference_ci95=None, agreement=None, size_bytes=size,
+               latency_ms=latency, seconds=1.0)  # fmt: skip
+
+
+def test_arms_off_the_pareto_front() -> None:
+    arms = [arm("a", 0.1, 2.0, 10), arm("b", 0.2, 1.0, 10), arm("c", 0.2, 2.0, 10), arm("d", 0.1, 2.0, 10),
+            arm("e", None, 0.5, 10)]  # fmt: skip
+    assert dominated(arms) == {"c"}
+
+
+# The arms -------------------------------------------------------------------------------------
+
+
+def test_what_was_asked_for_is_in_every_arm() -> None:
+    arms, left_out = arms_of(QuantizationOptions(search=True, preset="mixed", deploy_isa="vnni"), transformer=False)
+    assert {options.preset for options in arms.values()} == {"mixed"}
+    assert {options.deploy_isa for options in arms.values()} == {"vnni"}
+    assert not left_out
+    assert "mixed preset" not in arms  # the same as the defaults
+    arms, left_out = arms_of(QuantizationOptions(search=True, rounding="compensated"), transformer=False)
+    assert {options.rounding for options in arms.values()} == {"compensated"}
+    assert left_out == ("NNCF", "NNCF, full bias correction")
+    arms, left_out = arms_of(QuantizationOptions(search=True, rounding="nearest"), transformer=False)
+    assert set(arms) == set(ARMS)
+
+
+def test_arms_do_not_search_steer_or_time() -> None:
+    options = QuantizationOptions(search=True, mode="accuracy-aware", max_time=60, optimize_for="latency")
+    for asked in arms_of(options, transformer=False)[0].values():
+        assert (asked.search, asked.mode, asked.max_time, asked.optimize_for) == (False, "default", None, "size")
+
+
+def test_the_arm_of_nncf_is_what_its_documentation_shows(toy, toy_graph, monkeypatch) -> None:
+    import nncf
+
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(arm_search.Judge, "__call__", lambda judge, name, int8: made.setdefault(name, int8))
+    monkeypatch.setattr(arm_search, "best", lambda errors: DEFAULTS)
+    with pytest.raises(KeyError):  # nothing was judged
+        run(toy, toy_graph)
+    calibration = toy.calibration(64)
+    seen = [calibration[i] for i in range(48 - 12)]  # those of the ranges
+    plain = nncf.quantize(toy_graph.clone(), nncf.Dataset(seen), subset_size=len(seen))
+    x = calibration.inputs(last=8)
+    # ovcalib knows the range of the network's input without images.
+    assert nmse(outputs_of(plain, x), outputs_of(made["NNCF"], x)) < 1e-3
+
+
+# The search -----------------------------------------------------------------------------------
+
+
+def test_arms_are_judged_on_images_that_none_has_seen(toy, toy_graph, monkeypatch) -> None:
+    seen = []
+    quantize = quantize_graph
+
+    def watched(options, settings, fp32, calibration, *others):
+        seen.append(calibration.images)
+        return quantize(options, settings, fp32, calibration, *others)
+
+    monkeypatch.setattr(arm_search, "quantize_graph", watched)
+    options, found = run(toy, toy_graph)
+    images = toy.calibration(64).images
+    assert all(np.array_equal(part, images[:48]) for part in seen)
+    assert found.count == 16
+    assert [arm.name for arm in found.arms] == list(ARMS)
+    assert options.activation_ranges == ARMS[found.chosen].get("activation_ranges", "auto")
+    by_name = {arm.name: max(e.nmse for e in arm.output_error) for arm in found.arms}
+    assert by_name[found.chosen] <= by_name[DEFAULTS]
+    assert by_name[DEFAULTS] < by_name["NNCF"]
+    assert all(0.9 < arm.agreement <= 1 for arm in found.arms)
+    assert all(arm.latency_ms is None for arm in found.arms)
+
+
+def test_the_error_of_an_arm_is_the_nmse_of_its_outputs(toy, toy_graph) -> None:
+    judge = arm_search.Judge(toy_graph, toy.calibration(8), QuantizationOptions())
+    judge("the same", toy_graph)
+    assert [e.nmse for e in judge.by_kernels["the same"]] == pytest.approx([0, 0], abs=1e-9)
+    assert judge.agreement("the same") == 1
+    judge.reference = 2 * judge.reference
+    judge("half", toy_graph)
+    assert [e.nmse for e in judge.by_kernels["half"]] == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert judge.errors["half"].mean() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_time_runs_out_after_the_defaults(toy, toy_graph) -> None:
+    _, found = run(toy, toy_graph, out_of_time=lambda: True)
+    assert [arm.name for arm in found.arms] == [DEFAULTS]
+    assert found.late == tuple(ARMS)[1:]
+    assert found.chosen == DEFAULTS
+
+
+def test_too_few_images(toy, toy_graph) -> None:
+    with pytest.raises(UsageError, match="Expected at least 16"):
+        run(toy, toy_graph, 15)
+
+
+def test_the_written_model_is_that_of_the_chosen_options(toy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(arm_search, "best", lambda errors: "histogram ranges")
+    common: Any = {"input_shape": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "calib": "fractal",
+              "num_samples": 16, "benchmark_time": 0}  # fmt: skip
+    found = ovcalib.quantize(toy.net, tmp_path / "searched", search=True, **common)
+    plain = ovcalib.quantize(toy.net, tmp_path / "plain", activation_ranges="histogram", **common)
+    assert found.record.quantization.search.chosen == "histogram ranges"
+    assert found.record.quantization.activation_ranges == "histogram"
+    hashes = [graph_sha256(read_graph(tmp_path / name / "int8" / "model.xml")) for name in ("searched", "plain")]
+    assert hashes[0] == hashes[1]
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "searched" / name).read_text()
+        assert "NNCF, full bias correction" in text
+        assert "Compared on 4 calibration images" in text
+    with pytest.raises(UsageError, match="Expected at least 16"):
+        ovcalib.quantize(toy.net, search=True, **common | {"num_samples": 8})
+    assert plain.record.quantization.search is None
