@@ -136,8 +136,8 @@ def speed_facts(found: SpeedSearch) -> list[tuple[str, str]]:
 
 
 ARM_COLUMNS = (
-    "way", "output error (NMSE)", "difference to the defaults (95 % interval)", "agreement %", "p50 ms", "MB", "seconds",
-    "",
+    "way", "output error (NMSE)", "difference to the defaults (95 % interval)", "agreement %", "p50 ms", "MB",
+    "seconds", "",
 )  # fmt: skip
 
 
