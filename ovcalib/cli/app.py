@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import time
+from types import FrameType
 from typing import Any
 
 import click
@@ -12,6 +15,9 @@ import click
 from ovcalib import __version__
 from ovcalib.cli import catalogue, gan, measure, quantize, sweep
 from ovcalib.cli.guard import INTERRUPTED
+
+# How long a signal waits for an import to end, in all and between two looks.
+PATIENCE_S, LOOK_S = 10.0, 0.05
 
 
 class App(click.Group):
@@ -47,9 +53,36 @@ for module in (quantize, measure, sweep, catalogue, gan):
 
 def main() -> None:
     """Run the command line; SIGTERM cleans up as Ctrl-C does."""
+    waiting_since: float | None = None
+    main_thread = _thread.get_ident()
 
-    def terminate(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Libraries that are stopped in the middle of an import raise other errors, or end the process (nanobind).
+        nonlocal waiting_since
+        waiting_since = waiting_since or time.monotonic()
+        if importing(frame) and time.monotonic() < waiting_since + PATIENCE_S:
+            _thread.start_new_thread(again, (number,))  # threading's own locks may be held here
+            return
+        waiting_since = None
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    def again(number: int) -> None:
+        time.sleep(LOOK_S)
+        if hasattr(signal, "pthread_kill"):  # it also wakes up the main thread where that waits
+            signal.pthread_kill(main_thread, number)
+        else:
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, stop)
     app()
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs within an import statement."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,6 +103,60 @@ def test_a_signal_in_the_middle_of_calibration_leaves_nothing(tmp_path, number) 
     assert "interrupted; nothing was written" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+SLOW = """
+import pathlib, time
+pathlib.Path("begun").touch()
+try:
+    time.sleep({seconds})
+except BaseException:  # as a library may
+    raise AttributeError("half imported") from None
+pathlib.Path("imported").touch()
+from tests.toy import ToyNet
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_an_import_to_end(tmp_path, number) -> None:
+    (tmp_path / "slow_model.py").write_text(SLOW.format(seconds=2))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ovcalib", "quantize", "slow_model:ToyNet", "--input-shape", "3,16,16", "-o", "out"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (tmp_path / "imported").exists()
+    assert errors.splitlines()[-1].startswith("interrupted; nothing was written")
+    assert "half imported" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_ends_an_import_that_does_not_end(monkeypatch) -> None:
+    from ovcalib.cli import app
+
+    def import_for_ever() -> None:
+        exec(compile("while True: pass", "module", "exec"), {"__name__": "importlib._bootstrap"})
+
+    monkeypatch.setattr(app, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(app, "app", import_for_ever)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    began = time.monotonic()
+    threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            app.main()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert 0.3 <= time.monotonic() - began < 30
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path) -> None:

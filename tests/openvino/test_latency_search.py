@@ -6,8 +6,11 @@ import ovcalib
 from ovcalib.graph.editing import restore
 from ovcalib.graph.files import read_graph
 from ovcalib.graph.reading import layer_name, quantized_operations
+from ovcalib.measurement import counters
 from ovcalib.measurement.counters import executed_times, operation_times, owners
+from ovcalib.progress import Progress
 from ovcalib.quantization import latency_search
+from ovcalib.quantization.latency_search import faster_in_float
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import compile_graph
@@ -48,6 +51,40 @@ def test_times_of_operations_are_those_of_the_whole_graph(int8, toy_graph, in_fl
     assert found.keys() == set(names)
     assert all(time >= 0 for time in found.values())
     assert 0.3 * whole < sum(found.values()) < 2 * whole
+
+
+class OneEach(dict[str, float]):
+    """A microsecond for every node."""
+
+    def get(self, name, default=None):
+        return 1.0
+
+
+def test_the_time_of_an_operation_has_all_that_serves_it(int8, monkeypatch) -> None:
+    monkeypatch.setattr(counters, "executed_times", lambda request, seconds: OneEach())
+    names = names_of(int8)
+    found = operation_times(int8, names, "CPU", 0.0)
+    compiled = compile_graph(int8, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    owner, belonging = owners(int8, names), 0
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        made_from = info["originalLayersNames"].astype(str).split(",") if "originalLayersNames" in info else []
+        belonging += any(name in owner for name in made_from)
+    assert sum(found.values()) == belonging
+    assert max(found.values()) > 1
+
+
+def test_no_model_with_a_larger_error_is_taken(int8, toy_graph, monkeypatch) -> None:
+    first = layer_name(names_of(int8)[0])
+    scripted(monkeypatch, {first: 2.0})
+    found, record = faster_in_float(int8, toy_graph, lambda graph: 0.0, "CPU", Progress())
+    assert record.in_float == (first,)
+    worse = lambda graph: 0.01 if len(names_of(graph)) == len(names_of(int8)) else 0.02  # noqa: E731
+    found, record = faster_in_float(int8, toy_graph, worse, "CPU", Progress())
+    assert record.in_float == ()
+    assert names_of(found) == names_of(int8)
+    negligible = lambda graph: 0.0001 if len(names_of(graph)) == len(names_of(int8)) else 0.0002  # noqa: E731
+    assert faster_in_float(int8, toy_graph, negligible, "CPU", Progress())[1].in_float == (first,)
 
 
 def scripted(monkeypatch, gains) -> None:
