@@ -35,6 +35,7 @@ SOURCES = Registry(
         "acq": "ovcalib.calibration.acq",
         "fdda": "ovcalib.calibration.fdda",
         "patch-similarity": "ovcalib.calibration.patch_similarity",
+        "prior": "ovcalib.calibration.prior",
         "stylegan2-ada": "ovcalib.calibration.stylegan2_ada",
         "distylegan": "ovcalib.calibration.distylegan",
     },

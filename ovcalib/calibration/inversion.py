@@ -776,7 +776,9 @@ class Run(Loop):
     # Interruptions
 
     def network_key(self) -> list[float]:
-        return [float(layer.mean0.double().sum()) for layer in self.network.layers]
+        module, *_ = self.network.copies[0]
+        weights = [float(parameter.double().sum()) for parameter in module.parameters()]
+        return [*(float(layer.mean0.double().sum()) for layer in self.network.layers), *weights]
 
     def state(self) -> dict[str, Any]:
         return {"centres": dict(self.centres), "parts": self.statistics.parts, "sums": self.statistics.sums}

@@ -137,6 +137,17 @@ def test_the_error_of_an_arm_is_the_nmse_of_its_outputs(toy, toy_graph) -> None:
     assert judge.errors["half"].mean() == pytest.approx(0.25, rel=1e-5)
 
 
+def test_an_arm_is_judged_where_its_error_is_largest(toy, toy_graph, monkeypatch) -> None:
+    judge = arm_search.Judge(toy_graph, toy.calibration(8), QuantizationOptions())
+    factor = {"vnni": 1.1, "avx2": 1.5}
+    monkeypatch.setattr(arm_search, "outputs_on", lambda kernels, graph, inputs: judge.reference * factor[kernels])
+    judge("an arm", toy_graph)
+    assert {e.kernels: e.nmse for e in judge.by_kernels["an arm"]} == pytest.approx(
+        {"vnni": 0.01, "avx2": 0.25}, rel=1e-4
+    )
+    assert judge.errors["an arm"].mean() == pytest.approx(0.25, rel=1e-4)
+
+
 def test_time_runs_out_after_the_defaults(toy, toy_graph) -> None:
     _, found = run(toy, toy_graph, out_of_time=lambda: True)
     assert [arm.name for arm in found.arms] == [DEFAULTS]

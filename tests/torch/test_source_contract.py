@@ -72,7 +72,7 @@ def mixed(folder):
 # What follows the colon: a function that makes it in a folder.
 ARGUMENTS = {
     "real": image_folder, "npz": npz_file, "fdda": image_folder, "stylegan2-ada": teacher, "distylegan": student,
-    "mix": mixed, "auto": lambda folder: "noise,fractal",
+    "mix": mixed, "auto": lambda folder: "noise,fractal", "prior": lambda folder: "resnet20-cifar10",
 }  # fmt: skip
 # Sources that take images in their order, whatever the seed.
 IN_ORDER = {"npz"}

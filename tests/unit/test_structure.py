@@ -32,7 +32,7 @@ LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mob
         "ovcalib/models/graph_module.py", "ovcalib/models/detectors.py",
         *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
                                                         "genie_generator", "generator_training", "bfloat16", "parallel",
-                                                        "attention_taps", "patch_losses", "patch_run"))}  # fmt: skip
+                                                        "attention_taps", "patch_losses", "patch_run", "joint"))}  # fmt: skip
 FILES = sorted(
     p.relative_to(ROOT).as_posix()
     for folder in ("ovcalib", "export", "gan")
