@@ -53,6 +53,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MODEL = ["tests.toy:ToyNet", "--weights", "toy.pt", "--input-shape", "3,16,16", "--mean", "0.5,0.5,0.5",
          "--std", "0.25,0.25,0.25"]  # fmt: skip
 LIMIT_S = 300  # of a run; none takes a tenth of it
+REPORT_EVERY = 10  # rounds
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,18 @@ def main() -> int:
         if fault:
             print(f"FAILED after {dict(counts)}: {job.name}: {fault}\nkept: {place}", file=sys.stderr)
             return 1
-    print(f"{counts.total() - counts['rounds']} interruptions in {counts.pop('rounds')} rounds, none with a fault:")
+        if counts["rounds"] % REPORT_EVERY == 0:
+            print(f"{interruptions(counts)} without a fault", flush=True)
+    print(f"{interruptions(counts)}, none with a fault:")
     for name, count in sorted(counts.items()):
         print(f"  {name}: {count}")
     os.chdir(ROOT)
     shutil.rmtree(place)
     return 0
+
+
+def interruptions(counts: Counter[str]) -> str:
+    return f"{counts.total() - counts['rounds']} interruptions in {counts['rounds']} rounds"
 
 
 def parse() -> argparse.Namespace:
