@@ -101,7 +101,7 @@ def few_statistics(model: Model) -> str | None:
         return None
     return (
         f"{model.spec.name} has {norms} BatchNorm layers for {convolutions} convolutions, so most are folded away. The "
-        "training checkpoint has them all"
+        "training checkpoint has them all, and `calib=prior:MODEL` takes those of another network"
     )
 
 

@@ -44,7 +44,7 @@ SMALL = {
     "diagnose": ["--num-samples", "4", "--benchmark-time", "0", "--overwrite"],
     "sweep": ["--jobs", "1"],
 }
-BUILT_IN, OWN = "resnet20-cifar10", "my_package.my_module:make_model"
+BUILT_IN, OWN = ("resnet20-cifar10", "vit-cifar10"), "my_package.my_module:make_model"
 OF_OWN = {"weights": "model.pth", "input_shape": [3, 32, 32]}
 SMALL_SWEEP = {
     "models": [{"model": OWN, **OF_OWN}],
@@ -52,8 +52,8 @@ SMALL_SWEEP = {
     "seeds": [0],
     "common": {"deploy_isa": "vnni"},
 }
-# The built-in model takes ten times as long as the factory; it stays where it is what the command shows.
-KEPT = (["quantize", BUILT_IN, "-o", "runs/demo"],)
+# Built-in models take ten times as long as the factory; one stays where it is what the command shows.
+KEPT = (["quantize", "resnet20-cifar10", "-o", "runs/demo"],)
 
 
 @dataclass(frozen=True)
@@ -284,17 +284,19 @@ def small(words):
     words = ["3,32,32" if word == "3,224,224" else word for word in words]
     words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word and "/" in word else [word])]
     options = list(SMALL.get(command, ()))
-    if command == "quantize" and BUILT_IN in words and words not in KEPT:
-        words = [OWN if word == BUILT_IN else word for word in words]
+    if command == "quantize" and words[1] in BUILT_IN and words not in KEPT:
+        words = [command, OWN, *words[2:]]
         options += ["--weights", "model.pth", "--input-shape", "3,32,32"]
     if command in ("quantize", "generate"):
         source = words[1] if command == "generate" else None
         if "--calib" in words:
             source = words[words.index("--calib") + 1]
-        if source in INVERSIONS:
+        if source in INVERSIONS or str(source).startswith("prior:"):
             options += ["-O", "steps=1", "-O", "init=gaussian"]
         if source == "fractal":
             options += ["-O", "points=20000", "-O", "systems=4"]
+    if "--search" in words:
+        options += ["--num-samples", "16"]
     if "accuracy-aware" in words:
         options += ["--max-iterations", "1"]
     return [*words, *options]
