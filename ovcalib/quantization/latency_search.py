@@ -138,9 +138,13 @@ def faster_in_float(
     record = SpeedSearch(
         device=device, in_float=tuple(map(layer_name, found.in_float)),
         over_int8=over_all[0], over_int8_ci95=over_all[1:], over_fp32=over_fp32[0], over_fp32_ci95=over_fp32[1:],
-        nmse=(most, error(found.model)),
+        nmse=(finite(most), finite(error(found.model))),
     )  # fmt: skip
     return found.model, record
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def speed_warnings(found: SpeedSearch, deploy_isa: DeployISA) -> list[str]:

@@ -279,7 +279,7 @@ class SpeedSearch(Frozen):
     in_float           operations that were given their float precision back, by what that promised to save
     over_int8, ci95    latency of the model with all of them in INT8 over that of the one that was written
     over_fp32, ci95    latency of FP32 over that of the one that was written
-    nmse               of the outputs on held-out calibration images, before and after
+    nmse               of the outputs on held-out calibration images, before and after; None where it is not finite
     """
 
     device: str
@@ -288,7 +288,7 @@ class SpeedSearch(Frozen):
     over_int8_ci95: tuple[float, float]
     over_fp32: float
     over_fp32_ci95: tuple[float, float]
-    nmse: tuple[float, float]
+    nmse: tuple[float | None, float | None]
 
 
 class SetSplit(Frozen):

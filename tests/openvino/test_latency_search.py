@@ -83,6 +83,8 @@ def test_no_model_with_a_larger_error_is_taken(int8, toy_graph, monkeypatch) -> 
     found, record = faster_in_float(int8, toy_graph, worse, "CPU", Progress())
     assert record.in_float == ()
     assert names_of(found) == names_of(int8)
+    _, record = faster_in_float(int8, toy_graph, lambda graph: float("nan"), "CPU", Progress())
+    assert (record.in_float, record.nmse) == ((), (None, None))
     negligible = lambda graph: 0.0001 if len(names_of(graph)) == len(names_of(int8)) else 0.0002  # noqa: E731
     assert faster_in_float(int8, toy_graph, negligible, "CPU", Progress())[1].in_float == (first,)
 
@@ -115,7 +117,7 @@ def test_operations_that_int8_makes_slower_are_written_in_float(toy, toy_graph, 
     fastest = 10 - 0.5 * len(others)
     assert found.over_int8 == pytest.approx((fastest + 2) / fastest)
     assert found.over_fp32 == pytest.approx(10 / fastest)
-    assert max(found.nmse) < latency_search.NEGLIGIBLE_NMSE
+    assert all(nmse is not None and nmse < latency_search.NEGLIGIBLE_NMSE for nmse in found.nmse)
     written = read_graph(tmp_path / "out" / "int8" / "model.xml")
     assert [*map(layer_name, names_of(written))] == others
     assert made.record.quantization.int8_operations == len(others)
