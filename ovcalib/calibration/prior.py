@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ovcalib.calibration.inversion_options import InversionOptions
+from ovcalib.calibration import bn_inversion
 from ovcalib.calibration.inversion_options import images_wanted as images_wanted
 from ovcalib.calibration.sources import Generated, Request
 from ovcalib.errors import UsageError
@@ -29,21 +29,12 @@ ARGUMENT = "MODEL"
 
 
 @dataclass(frozen=True)
-class Options(InversionOptions):
-    __doc__ = InversionOptions.__doc__
+class Options(bn_inversion.Options):
+    __doc__ = bn_inversion.Options.__doc__
 
-    scope: Literal["sample", "batch", "set"] = "set"
-    input_weight: float | None = 0.0
-    init: Literal["gaussian", "uniform", "fractal"] = "fractal"
     output: Literal["none", "stretch", "labels"] = "labels"
     output_weight: float | None = 0.1
     distance_weight: float = 0.0
-
-    BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 20, "batch": 8, "rate": 0.05, "schedule": "cosine"},
-        "standard": {"steps": 120, "batch": 16, "rate": 0.05, "schedule": "cosine"},
-        "paper": {"steps": 1000, "batch": 32, "rate": 0.05, "schedule": "cosine"},
-    }
 
 
 def generate(request: Request, options: Options) -> Generated:
