@@ -20,6 +20,22 @@ from ovcalib.cli.guard import INTERRUPTED
 PATIENCE_S, LOOK_S = 10.0, 0.05
 
 
+# What other commands, and other tools, call an option.
+NAMESAKES = {
+    "--eval": "--data", "--data": "--eval", "--source": "--calib", "--calibration": "--calib",
+    "--count": "--num-samples", "--num-samples": "--count", "--subset-size": "--num-samples",
+    "--seconds": "--time", "--benchmark-time": "--time", "--time": "--benchmark-time", "--target-device": "--deploy-isa", "--out": "--output", "--force": "--overwrite",
+}  # fmt: skip
+
+
+def with_namesake(error: click.NoSuchOption) -> click.NoSuchOption:
+    """The error, which offers the option that does here what the one that was given does elsewhere."""
+    meant = NAMESAKES.get(error.option_name)
+    if error.ctx is not None and any(meant in option.opts for option in error.ctx.command.params):
+        return click.NoSuchOption(error.option_name, f"{error.message} Did you mean {meant!r}?", ctx=error.ctx)
+    return error
+
+
 class App(click.Group):
     """A group that ends the process with our exit codes."""
 
@@ -30,6 +46,8 @@ class App(click.Group):
             print(error.format_message(), file=sys.stderr)
             code = error.exit_code
         except click.ClickException as error:
+            if isinstance(error, click.NoSuchOption):
+                error = with_namesake(error)
             print(f"error: {error.format_message()}", file=sys.stderr)
             code = error.exit_code
         except click.Abort:

@@ -30,6 +30,25 @@ def test_a_normalisation_on_the_scale_of_bytes_is_refused(field, given, divided)
         load.load_model(options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["evaluate", "model.xml", "--eval", "photos"], "--data"),
+        (["quantize", "resnet20-cifar10", "--data", "photos"], "--eval"),
+        (["quantize", "resnet20-cifar10", "--count", "3"], "--num-samples"),
+        (["benchmark", "model.xml", "--seconds", "3"], "--time"),
+    ],
+)
+def test_an_option_of_another_command_is_offered_by_its_name_here(arguments, meant):
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 2
+    assert f"No such option '{arguments[2]}'. Did you mean '{meant}'?" in found.stderr
+
+
+def test_an_option_without_a_namesake_here_is_not_offered():
+    assert "Did you mean --data" not in CliRunner().invoke(app, ["generate", "noise", "--eval", "photos"]).stderr
+
+
 def test_a_name_of_a_library_is_offered_with_its_prefix(monkeypatch):
     monkeypatch.setattr(load, "LIBRARIES", {"torchvision": lambda name: name == "resnet18", "timm": lambda name: True})
     with pytest.raises(UsageError, match="Did you mean 'torchvision:resnet18' or 'timm:resnet18'"):
