@@ -24,7 +24,8 @@ PATIENCE_S, LOOK_S = 10.0, 0.05
 NAMESAKES = {
     "--eval": "--data", "--data": "--eval", "--source": "--calib", "--calibration": "--calib",
     "--count": "--num-samples", "--num-samples": "--count", "--subset-size": "--num-samples",
-    "--seconds": "--time", "--benchmark-time": "--time", "--time": "--benchmark-time", "--target-device": "--deploy-isa", "--out": "--output", "--force": "--overwrite",
+    "--seconds": "--time", "--benchmark-time": "--time", "--time": "--benchmark-time",
+    "--target-device": "--deploy-isa", "--out": "--output", "--force": "--overwrite",
 }  # fmt: skip
 
 
