@@ -326,10 +326,11 @@ def distil(
             sums = {}
             if last or clock.seconds - saved > SAVE_EVERY_S:
                 saved = clock.seconds
-                save_checkpoint(folder, {**training.state(), "seconds": clock.seconds})
                 save_student(training.generator, path, pairs.classes)
                 save_png(comparison(training), folder / "samples.png")
                 log.draw()
+                # Last: a training that goes on from its end finds everything else there.
+                save_checkpoint(folder, {**training.state(), "seconds": clock.seconds})
     if not path.is_file():
         save_student(training.generator, path, pairs.classes)
     write_json(folder / "result.json", {

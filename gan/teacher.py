@@ -401,10 +401,11 @@ def train_teacher(
                 log.add(entry)
                 if last or clock.seconds - saved > SAVE_EVERY_S:
                     saved = clock.seconds
-                    save_checkpoint(folder, {**training.state(), "seconds": clock.seconds})
                     write_generator(training.average, path, data.classes)
                     save_png(sample_grid(training.average), folder / f"samples-{training.images // 1000:06}k.png")
                     log.draw()
+                    # Last: a training that goes on from its end finds everything else there.
+                    save_checkpoint(folder, {**training.state(), "seconds": clock.seconds})
         if log is not None:
             result = {"kimg": training.images / 1000, "seconds": round(clock.seconds, 1), "sha256": file_sha256(path),
                       "device": str(team.device), "processes": team.count, "torch": torch.__version__,

@@ -324,6 +324,56 @@ def test_a_resumed_student_equals_an_uninterrupted_one(changed) -> None:
         assert torch.equal(one, other)
 
 
+def stopped_at(monkeypatch, module, name, call, after) -> list[str]:
+    """Ctrl-C before or after a function has run, at one of its calls, counted from 1; returns the calls so far."""
+    calls: list[str] = []
+    function = getattr(module, name)
+
+    def stopping(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and not after:
+            raise KeyboardInterrupt
+        function(*args, **kwargs)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, stopping)
+    return calls
+
+
+def train_student(folder):
+    recipe = StudentRecipe(epochs=2, batch=8, ndf=4, precision="float32")
+    return distillation.distil(toy_pairs(), recipe, folder, reference="pairs", device="cpu", report_every=1)
+
+
+def train_small_teacher(folder):
+    return teacher.train_teacher(
+        toy_data(), tiny_recipe(kimg=0.016), folder, reference="images", device="cpu", report_every=0.008
+    )
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("module", "train", "name"),
+    [(distillation, train_student, name) for name in ("save_student", "save_png", "save_checkpoint")]
+    + [(teacher, train_small_teacher, name) for name in ("write_generator", "save_png", "save_checkpoint")],
+)
+def test_a_training_stopped_while_it_saves_its_end_ends_with_the_same_files(
+    tmp_path, monkeypatch, module, train, name, after
+) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY_S", 0.0)
+    with monkeypatch.context() as counting:
+        calls = stopped_at(counting, module, name, None, after)
+        expected = train(tmp_path / "whole").read_bytes()
+    with monkeypatch.context() as broken:
+        stopped_at(broken, module, name, len(calls), after)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped")
+    assert train(tmp_path / "stopped").read_bytes() == expected
+    for file in ("result.json", "log.jsonl", "checkpoint.pt"):
+        assert (tmp_path / "stopped" / file).is_file()
+
+
 def test_the_slip_of_the_published_code_changes_the_training() -> None:
     plain, slipped = tiny_student(), tiny_student(eval_after_epoch=True)
     for _ in range(5):
