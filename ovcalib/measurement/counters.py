@@ -37,7 +37,8 @@ def operation_times(graph: ov.Model, names: Collection[str], device: str, second
     """Time of operations of a graph, each with what only serves it: its quantizers, biases and activations.
 
     Devices fuse operations and rename what they make of them. Of each executed node, the operations that it was made
-    from are followed to the named operation that they belong to; what leads to none is left out.
+    from are followed to the named operation that they belong to. What a device adds by itself, such as a change of the
+    layout, belongs to what reads it. What leads to none is left out.
 
     names   friendly names of operations of the graph
     """
@@ -47,12 +48,16 @@ def operation_times(graph: ov.Model, names: Collection[str], device: str, second
     taken = executed_times(request, seconds)
     owner = owners(graph, names)
     found = dict.fromkeys(names, 0.0)
-    for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
+    belongs: dict[str, str] = {}
+    executed: Sequence[Any] = compiled.get_runtime_model().get_ordered_ops()
+    for node in reversed(executed):
+        info, name = node.get_rt_info(), node.get_friendly_name()
         made_from = info["originalLayersNames"].astype(str).split(",") if "originalLayersNames" in info else []
-        belongs_to = next((owner[name] for name in made_from if name in owner), None)
-        if belongs_to is not None:
-            found[belongs_to] += taken.get(node.get_friendly_name(), 0.0)
+        readers = [t.get_node().get_friendly_name() for out in node.outputs() for t in out.get_target_inputs()]
+        candidates = [*(owner[n] for n in made_from if n in owner), *(belongs[r] for r in readers if r in belongs)]
+        if candidates:
+            belongs[name] = candidates[0]
+            found[belongs[name]] += taken.get(name, 0.0)
     return found
 
 

@@ -70,7 +70,8 @@ def test_the_time_of_an_operation_has_all_that_serves_it(int8, monkeypatch) -> N
         info = node.get_rt_info()
         made_from = info["originalLayersNames"].astype(str).split(",") if "originalLayersNames" in info else []
         belonging += any(name in owner for name in made_from)
-    assert sum(found.values()) == belonging
+    executed = compiled.get_runtime_model().get_ops()
+    assert belonging < sum(found.values()) <= len(executed)  # with what changes layouts for them
     assert max(found.values()) > 1
 
 
