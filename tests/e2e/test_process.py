@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -142,14 +141,14 @@ def test_a_signal_waits_for_an_import_to_end(tmp_path, number) -> None:
 def test_a_signal_ends_an_import_that_does_not_end(monkeypatch) -> None:
     from ovcalib.cli import app
 
-    def import_for_ever() -> None:
-        exec(compile("while True: pass", "module", "exec"), {"__name__": "importlib._bootstrap"})
+    def import_for_ever() -> None:  # the signal comes when the handler is there
+        code = "import signal\nsignal.raise_signal(signal.SIGTERM)\nwhile True: pass"
+        exec(compile(code, "module", "exec"), {"__name__": "importlib._bootstrap"})
 
     monkeypatch.setattr(app, "PATIENCE_S", 0.3)
     monkeypatch.setattr(app, "app", import_for_ever)
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     began = time.monotonic()
-    threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             app.main()
