@@ -110,15 +110,16 @@ def faster_in_float(
     raises   DeviceError
     """
     check_device(device)
+    progress.say(f"looking for operations that float makes faster on {device}")
     operations = [op.get_friendly_name() for op in quantized_operations(int8)]
     most = error(int8)
-    in_float = restore(int8, fp32, operations)
+    floating = operation_times(restore(int8, fp32, operations), operations, device, COUNT_S)
 
     def build(names: Sequence[str]) -> ov.Model:
         return restore(int8, fp32, names) if names else int8
 
     def gains(model: ov.Model, names: Sequence[str]) -> dict[str, float]:
-        quantized, floating = (operation_times(graph, names, device, COUNT_S) for graph in (model, in_float))
+        quantized = operation_times(model, operations, device, COUNT_S)
         whole = sum(quantized.values())
         return (
             {name: (quantized[name] - floating[name]) / whole for name in names} if whole else dict.fromkeys(names, 0)
@@ -131,7 +132,6 @@ def faster_in_float(
     def timed(models: Mapping[int, ov.Model], seconds: float) -> Mapping[int, Sequence[float]]:
         return race(models, device, seconds)
 
-    progress.say(f"looking for operations that float makes faster on {device}")
     found = restore_latency(operations, build, gains, allowed, timed)
     times = race({"fp32": fp32, "all": int8, "chosen": found.model}, device, FINAL_S)
     over_all, over_fp32 = (ratio_interval(times[other], times["chosen"]) for other in ("all", "fp32"))
