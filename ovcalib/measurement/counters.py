@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
-from ovcalib.graph.reading import MOVING, signal_names
+from ovcalib.graph.reading import MOVING, signal_names, signals_of
 from ovcalib.runtime import compile_graph
 
 # Microseconds by name.
@@ -64,8 +65,19 @@ def operation_times(graph: ov.Model, names: Collection[str], device: str, second
 def set_random_input(request: ov.InferRequest) -> None:
     """Seeded standard normal values, as normalised images have, for one item."""
     (port,) = request.model_inputs
-    shape = [1, *(d.get_length() for d in list(port.get_partial_shape())[1:])]
-    request.set_input_tensor(ov.Tensor(np.random.default_rng(0).standard_normal(shape, dtype=np.float32)))
+    request.set_input_tensor(ov.Tensor(random_input(port, np.random.default_rng(0))))
+
+
+def random_input(port: Any, rng: np.random.Generator) -> NDArray[Any]:
+    """Standard normal values, as normalised images have, or bytes; in the type that the model takes.
+
+    An open dimension, such as the batch, is taken as 1.
+    """
+    dtype = port.get_element_type().to_dtype()
+    shape = [d.get_length() if d.is_static else 1 for d in port.get_partial_shape()]
+    if np.issubdtype(dtype, np.floating):
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+    return rng.integers(0, 2 if dtype != np.uint8 else 256, shape).astype(dtype)
 
 
 def owners(graph: ov.Model, names: Collection[str]) -> dict[str, str]:
@@ -81,10 +93,10 @@ def owners(graph: ov.Model, names: Collection[str]) -> dict[str, str]:
         if name in names:
             found[name] = name
         elif op.get_type_name() != "FakeQuantize":
-            before = [v.get_node() for v in op.input_values() if v.get_node().get_name() in signals]
+            before = [value.get_node().get_friendly_name() for value in signals_of(op, signals)]
             # What only moves quantized values has the quantizer before it, which has no owner yet.
-            if before and before[0].get_friendly_name() in found:
-                found[name] = found[before[0].get_friendly_name()]
+            if before and before[0] in found:
+                found[name] = found[before[0]]
     for op in reversed(ordered):
         name = op.get_friendly_name()
         if name not in found and (op.get_type_name() == "FakeQuantize" or op.get_type_name() in MOVING):

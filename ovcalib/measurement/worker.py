@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from ovcalib.errors import ModelError, OvcalibError
-from ovcalib.measurement.counters import executed_times
+from ovcalib.measurement.counters import executed_times, random_input
 from ovcalib.runtime import check_device
 
 # The latency has settled when the medians of two windows in a row differ by less than this share.
@@ -217,14 +216,6 @@ def set_batch(graph: ov.Model, batch: int) -> None:
         raise ModelError(
             f"The model cannot run with batch {batch}: {str(error).strip().splitlines()[-1]} Use `batch=1`."
         ) from error
-
-
-def random_input(port: Any, rng: np.random.Generator) -> NDArray[Any]:
-    """Standard normal values, as normalised images have, or bytes; in the type that the model takes."""
-    dtype, shape = port.get_element_type().to_dtype(), list(port.get_shape())
-    if np.issubdtype(dtype, np.floating):
-        return rng.standard_normal(shape, np.float32).astype(dtype)
-    return rng.integers(0, 2 if dtype != np.uint8 else 256, shape).astype(dtype)
 
 
 def as_text(value: Any) -> str:
