@@ -152,7 +152,7 @@ class Terminal(Progress):
 
     def say(self, line: str) -> None:
         line = printable(self.words(line))
-        print(line, file=sys.stderr, flush=True) if self.plain else self.console.print(line, markup=False)
+        plain_line(line) if self.plain else self.console.print(line, markup=False)
 
     def _update(self, task: Task, done: float, note: str) -> None:
         now = time.monotonic()
@@ -167,7 +167,7 @@ class Terminal(Progress):
                 self.say(f"{task.name} takes about {duration(now - task.began + left)}. Shorter: {task.shorter}")
                 task.shorter = ""
         if self.plain:
-            print(text, file=sys.stderr, flush=True)
+            plain_line(text)
             return
         if self.bar is None:
             self.bar = _NotebookBar() if self.console.is_jupyter else _StatusBar(self.console)
@@ -177,6 +177,12 @@ class Terminal(Progress):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def plain_line(text: str) -> None:
+    """Print a line at once: Ctrl-C between a text and its end would have the next one on the same line."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class _StatusBar:

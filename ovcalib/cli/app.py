@@ -73,20 +73,27 @@ for module in (quantize, measure, sweep, catalogue, gan):
 def main() -> None:
     """Run the command line; SIGTERM cleans up as Ctrl-C does."""
     waiting_since: float | None = None
+    looking = False  # a thread will send the signal again
     main_thread = _thread.get_ident()
 
     def stop(number: int, frame: FrameType | None) -> None:
         # Libraries that are stopped in the middle of an import raise other errors, or end the process (nanobind).
-        nonlocal waiting_since
+        nonlocal waiting_since, looking
         waiting_since = waiting_since or time.monotonic()
         if importing(frame) and time.monotonic() < waiting_since + PATIENCE_S:
-            _thread.start_new_thread(again, (number,))  # threading's own locks may be held here
+            if not looking:  # a second Ctrl-C waits with the first one
+                looking = True
+                _thread.start_new_thread(again, (number,))  # threading's own locks may be held here
             return
         waiting_since = None
         raise KeyboardInterrupt
 
     def again(number: int) -> None:
+        nonlocal looking
         time.sleep(LOOK_S)
+        looking = False
+        if waiting_since is None:  # a second one has ended the wait
+            return
         if hasattr(signal, "pthread_kill"):  # it also wakes up the main thread where that waits
             signal.pthread_kill(main_thread, number)
         else:

@@ -49,6 +49,7 @@ def load(module, shape=SHAPE):
     ],
 )
 def test_outputs_that_cannot_be_compared_are_refused(change, message):
+    torch.manual_seed(0)  # dropout of four outputs leaves the same ones now and then
     with pytest.raises(ModelError, match=message):
         load(Output(change))
 
