@@ -394,6 +394,7 @@ def sweep(
     *,
     jobs: int = 1,
     engine: str = "local",
+    store: Folder | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
@@ -403,6 +404,8 @@ def sweep(
     output    folder of a new sweep, or of the same sweep, which is continued
     jobs      cells at once, for the engine "local"
     engine    "local", or "dask:ADDRESS" with workers that see the same folders
+    store     folder, or address such as s3://bucket/sets, in which calibration sets are looked for, and put for other
+              sweeps and machines
     resume    continue in the folder of another recipe; cells that both have are kept
     returns   the state of every cell, with the error of a failed one
     """
@@ -411,7 +414,13 @@ def sweep(
 
     content = recipe if isinstance(recipe, SweepRecipe) else read_sweep_recipe(Path(recipe))
     return run_sweep(
-        content, Path(output), jobs=jobs, engine=engine, resume=resume, progress=progress or usual_progress()
+        content,
+        Path(output),
+        jobs=jobs,
+        engine=engine,
+        store=None if store is None else str(store),
+        resume=resume,
+        progress=progress or usual_progress(),
     )
 
 

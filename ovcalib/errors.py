@@ -146,7 +146,18 @@ class MissingDependencyError(UsageError):
 # The extra that brings each optional package.
 EXTRAS = {
     **dict.fromkeys(
-        ("datumaro", "nncf", "onnx", "onnxscript", "pycocotools", "safetensors", "scipy", "torch", "torchvision"),
+        (
+            "datumaro",
+            "fsspec",
+            "nncf",
+            "onnx",
+            "onnxscript",
+            "pycocotools",
+            "safetensors",
+            "scipy",
+            "torch",
+            "torchvision",
+        ),
         "quantize",
     ),
     "timm": "timm",

@@ -90,7 +90,9 @@ def add_command(
     """
     parameters: list[click.Parameter] = []
     own_output = any("output" in kind.model_fields for kind in kinds)
-    flags = {name: f"--{name}" for name in ("overwrite", "latency", "jobs", "engine", "resume")} | {"output": "-o"}
+    flags = {name: f"--{name}" for name in ("overwrite", "latency", "jobs", "engine", "store", "resume")} | {
+        "output": "-o"
+    }
     required: list[str] = []
     text = inspect.cleandoc(function.__doc__ or "")
     for kind in kinds:

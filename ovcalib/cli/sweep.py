@@ -30,7 +30,7 @@ def sweep(given: dict[str, Any], common: Common) -> int:
         return show(plan_sweep(file, target), common)
     try:
         found = api.sweep(
-            file, target, jobs=given.get("jobs", 1), engine=given.get("engine", "local"),
+            file, target, jobs=given.get("jobs", 1), engine=given.get("engine", "local"), store=given.get("store"),
             resume=bool(given.get("resume")), progress=common.progress,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -64,6 +64,12 @@ def add_to(app: click.Group) -> None:
                 ["--engine"],
                 metavar="local|dask:ADDRESS",
                 help="Processes here, or workers of a cluster.  [default: local]",
+            ),
+            Option(
+                ["--store"],
+                metavar="FOLDER|URL",
+                help="Calibration sets to share with other sweeps and machines: a folder, or s3://bucket/sets "
+                "and whatever else fsspec opens.",
             ),
             Option(
                 ["--resume"],

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from ovcalib.errors import DeviceError, UsageError, require
@@ -19,20 +19,25 @@ from ovcalib.sweeps.worker import GRACE_S, run_task
 # Attempts at a task before it is given up, as it may be what kills its workers; as many as dask makes.
 ATTEMPTS = 4
 CONNECT_S = 10
+# Seconds between looks at a cluster, which may have grown or gone.
+POLL_S = 5.0
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Engine(Protocol):
-    def check(self) -> None:
-        """Raise DeviceError if no task can run."""
-        ...
-
     def slots(self) -> int:
         """How many tasks can run at once now, at least 1."""
         ...
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
         """Start a task of ovcalib.sweeps.worker.run_task; its future raises if all attempts failed."""
+        ...
+
+    def wait(self, running: Collection[Future[dict[str, Any]]]) -> Collection[Future[dict[str, Any]]]:
+        """Those of some tasks that have ended, as soon as there is one; none where slots may have changed before.
+
+        raises   DeviceError where no task can run any longer; what a lost cluster cancelled has not failed
+        """
         ...
 
 
@@ -79,14 +84,14 @@ class LocalEngine:
         self.lock = threading.Lock()
         self.stopped = False
 
-    def check(self) -> None:
-        """A process that is lost is replaced."""
-
     def slots(self) -> int:
         return self.jobs
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
         return self.pool.submit(self._run, task)
+
+    def wait(self, running: Collection[Future[dict[str, Any]]]) -> Collection[Future[dict[str, Any]]]:
+        return wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED).done  # Windows: no Ctrl-C in a longer one
 
     def _run(self, task: dict[str, Any]) -> dict[str, Any]:
         with self.lock:
@@ -182,9 +187,6 @@ class DaskEngine:
         self.address, self.client = address, client
         self.executor = client.get_executor(pure=False)
 
-    def check(self) -> None:
-        self.slots()
-
     def slots(self) -> int:
         try:
             if self.client.status == "running":
@@ -199,6 +201,11 @@ class DaskEngine:
 
     def submit(self, task: dict[str, Any]) -> Future[dict[str, Any]]:
         return self.executor.submit(run_task, task)  # type: ignore[no-any-return]
+
+    def wait(self, running: Collection[Future[dict[str, Any]]]) -> Collection[Future[dict[str, Any]]]:
+        ended = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED).done
+        self.slots()
+        return ended
 
 
 @contextlib.contextmanager

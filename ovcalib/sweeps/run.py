@@ -3,7 +3,7 @@
     DIR/
       request.json    the recipe                     sweep.json    state of every cell, with the error of a failed one
       sets/<key>/     a calibration set, shared      cells/<key>/  a result, as `ovcalib quantize` writes it
-      report.md, report.csv   means and spread over seeds, written anew after every cell
+      report.md, report.csv   means and spread over seeds, written anew as cells are done
       report.html             the comparison page, written at the end
 
 Sets and cells are written completely or not at all, and their keys are hashes of all that they depend on. A sweep that
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,13 @@ from ovcalib.rundir import REQUEST, write_atomically, write_json
 from ovcalib.sweeps.engines import Engine, open_engine
 from ovcalib.sweeps.plan import SET_FIELDS, Cell, plan
 from ovcalib.sweeps.state import STATE, read_benchmarks, read_results
+from ovcalib.sweeps.store import SetStore
 from ovcalib.sweeps.tables import csv_report, markdown_report, write_page
 
 LOCK = ".lock"
-
-# Seconds between checks whether a cluster has grown.
-POLL_S = 5.0
+# The state and the tables are written again after this many times as long as that took, so that large sweeps spend
+# little time on it. Results lie in folders of their own: a sweep that is killed in between loses nothing.
+NOTE_EVERY = 20
 
 
 def run_sweep(
@@ -46,6 +49,7 @@ def run_sweep(
     *,
     jobs: int | None = None,
     engine: str = "local",
+    store: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
@@ -54,15 +58,17 @@ def run_sweep(
     folder    of a new sweep, or of the same sweep, which is continued
     jobs      cells at once, for the engine "local"; None is 1
     engine    "local", or "dask:ADDRESS" with workers that see the same folders
+    store     folder or address in which calibration sets are looked for, and put for other sweeps
     resume    continue even in the folder of another recipe; cells that both have are kept
     raises    UsageError, DeviceError; the error of a cell is in the returned state instead
     """
     progress = progress or Progress()
     folder = folder.absolute()
     cells = plan(recipe)
+    address = None if store is None else SetStore(store).address
     with _own(folder, recipe, resume):
         with open_engine(engine, jobs) as opened:
-            sweep = _Run(recipe, folder, cells, opened, progress).run()
+            sweep = _Run(recipe, folder, cells, opened, progress, address).run()
         if recipe.timed_devices:
             _measure(recipe, folder, sweep, progress)
         results = read_results(folder, sweep)
@@ -79,9 +85,15 @@ class _Run:
     """The loop over tasks: a calibration set, then the cells that it is for."""
 
     def __init__(
-        self, recipe: SweepRecipe, folder: Path, cells: Sequence[Cell], engine: Engine, progress: Progress
+        self,
+        recipe: SweepRecipe,
+        folder: Path,
+        cells: Sequence[Cell],
+        engine: Engine,
+        progress: Progress,
+        store: str | None = None,
     ) -> None:
-        self.recipe, self.folder, self.engine, self.progress = recipe, folder, engine, progress
+        self.recipe, self.folder, self.engine, self.progress, self.store = recipe, folder, engine, progress, store
         self.created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.cells = {cell.key: cell for cell in cells}
         self.states = {
@@ -92,6 +104,7 @@ class _Run:
             for cell in cells
         }  # fmt: skip
         self.results = read_results(folder, self.state())
+        self.noted, self.note_took = -math.inf, 0.0
 
     def result(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.key / "result.json"
@@ -105,6 +118,12 @@ class _Run:
         )  # fmt: skip
 
     def run(self) -> Sweep:
+        try:
+            return self.work()
+        finally:
+            self.note()
+
+    def work(self) -> Sweep:
         self.note()
         waiting: dict[str, list[Cell]] = {}  # cells by the calibration set that they need
         for cell in self.cells.values():
@@ -122,11 +141,11 @@ class _Run:
                     work = ready.popleft()
                     task = self.cell_task(work) if isinstance(work, Cell) else self.set_task(waiting[work][0])
                     running[self.engine.submit(task)] = work
-                finished, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
-                self.engine.check()  # what a lost cluster cancelled has not failed
-                for future in finished:
+                for future in self.engine.wait(running):
                     work = running.pop(future)
                     answer = answer_of(future)
+                    if answer.get("note"):
+                        self.progress.say(answer["note"])
                     done += 1
                     if isinstance(work, Cell):
                         self.finish(work, answer)
@@ -143,7 +162,7 @@ class _Run:
         """The task that makes the calibration set of a cell."""
         recipe = {name: value for name, value in cell.recipe.flat().items() if name in SET_FIELDS}
         return {"kind": "set", "recipe": recipe, "target": str(self.set_folder(cell.set_key)), "command": cell.command,
-                "folder": str(Path.cwd())}  # fmt: skip
+                "folder": str(Path.cwd()), "store": self.store}  # fmt: skip
 
     def cell_task(self, cell: Cell) -> dict[str, Any]:
         return {"kind": "cell", "recipe": cell.recipe.flat(), "target": str(self.result(cell).parent),
@@ -173,11 +192,16 @@ class _Run:
             self.results[cell.key] = record
             outcome = outcome_line(record)
         self.progress.say(f"{count}/{len(self.states)} {cell}: {outcome}")
-        self.note()
+        if time.monotonic() - self.noted >= NOTE_EVERY * self.note_took:
+            self.note()
 
     def note(self) -> None:
+        """Write the state and the tables, whose size grows with the sweep."""
+        began = time.monotonic()
         write_json(self.folder / STATE, self.state().model_dump(mode="json"))
         write_tables(self.folder, self.state(), self.results)
+        self.noted = time.monotonic()
+        self.note_took = self.noted - began
 
 
 def answer_of(future: Future[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ovcalib.errors import OvcalibError
+from ovcalib.errors import OvcalibError, UsageError
 from ovcalib.progress import Progress
 from ovcalib.records.recipe import make_recipe
 
@@ -32,17 +32,19 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
     """Make a calibration set or quantize one cell, into a folder that appears whole.
 
     task      kind ("set" or "cell"), recipe, target (where the result goes), set (folder of the calibration set),
-              folder (to which the recipe's references are relative), command (makes missing weights)
-    returns   seconds, error (None or the message) and its exit code; a task that is done already takes no time
+              folder (to which the recipe's references are relative), command (makes missing weights), store (of
+              sets; None for none)
+    returns   seconds, error (None or the message), its exit code, and note (None, or what the user should know); a task
+              that is done already takes no time
     """
     began = time.monotonic()
-    error, code = None, OvcalibError.exit_code
+    error, note, code = None, None, OvcalibError.exit_code
     with _one_task:
         before = Path.cwd()
         try:
             os.chdir(task["folder"])
             if not Path(task["target"]).is_dir():
-                {"set": _make_set, "cell": _run_cell}[task["kind"]](task)
+                note = {"set": _make_set, "cell": _run_cell}[task["kind"]](task)
         except OvcalibError as found:
             error, code = f"{found}{_remedy(task)}", found.exit_code
         except OSError as found:
@@ -52,21 +54,32 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
             error = f"{type(found).__name__}: {found} ({Path(where.filename).name}:{where.lineno})"
         finally:
             os.chdir(before)
-    return {"seconds": round(time.monotonic() - began, 3), "error": error, "exit_code": code}
+    return {"seconds": round(time.monotonic() - began, 3), "error": error, "exit_code": code, "note": note}
 
 
-def _make_set(task: dict[str, Any]) -> None:
+def _make_set(task: dict[str, Any]) -> str | None:
     from ovcalib.calibration.make import make_set, resolve_calibration
     from ovcalib.models.load import load_model, with_statistics
     from ovcalib.rundir import RunDir
+    from ovcalib.sweeps.store import SetStore
 
+    target = Path(task["target"])
+    store = SetStore(task["store"]) if task.get("store") else None
+    if store is not None and store.fetch(target.name, target):
+        return f"set {target.name} comes from {store.reference}"
     recipe, progress = make_recipe(**task["recipe"]), Progress()
-    with RunDir(Path(task["target"]), False, recipe.model_dump(mode="json")) as work:
+    with RunDir(target, False, recipe.model_dump(mode="json")) as work:
         model = with_statistics(load_model(recipe.model))
         options, _ = resolve_calibration(recipe.calibration, model, progress)
         download = recipe.evaluation.download
         make_set(options, model, progress, download=download, resume=work.resume).save(work.path)
         work.finish()
+    try:
+        if store is not None:
+            store.publish(target.name, target)
+    except UsageError as error:  # the cells have their set
+        return f"set {target.name} is not shared: {error}"
+    return None
 
 
 def _run_cell(task: dict[str, Any]) -> None:

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import jsonschema
 import pytest
@@ -24,6 +26,7 @@ from ovcalib.records.sweep import make_sweep_recipe
 from ovcalib.sweeps import run as sweeps
 from ovcalib.sweeps.engines import LocalEngine
 from ovcalib.sweeps.state import read_results, read_sweep
+from ovcalib.sweeps.store import SetStore
 from ovcalib.sweeps.worker import run_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +45,34 @@ class Inline:
     def __exit__(self, *error):
         pass
 
-    def check(self) -> None:
-        pass
-
     def slots(self) -> int:
         return 1
+
+    def wait(self, running):
+        return list(running)
 
     def submit(self, task):
         self.tasks.append(task)
         future: Future[dict[str, Any]] = Future()
         future.set_result(run_task(task))
         return future
+
+
+class AtCell(Progress):
+    """Keeps what is said, and does something when so many cells are finished."""
+
+    def __init__(self, count, action) -> None:
+        self.count, self.action = count, action
+        self.lines: list[str] = []
+
+    def say(self, line) -> None:
+        self.lines.append(line)
+        if line.startswith(f"{self.count}/"):
+            self.action()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -209,6 +229,87 @@ def test_latency_is_measured_alone_and_afterwards(reference, data, inline, tmp_p
     assert "Speed-up on CPU" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_tables_and_state_are_of_all_cells_that_are_done_however_a_sweep_ends(
+    data, inline, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sweeps, "NOTE_EVERY", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.run_sweep(make_sweep_recipe(content(data)), tmp_path / "out", progress=AtCell(3, interrupt))
+    assert [cell.state for cell in read_sweep(tmp_path / "out").cells].count("done") == 3
+    assert len((tmp_path / "out" / "report.csv").read_text().splitlines()) == 1 + 2
+
+
+# A store of sets ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key(reference):
+    return next((reference / "sets").iterdir()).name
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_sets_of_another_sweep_are_taken_from_a_store(reference, data, inline, tmp_path, kind, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    address = "shared/sets" if kind == "folder" else f"memory://{tmp_path.name}/sets"
+    recipe = make_sweep_recipe(content(data, seeds=[0]))
+    sweeps.run_sweep(recipe, tmp_path / "first", store=address)
+    monkeypatch.setattr("ovcalib.calibration.make.make_set", None)  # nothing is made any more
+    said = AtCell(1, lambda: None)
+    assert not sweeps.run_sweep(recipe, tmp_path / "second", store=address, progress=said).failed
+    assert [line.split()[2:] for line in said.lines if "comes from" in line] == [["comes", "from", ANY]] * 2
+    assert tables(tmp_path / "second") == tables(tmp_path / "first")
+    for folder in (tmp_path / "first" / "sets").iterdir():
+        assert files(tmp_path / "second" / "sets" / folder.name) == files(folder)
+
+
+@pytest.mark.parametrize("harm", ["cut", "no archive", "a set that is none", "a path outside"])
+def test_a_set_in_the_store_that_cannot_be_read_is_none_and_is_replaced(reference, key, tmp_path, harm) -> None:
+    store = SetStore(str(tmp_path / "sets"))
+    assert not store.fetch(key, tmp_path / "out")
+    store.publish(key, reference / "sets" / key)
+    file = tmp_path / "sets" / f"{key}.tar"
+    whole = file.read_bytes()
+    if harm == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif harm == "no archive":
+        file.write_bytes(b"x" * 100)
+    else:
+        with tarfile.open(file, "a" if harm == "a path outside" else "w") as packed:
+            packed.addfile(tarfile.TarInfo("../outside" if harm == "a path outside" else "request.json"))
+    assert not store.fetch(key, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["sets"]
+    store.publish(key, reference / "sets" / key)
+    assert store.fetch(key, tmp_path / "out")
+    assert files(tmp_path / "out") == files(reference / "sets" / key)
+
+
+def test_a_set_that_cannot_be_shared_still_serves_its_cells(data, inline, tmp_path, monkeypatch) -> None:
+    def refuse(store, key, folder):
+        raise UsageError("the bucket is read-only")
+
+    monkeypatch.setattr(SetStore, "publish", refuse)
+    said = AtCell(1, lambda: None)
+    recipe = make_sweep_recipe(content(data, seeds=[0], sources=[{"calib": "noise", "num_samples": 4}]))
+    assert not sweeps.run_sweep(recipe, tmp_path / "out", store=str(tmp_path / "sets"), progress=said).failed
+    assert any("is not shared: the bucket is read-only" in line for line in said.lines)
+
+
+@pytest.mark.parametrize("address", ["s4://bucket/sets", "taken"])
+def test_a_store_that_cannot_be_used_is_refused_before_anything_runs(data, tmp_path, monkeypatch, address) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content(data)))
+    found = CliRunner().invoke(cli.app, ["sweep", "r.yaml", "-o", "out", "--store", address])
+    assert found.exit_code == 2
+    assert f"The store '{address}' cannot be used" in found.stderr
+    assert "leave --store out" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def start(recipe, out, *options):
     return subprocess.Popen([sys.executable, "-m", "ovcalib", "sweep", str(recipe), "-o", str(out), *options], cwd=ROOT,
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
@@ -335,23 +436,10 @@ def cluster(tmp_path):
             process.wait()
 
 
-class AtFirstCell(Progress):
-    """Does something when the first cell is finished."""
-
-    def __init__(self, action) -> None:
-        self.action = action
-        self.lines: list[str] = []
-
-    def say(self, line) -> None:
-        self.lines.append(line)
-        if line.startswith("1/"):
-            self.action()
-
-
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_ends_with_the_same_table(reference, data, cluster, tmp_path) -> None:
     address, (_, _, worker) = cluster
-    progress = AtFirstCell(worker.kill)
+    progress = AtCell(1, worker.kill)
     found = sweeps.run_sweep(
         make_sweep_recipe(content(data)), tmp_path / "out", engine=f"dask:{address}", progress=progress
     )
@@ -371,7 +459,7 @@ def test_a_scheduler_that_dies_ends_the_sweep_which_then_goes_on(
     recipe = make_sweep_recipe(content(data))
     monkeypatch.setattr(sweeps, "open_engine", open_engine)
     with pytest.raises(DeviceError, match="went away"):
-        sweeps.run_sweep(recipe, tmp_path / "out", engine=f"dask:{address}", progress=AtFirstCell(scheduler.kill))
+        sweeps.run_sweep(recipe, tmp_path / "out", engine=f"dask:{address}", progress=AtCell(1, scheduler.kill))
     done = results(tmp_path / "out")
     assert len(done) >= 1
     monkeypatch.setattr(sweeps, "open_engine", lambda reference, jobs: inline)

@@ -1,8 +1,10 @@
 """Recipes, keys and tables of a sweep; nothing here quantizes."""
 
 import csv
+import importlib.util
 import io
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from ovcalib.sweeps.plan import content_of, plan
 from ovcalib.sweeps.state import read_sweep
 from ovcalib.sweeps.tables import Estimate, best, csv_report, estimate, markdown_report
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "models": ["resnet20-cifar10"],
     "sources": ["noise", {"calib": "dgh", "options": {"steps": 3}}],
@@ -278,6 +281,25 @@ def test_the_csv_holds_every_digit_and_empty_cells() -> None:
     assert second["Drop of top-1 accuracy, points: mean"] == ""
 
 
+# Scale ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "least"), [(1, 8 * 100 + 8 * 200), (4, 2 * 100 + 2 * 200), (64, 100 + 200)])
+def test_the_replay_of_a_sweep_takes_what_its_schedule_takes(tmp_path, workers, least) -> None:
+    """Sets of 100 s and a cell of 200 s each: in turns, in even shares, and all at once."""
+    scale = benchmark("sweep_scale")
+    (tmp_path / "result.json").write_bytes((ROOT / "tests" / "golden" / "result-0.1.json").read_bytes())
+    costs = {source: scale.Measured([100.0], [200.0], tmp_path) for source in ("noise", "fractal")}
+    content = {"models": ["a", "b", "c", "d"], "sources": list(costs)}
+    chances = SimpleNamespace(seed=0, stragglers=0.0, slowdown=5.0, losses=0.0)
+    row = scale.simulate(workers, content, costs, chances)
+    assert row["tasks"] == 16
+    assert row["bound_s"] == least
+    assert least <= row["makespan_s"] <= least + row["coordinator_s"] + 1
+    late = SimpleNamespace(seed=0, stragglers=1.0, slowdown=5.0, losses=1.0)
+    assert scale.simulate(1, content, costs, late)["makespan_s"] >= 7.5 * (8 * 100 + 8 * 200)
+
+
 def test_a_folder_without_a_sweep(tmp_path) -> None:
     with pytest.raises(UsageError, match="holds no sweep"):
         read_sweep(tmp_path)
@@ -286,15 +308,18 @@ def test_a_folder_without_a_sweep(tmp_path) -> None:
 # The paper's tables ---------------------------------------------------------------------------
 
 
+def benchmark(name):
+    """A module of the folder `benchmarks`, which is no package."""
+    file = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def paper():
-    import importlib.util
-
-    file = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_tables.py"
-    spec = importlib.util.spec_from_file_location("paper_tables", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("paper_tables")
 
 
 def test_published_cells_stand_alone_where_nothing_was_run(paper) -> None:
