@@ -34,6 +34,7 @@ from ovcalib.progress import Progress
 from ovcalib.records.read import read_record
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import make_sweep_recipe
+from ovcalib.sweeps import run
 from ovcalib.sweeps.plan import plan
 from ovcalib.sweeps.run import _Run, write_tables
 from ovcalib.sweeps.state import read_results, read_sweep
@@ -191,9 +192,11 @@ def main() -> None:
     parser.add_argument("--slowdown", type=float, default=5.0)
     parser.add_argument("--losses", type=float, default=0.01, help="share of the tasks whose worker is lost once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note-every", type=float, default=run.NOTE_EVERY, help="0: state and tables after every cell")
     parser.add_argument("--dask", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    run.NOTE_EVERY = args.note_every
     costs = measured(args.sweep)
     recipe = larger(args.sweep, args.cells)
     rows = [simulate(workers, recipe, costs, args) for workers in args.workers]
@@ -205,7 +208,7 @@ def main() -> None:
             f"{row['coordinator_s']:.1f} | {1000 * row['coordinator_last_s']:.1f} | {row['closing_s']:.1f} |"
         )
     found = {"rows": rows, "moved": moved(costs), "stragglers": args.stragglers, "slowdown": args.slowdown,
-             "losses": args.losses, "seed": args.seed}  # fmt: skip
+             "losses": args.losses, "seed": args.seed, "note_every": args.note_every}  # fmt: skip
     if args.dask:
         found["dask_task_s"] = dask_seconds()
         print(f"\na task of dask's scheduler: {1000 * found['dask_task_s']:.1f} ms")

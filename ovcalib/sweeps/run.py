@@ -40,7 +40,7 @@ from ovcalib.sweeps.tables import csv_report, markdown_report, write_page
 LOCK = ".lock"
 # The state and the tables are written again after this many times as long as that took, so that large sweeps spend
 # little time on it. Results lie in folders of their own: a sweep that is killed in between loses nothing.
-NOTE_EVERY = 20
+NOTE_EVERY = 20.0
 
 
 def run_sweep(
