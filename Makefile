@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Files stay together: what their tests share is made once.
-PYTEST := pytest -n auto --maxprocesses 4 --dist loadscope
+# Files stay together: what their tests share is made once. A worker that dies ends the run: xdist would wait for its tests
+# for ever.
+PYTEST := pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadscope
 
 .PHONY: demo tables test test-slow coverage lint format docs clean
 

@@ -39,6 +39,7 @@ from ovcalib.records.plan import Plan, QuantizePlan, Stage, SweepPlan
 from ovcalib.records.recipe import Recipe
 from ovcalib.rundir import folder_bytes, free_to_write
 from ovcalib.sweeps.plan import plan, read_sweep_recipe
+from ovcalib.sweeps.store import SetStore
 
 if TYPE_CHECKING:
     from ovcalib.gan.distillation import StudentRecipe
@@ -179,17 +180,20 @@ def matches(graph: Any, recipe: Recipe) -> dict[str, list[str]]:
     return {pattern: [f"{layer_name(op)} ({op.get_type_name()})" for op in ops] for pattern, ops in found.items()}
 
 
-def plan_sweep(file: Path, target: Path) -> SweepPlan:
+def plan_sweep(file: Path, target: Path, store: str | None = None) -> SweepPlan:
     """What `ovcalib sweep` would do; nothing is tried."""
     recipe = read_sweep_recipe(file)
     cells = plan(recipe)
     rows = [{"model": c.model, "source": c.source, "mode": c.mode, "seed": str(c.seed), "folder": c.key} for c in cells]
     reason = "`ovcalib quantize --dry-run` tells that of a cell"
+    keys = {cell.set_key for cell in cells}
+    shared = None if store is None else SetStore(store)
     return SweepPlan(
         recipe=recipe.model_dump(mode="json"),
         stages=(Stage(what=f"quantize {len(cells)} times", why=reason),),
         cells=tuple(rows),
-        calibration_sets=len({cell.set_key for cell in cells}),
+        calibration_sets=len(keys),
+        sets_in_the_store=0 if shared is None else sum(map(shared.holds, keys)),
         disk_reason=reason,
         **{**resources(target), "memory_bytes": None, "memory_reason": reason},
     )

@@ -27,7 +27,7 @@ def sweep(given: dict[str, Any], common: Common) -> int:
     if common.dry_run:
         from ovcalib.rehearsal import plan_sweep
 
-        return show(plan_sweep(file, target), common)
+        return show(plan_sweep(file, target, given.get("store")), common)
     try:
         found = api.sweep(
             file, target, jobs=given.get("jobs", 1), engine=given.get("engine", "local"), store=given.get("store"),

@@ -21,10 +21,11 @@ from ovcalib.errors import UsageError
 from ovcalib.evaluation.metrics import mean_interval, same_class
 from ovcalib.graph.editing import before_softmax
 from ovcalib.graph.files import ir_bytes, write_ir
-from ovcalib.kernels import is_emulated, kernels_of, outputs_on
+from ovcalib.kernels import kernels_of, outputs_on
 from ovcalib.measurement.benchmark import race
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import Quantized, quantize_graph
+from ovcalib.quantization.selection import kernels_error
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
@@ -156,12 +157,8 @@ class Judge:
             errors = ((outputs - expected) ** 2).sum(1) / max(power, np.finfo(np.float64).tiny)
             found[kernels] = np.where(np.isfinite(errors), errors, math.inf), outputs
         self.by_kernels[name] = tuple(
-            KernelsError(
-                kernels=kernels, nmse=float(errors.mean()) if np.isfinite(errors).all() else None,
-                emulated=is_emulated(kernels),
-            )
-            for kernels, (errors, _) in found.items()
-        )  # fmt: skip
+            kernels_error(kernels, float(errors.mean())) for kernels, (errors, _) in found.items()
+        )
         self.errors[name], self.outputs[name] = max(found.values(), key=lambda pair: float(pair[0].mean()))
 
     def agreement(self, name: str) -> float:

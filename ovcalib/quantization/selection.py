@@ -91,11 +91,11 @@ class OutputError:
 
     def by_kernels(self, int8: ov.Model, wanted: Sequence[Kernels]) -> tuple[KernelsError, ...]:
         """NMSE of the outputs on each of several kernels."""
-        found = [(kernels, self.on(kernels, int8)) for kernels in wanted]
-        return tuple(
-            KernelsError(kernels=kernels, nmse=error if math.isfinite(error) else None, emulated=is_emulated(kernels))
-            for kernels, error in found
-        )
+        return tuple(kernels_error(kernels, self.on(kernels, int8)) for kernels in wanted)
+
+
+def kernels_error(kernels: Kernels, error: float) -> KernelsError:
+    return KernelsError(kernels=kernels, nmse=error if math.isfinite(error) else None, emulated=is_emulated(kernels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,8 @@ class QuantizePlan(Plan):
 
 
 class SweepPlan(Plan):
-    """Also the cells, and how many calibration sets they need."""
+    """Also the cells, and how many calibration sets they need; how many of those are in the store that was named."""
 
     cells: tuple[dict[str, str], ...]
     calibration_sets: int
+    sets_in_the_store: int = 0

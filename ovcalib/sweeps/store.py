@@ -22,7 +22,7 @@ from ovcalib.rundir import RunDir, write_atomically
 class SetStore:
     """The sets under a reference such as /mnt/sets, s3://bucket/sets or gs://bucket/sets.
 
-    raises   UsageError where it cannot be opened or written
+    raises   UsageError where it cannot be opened
     """
 
     def __init__(self, reference: str) -> None:
@@ -31,23 +31,29 @@ class SetStore:
         with self._reached():
             self.files, self.root = fsspec.core.url_to_fs(reference)
             self.local = isinstance(self.files, fsspec.implementations.local.LocalFileSystem)
-            self.files.makedirs(self.root, exist_ok=True)
+            if self.files.isfile(self.root):
+                raise NotADirectoryError("a file has that name")
 
     @property
     def address(self) -> str:
         """The reference, without the current folder."""
         return str(self.files.unstrip_protocol(self.root))
 
+    def holds(self, key: str) -> bool:
+        """Whether there is a set under a key, readable or not. Raises UsageError where the store cannot be reached."""
+        with self._reached():
+            return bool(self.files.exists(self._object(key)))
+
     def fetch(self, key: str, target: Path) -> bool:
         """Write the set of a key into a new folder; False where there is none, or none that can be read.
 
         raises   UsageError where the store cannot be reached, or the folder not be written
         """
+        if not self.holds(key):
+            return False
         with RunDir(target) as work:
             archive = work.path / ".tar"
             with self._reached():
-                if not self.files.exists(self._object(key)):
-                    return False
                 self.files.get_file(self._object(key), str(archive))
             try:
                 with tarfile.open(archive, "r:") as packed:
@@ -70,6 +76,7 @@ class SetStore:
                 for file in sorted(folder.iterdir()):
                     packed.add(file, file.name)
             with self._reached():
+                self.files.makedirs(self.root, exist_ok=True)
                 if self.local:
                     write_atomically(Path(self._object(key)), lambda partial: shutil.copyfile(archive, partial))
                 else:

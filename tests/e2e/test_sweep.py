@@ -23,11 +23,12 @@ from ovcalib.errors import DeviceError, UsageError
 from ovcalib.progress import Progress
 from ovcalib.records.schema import schema
 from ovcalib.records.sweep import make_sweep_recipe
+from ovcalib.rehearsal import plan_sweep
 from ovcalib.sweeps import run as sweeps
 from ovcalib.sweeps.engines import LocalEngine
 from ovcalib.sweeps.state import read_results, read_sweep
 from ovcalib.sweeps.store import SetStore
-from ovcalib.sweeps.worker import run_task
+from ovcalib.sweeps.worker import run_task, share
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -134,6 +135,28 @@ def test_a_result_says_where_its_images_came_from(reference) -> None:
         own = next(cell for cell in shared.cells if cell.key == key)
         made = (reference / "sets" / own.set_key / "calibration.npz").read_bytes()
         assert (folder / "calibration.npz").read_bytes() == made
+        assert (folder / "calibration.npz").samefile(reference / "sets" / own.set_key / "calibration.npz")
+
+
+def test_files_are_kept_once_where_they_are_equal_and_the_disk_can(tmp_path, monkeypatch) -> None:
+    original, copy = tmp_path / "a", tmp_path / "b"
+    original.write_text("images")
+    copy.write_text("others")
+    share(original, copy)
+    assert copy.read_text() == "others"
+    copy.write_text("images")
+
+    def refuse(*paths) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", refuse)
+        share(original, copy)
+    assert copy.read_text() == "images"
+    assert not copy.samefile(original)
+    share(original, copy)
+    assert copy.samefile(original)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_what_is_written_keeps_its_schema(reference) -> None:
@@ -247,6 +270,11 @@ def key(reference):
     return next((reference / "sets").iterdir()).name
 
 
+def write(file, data):
+    file.write_text(yaml.safe_dump(content(data)))
+    return file
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -262,6 +290,7 @@ def test_sets_of_another_sweep_are_taken_from_a_store(reference, data, inline, t
     assert not sweeps.run_sweep(recipe, tmp_path / "second", store=address, progress=said).failed
     assert [line.split()[2:] for line in said.lines if "comes from" in line] == [["comes", "from", ANY]] * 2
     assert tables(tmp_path / "second") == tables(tmp_path / "first")
+    assert plan_sweep(write(tmp_path / "r.yaml", data), tmp_path / "third", address).sets_in_the_store == 2
     for folder in (tmp_path / "first" / "sets").iterdir():
         assert files(tmp_path / "second" / "sets" / folder.name) == files(folder)
 
