@@ -5,7 +5,9 @@ float. Counters of the device tell how long each operation takes in either; what
 neighbours that are fused or converted make the times of single operations depend on each other:
 
 1. The operations that float promises to save time on are ranked by what it saves.
-2. The model with all of them in float, with the better half, with the better quarter, ... race each other.
+2. The model with all of them in float, with the better half, with the better quarter, ... race each other. Conversions
+   between INT8 and float belong to no operation, so where float saves time at all, the model with a single operation in
+   INT8 takes part as well.
 3. The fastest must win a second race, against the model that it was made from, beyond the 95 % interval: the fastest of
    several is partly luck. Then it is the new start, until nothing is won.
 """
@@ -74,8 +76,12 @@ def restore_latency(
     while True:
         left = [name for name in operations if name not in in_float]
         promised = gains(model, left)
-        useful = sorted((name for name in left if promised[name] > WORTHWHILE), key=lambda name: -promised[name])
-        tries = {n: build((*in_float, *useful[:n])) for n in halves(min(len(useful), len(left) - 1))}
+        ranked = sorted(left, key=lambda name: -promised[name])
+        useful = sum(promised[name] > WORTHWHILE for name in left)
+        counts = {*halves(min(useful, len(left) - 1))}
+        if useful or in_float:
+            counts.add(len(left) - 1)
+        tries = {n: build((*in_float, *ranked[:n])) for n in sorted(counts - {0}, reverse=True)}
         tries = {n: tried for n, tried in tries.items() if allowed(tried)}
         if not tries:
             return Faster(model, in_float)
@@ -83,7 +89,7 @@ def restore_latency(
         best = min(times, key=lambda n: float(np.mean(np.log(times[n]))))
         if best == 0 or not wins(race({0: model, best: tries[best]}, FINAL_S), best, 0):
             return Faster(model, in_float)
-        model, in_float = tries[best], (*in_float, *useful[:best])
+        model, in_float = tries[best], (*in_float, *ranked[:best])
 
 
 def halves(count: int) -> Iterator[int]:

@@ -74,6 +74,18 @@ def test_what_pays_only_after_its_neighbour_is_found_in_another_pass() -> None:
     assert machine.search().in_float == ("a", "b")
 
 
+def test_what_belongs_to_no_operation_is_saved_by_a_model_with_one_in_int8() -> None:
+    """As conversions, which cost the same for one operation in float as for all but one."""
+    machine = Machine(
+        dict.fromkeys("abcd", 5.0), {"a": 3.0, "b": 5.5, "c": 5.2, "d": 5.7},
+        extra=lambda model: 0.0 if len(model) == 3 else 4.0,
+    )  # fmt: skip
+    assert machine.search().in_float == ("a", "c", "b")
+    slower = Machine(dict.fromkeys("abcd", 5.0), dict.fromkeys("abcd", 6.0), lambda model: -90.0 * (len(model) == 3))
+    assert slower.search().in_float == ()  # where nothing is promised there is no race
+    assert not slower.races
+
+
 def test_luck_in_one_race_does_not_choose() -> None:
     """The second race has the times that the model always has."""
     machine = Machine({"a": 5.0, "b": 5.0}, {"a": 4.9, "b": 6.0}, lambda model: 0.2 * len(model), {frozenset("a"): 0.5})
