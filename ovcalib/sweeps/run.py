@@ -65,7 +65,7 @@ def run_sweep(
     progress = progress or Progress()
     folder = folder.absolute()
     cells = plan(recipe)
-    address = None if store is None else SetStore(store).address
+    address = None if store is None else SetStore(store).prepare()
     with _own(folder, recipe, resume):
         with open_engine(engine, jobs) as opened:
             sweep = _Run(recipe, folder, cells, opened, progress, address).run()

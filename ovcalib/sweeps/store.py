@@ -26,6 +26,8 @@ class SetStore:
     """
 
     def __init__(self, reference: str) -> None:
+        if not reference.strip():
+            raise UsageError("`store` is empty. Expected a folder, or an address such as s3://bucket/sets.")
         fsspec = require("fsspec", "quantize", f"`store={reference}`")
         self.reference = reference
         with self._reached():
@@ -34,10 +36,14 @@ class SetStore:
             if self.files.isfile(self.root):
                 raise NotADirectoryError("a file has that name")
 
-    @property
-    def address(self) -> str:
-        """The reference, without the current folder."""
-        return str(self.files.unstrip_protocol(self.root))
+    def prepare(self) -> str:
+        """Make the folder where there is none; returns an address that does not depend on the current folder.
+
+        raises   UsageError where it cannot be made
+        """
+        with self._reached():
+            self.files.makedirs(self.root, exist_ok=True)
+            return str(self.files.unstrip_protocol(self.root))
 
     def holds(self, key: str) -> bool:
         """Whether there is a set under a key, readable or not. Raises UsageError where the store cannot be reached."""
@@ -76,7 +82,6 @@ class SetStore:
                 for file in sorted(folder.iterdir()):
                     packed.add(file, file.name)
             with self._reached():
-                self.files.makedirs(self.root, exist_ok=True)
                 if self.local:
                     write_atomically(Path(self._object(key)), lambda partial: shutil.copyfile(archive, partial))
                 else:

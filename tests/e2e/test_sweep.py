@@ -298,6 +298,7 @@ def test_sets_of_another_sweep_are_taken_from_a_store(reference, data, inline, t
 @pytest.mark.parametrize("harm", ["cut", "no archive", "a set that is none", "a path outside"])
 def test_a_set_in_the_store_that_cannot_be_read_is_none_and_is_replaced(reference, key, tmp_path, harm) -> None:
     store = SetStore(str(tmp_path / "sets"))
+    store.prepare()
     assert not store.fetch(key, tmp_path / "out")
     store.publish(key, reference / "sets" / key)
     file = tmp_path / "sets" / f"{key}.tar"
@@ -327,15 +328,18 @@ def test_a_set_that_cannot_be_shared_still_serves_its_cells(data, inline, tmp_pa
     assert any("is not shared: the bucket is read-only" in line for line in said.lines)
 
 
-@pytest.mark.parametrize("address", ["s4://bucket/sets", "taken"])
+@pytest.mark.parametrize("address", ["s4://bucket/sets", "taken", "taken/below", ""])
 def test_a_store_that_cannot_be_used_is_refused_before_anything_runs(data, tmp_path, monkeypatch, address) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content(data)))
     found = CliRunner().invoke(cli.app, ["sweep", "r.yaml", "-o", "out", "--store", address])
     assert found.exit_code == 2
-    assert f"The store '{address}' cannot be used" in found.stderr
-    assert "leave --store out" in found.stderr
+    if address:
+        assert f"The store '{address}' cannot be used" in found.stderr
+        assert "leave --store out" in found.stderr
+    else:
+        assert "--store is empty" in found.stderr
     assert not (tmp_path / "out").exists()
 
 
