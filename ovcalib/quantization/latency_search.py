@@ -166,4 +166,9 @@ def speed_warnings(found: SpeedSearch, deploy_isa: DeployISA) -> list[str]:
             f"FP32 is faster on {found.device} than INT8 is with any of the operations that were tried in float. Ship "
             "FP32 for this machine."
         )
+    elif found.over_fp32_ci95[0] <= 1 and found.in_float:
+        warnings.append(
+            f"Even with {len(found.in_float)} operations in float the model is no faster than FP32 on {found.device}, so "
+            "INT8 saves no time on this machine. Ship FP32, or omit `optimize_for=latency` for a smaller file."
+        )
     return warnings

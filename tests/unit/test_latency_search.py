@@ -115,7 +115,9 @@ def found(over_fp32, device="CPU"):
 def test_warnings_say_where_the_times_do_not_hold(monkeypatch) -> None:
     monkeypatch.setattr("ovcalib.quantization.latency_search.host_kernels", lambda: "avx2")
     assert speed_warnings(found(1.5), "any") == []
-    assert speed_warnings(found(1.05), "avx2") == []
+    (equal,) = speed_warnings(found(1.05), "avx2")
+    assert "with 1 operations in float the model is no faster than FP32 on CPU" in equal
+    assert speed_warnings(found(1.05).model_copy(update={"in_float": ()}), "avx2") == []
     (elsewhere,) = speed_warnings(found(1.5), "vnni")
     assert "no vnni" in elsewhere
     (slower,) = speed_warnings(found(0.5), "any")
