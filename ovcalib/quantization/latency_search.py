@@ -168,7 +168,7 @@ def speed_warnings(found: SpeedSearch, deploy_isa: DeployISA) -> list[str]:
         )
     elif found.over_fp32_ci95[0] <= 1 and found.in_float:
         warnings.append(
-            f"Even with {len(found.in_float)} operations in float the model is no faster than FP32 on {found.device}, so "
+            f"Even with {len(found.in_float)} operations in float the model is no faster than FP32 on {found.device}: "
             "INT8 saves no time on this machine. Ship FP32, or omit `optimize_for=latency` for a smaller file."
         )
     return warnings
