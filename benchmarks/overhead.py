@@ -6,8 +6,9 @@
 them, quantize with the same settings and write the IR; ovcalib also checks the images and the spread of the
 activations, measures agreement and writes its result. They are timed after imports, in turns, in one process. Then the
 two INT8 models are benchmarked. `bare` and `ovcalib` use NNCF's defaults with its full bias correction, so that the
-models are equal; for the same reason images that were made count as the user's own. `default` is ovcalib with its own
-defaults, `bare-fast` is NNCF with its default, the fast correction.
+models are equal; for the same reason NNCF gets the images that ovcalib takes ranges from, and images that were made
+count as the user's own. `default` is ovcalib with its own defaults, `bare-fast` is NNCF with its default, the fast
+correction.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 import openvino as ov
 
 import ovcalib
+from ovcalib.calibration.split import CHOICE_IMAGES, CHOICE_SHARE
 from ovcalib.graph.files import graph_sha256, read_graph
 from ovcalib.quantization.arm_search import ARMS
 
@@ -36,6 +38,7 @@ def bare(model: Path, images: Path, folder: Path, preprocessing: ovcalib.Preproc
     """What the NNCF documentation shows."""
     graph = ov.Core().read_model(model)
     pixels = np.load(images)["images"]
+    pixels = pixels[: len(pixels) - min(CHOICE_IMAGES, round(CHOICE_SHARE * len(pixels)))]
     inputs = [preprocessing.normalise(x)[None] if x.dtype == np.uint8 else x[None] for x in pixels]
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = nncf.Dataset(inputs)
