@@ -180,7 +180,7 @@ def test_other_commands_are_known(block) -> None:
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
         else:
-            assert words[0] in ("ovcalib", "pip", "pipx", "docker", "eval", "hf"), line
+            assert words[0] in ("ovcalib", "pip", "pipx", "docker", "dask", "eval", "hf"), line
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.page)
