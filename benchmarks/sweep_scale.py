@@ -40,8 +40,6 @@ from ovcalib.sweeps.run import _Run, write_tables
 from ovcalib.sweeps.state import read_results, read_sweep
 from ovcalib.sweeps.tables import write_page
 
-SET_FILES = ("calibration.npz", "calibration.json", "request.json")
-
 
 @dataclass
 class Measured:
@@ -75,8 +73,8 @@ class VirtualEngine:
         self.workers, self.costs, self.sources, self.args = workers, costs, sources, args
         self.rng = random.Random(args.seed)
         self.clock, self.seen = 0.0, time.perf_counter()
-        self.coordinator: list[tuple[int, float]] = []  # tasks that were done, and seconds of the coordinator since
-        self.ends: list[tuple[float, int, Future[dict[str, Any]], dict[str, Any], float]] = []
+        self.coordinator: list[float] = []  # its seconds between the ends of two tasks
+        self.ends: list[tuple[float, int, Future[dict[str, Any]], dict[str, Any], Measured, float]] = []
         self.worked, self.started, self.lost, self.slow = 0.0, 0, 0, 0
 
     def slots(self) -> int:
@@ -92,7 +90,7 @@ class VirtualEngine:
         self.started += 1
         self.worked += seconds
         future: Future[dict[str, Any]] = Future()
-        heapq.heappush(self.ends, (self.now() + seconds, self.started, future, task, seconds))
+        heapq.heappush(self.ends, (self.now() + seconds, self.started, future, task, source, seconds))
         return future
 
     def now(self) -> float:
@@ -100,9 +98,9 @@ class VirtualEngine:
 
     def wait(self, running: Collection[Future[dict[str, Any]]]) -> Collection[Future[dict[str, Any]]]:
         own = time.perf_counter() - self.seen
-        self.coordinator.append((self.started - len(running), own))
-        end, _, future, task, seconds = heapq.heappop(self.ends)
-        write(task, self.costs[self.sources[task["target"].rpartition("/")[2]]])
+        self.coordinator.append(own)
+        end, _, future, task, source, seconds = heapq.heappop(self.ends)
+        write(task, source)
         future.set_result({"seconds": round(seconds, 3), "error": None, "exit_code": 1})
         self.clock, self.seen = max(self.clock + own, end), time.perf_counter()
         return [future]
@@ -147,7 +145,7 @@ def simulate(
         page = (folder / "report.html").stat().st_size
         written = sum(path.stat().st_size for path in folder.rglob("result.json"))
     assert not sweep.failed
-    own = [seconds for _, seconds in engine.coordinator]
+    own = engine.coordinator
     last = own[-max(1, len(own) // 20) :]
     return {
         "workers": workers, "cells": len(cells), "tasks": engine.started, "makespan_s": makespan,
@@ -163,7 +161,7 @@ def moved(costs: dict[str, Measured]) -> dict[str, float]:
     return {
         "set_bytes": statistics.fmean(size(c.set_folder) for c in costs.values()),
         "cell_bytes": statistics.fmean(size(c.folder) for c in costs.values()),
-        "images_in_cell_bytes": statistics.fmean((c.folder / SET_FILES[0]).stat().st_size for c in costs.values()),
+        "images_in_cell_bytes": statistics.fmean((c.folder / "calibration.npz").stat().st_size for c in costs.values()),
     }
 
 
