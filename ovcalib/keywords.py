@@ -29,7 +29,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     options: Mapping[str, object]
     preview: bool
     keep_images: bool
-    mode: Literal["default", "accuracy-aware"]
+    mode: Literal["default", "accuracy-aware", "weight-only"]
     search: bool
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]

@@ -40,7 +40,7 @@ from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import Exported, export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, stored_spec, write_ir
 from ovcalib.graph.heads import raw_heads
-from ovcalib.kernels import proof_kernels
+from ovcalib.kernels import host_kernels, proof_kernels
 from ovcalib.measurement.benchmark import measure_pair
 from ovcalib.measurement.environment import environment
 from ovcalib.models.load import Model, load_model, model_record, with_statistics
@@ -59,6 +59,8 @@ from ovcalib.runtime import OpenVINORunner, check_device, output_ports
 if TYPE_CHECKING:
     from torch import nn
 
+# Weights alone are quantized without images; these only show what that changes.
+SHOWN_TO_WEIGHTS, SHOWN = "fractal", 64
 STEERED_BY_EVALUATION = (
     "The evaluation images also steered the accuracy-aware algorithm, so the accuracy is flattered; name others with "
     "`validate_on`."
@@ -192,7 +194,7 @@ def quantize(
         if asked.search:
             timed_on = recipe.measurement.device if recipe.measurement.benchmark_time else None
             asked, searched = search(
-                asked, exported.graph, calibration, model.spec.task, out_of_time, progress, log, timed_on
+                asked, exported.graph, calibration, model.spec.task, out_of_time, progress, log, timed_on, work.resume
             )
             settings = resolve_settings(asked, exported.graph)
         quantized = quantize_graph(
@@ -211,9 +213,12 @@ def quantize(
 
         # What is measured from here on is the file, not the graph that it was written from.
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
-        kernels = proof_kernels(recipe.quantization.deploy_isa)
+        in_float = quantized.record.mode == "weight-only"
+        kernels = host_kernels() if in_float else proof_kernels(recipe.quantization.deploy_isa)
         body = int8 if exported.detector is None else raw_heads(int8)
-        proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
+        proof = prove(
+            reference, body, images, proven_on, model.spec, None if in_float else kernels, progress, ready.decode
+        )
         predicted, unpredicted = predict_loss(
             exported.graph, int8, model.spec, PROBE, lambda: probe_inputs(model.spec), blind_to(calibration),
             kernels,
@@ -310,7 +315,12 @@ def prepare(
     metric = None if asked is None else MetricFunction(asked)
     warnings: tuple[str, ...] = ()
     if calibration is None:
-        options, warnings = resolve_calibration(recipe.calibration, model, progress)
+        options = recipe.calibration
+        if recipe.quantization.mode == "weight-only" and options.calib is None:
+            options = options.model_copy(
+                update={"calib": SHOWN_TO_WEIGHTS, "num_samples": options.num_samples or SHOWN}
+            )
+        options, warnings = resolve_calibration(options, model, progress)
     else:
         if not isinstance(calibration, CalibrationSet):
             calibration = set_of_object(calibration, recipe.calibration, model)

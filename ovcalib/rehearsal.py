@@ -37,6 +37,7 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import BenchmarkOptions, CalibrationOptions, GenerateOptions, ModelOptions
 from ovcalib.records.plan import Plan, QuantizePlan, Stage, SweepPlan
 from ovcalib.records.recipe import Recipe
+from ovcalib.records.result import NOTHING
 from ovcalib.rundir import folder_bytes, free_to_write
 from ovcalib.sweeps.plan import plan, read_sweep_recipe
 from ovcalib.sweeps.store import SetStore
@@ -160,12 +161,13 @@ def plan_quantize(recipe: Recipe, target: Path, overwrite: bool, progress: Progr
             )
         )
     images_bytes = set_bytes(options, spec, made, as_pixels=False)
+    weights_alone = recipe.quantization.mode == "weight-only"
     return QuantizePlan(
         recipe=recipe.model_dump(mode="json"),
         stages=tuple(stages),
         disk_bytes=fp32_bytes + int8_bytes + (images_bytes if options.keep_images else 0),
-        overflow_fix=ready.settings.overflow_fix,
-        preset=ready.settings.preset,
+        overflow_fix=NOTHING if weights_alone else ready.settings.overflow_fix,
+        preset=NOTHING if weights_alone else ready.settings.preset,
         transformer=ready.settings.transformer,
         ignored=ignored,
         **resources(target, 0 if made is not None else images_bytes),

@@ -111,7 +111,7 @@ class RunDir:
                 for parent in self.made:
                     parent.rmdir()
         if isinstance(error, KeyboardInterrupt) and self.resume is not None and self.resume.is_dir():
-            raise Interrupted(f"the images so far are kept in {str(self.resume)!r}") from error
+            raise Interrupted(f"the work so far is kept in {str(self.resume)!r}") from error
         if full:
             place = "temporary files" if self.target is None else f"the output folder {str(self.target)!r}"
             raise UsageError(f"No space is left for {place}. Free some, or use another disk.") from error

@@ -2,13 +2,18 @@
 
 Every arm goes through `quantize_graph` with options of its own. ovcalib's defaults stay unless an arm has a smaller
 output error beyond the 95 % interval over the images; so NNCF's defaults, which are an arm, are never better beyond it.
+Weights alone in 8 bits have the least error of all, but compute in float: they are taken where that costs no time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import math
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,13 +21,14 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from ovcalib import __version__
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import UsageError
 from ovcalib.evaluation.metrics import mean_interval, same_class
 from ovcalib.graph.editing import before_softmax
-from ovcalib.graph.files import ir_bytes, write_ir
-from ovcalib.kernels import kernels_of, outputs_on
-from ovcalib.measurement.benchmark import race
+from ovcalib.graph.files import graph_sha256, ir_bytes, read_graph, write_ir
+from ovcalib.kernels import host_kernels, kernels_of, outputs_on
+from ovcalib.measurement.benchmark import race, ratio_interval
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import Quantized, quantize_graph
 from ovcalib.quantization.selection import kernels_error
@@ -33,6 +39,7 @@ from ovcalib.records.result import Arm, ArmSearch, KernelsError
 from ovcalib.runtime import outputs_of
 
 DEFAULTS = "defaults"
+WEIGHTS = "weights only"
 _NNCF: dict[str, Any] = {
     "activation_ranges": "mean-min-max", "bias_correction": "fast", "rounding": "nearest",
     "overflow_fix": "first-layer", "guard": False, "equalize": "off",
@@ -45,7 +52,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "histogram ranges": {"activation_ranges": "histogram"},
     "mixed preset": {"preset": "mixed"},
     "equalized": {"equalize": "on"},
+    WEIGHTS: {"mode": "weight-only"},
 }
+# The time of weights alone over that of another arm, up to which it has not cost any.
+SAME_TIME = 1.05
 # Images that arms are compared on: a quarter of the set, but no more than that.
 JUDGE_SHARE = 0.25
 JUDGE_IMAGES = 32
@@ -60,12 +70,15 @@ def arms_of(options: QuantizationOptions, transformer: bool) -> tuple[dict[str, 
         if "NNCF" in name and transformer:
             changes = changes | {"smooth_quant": "on"}
         given = {key: getattr(options, key) for key in changes}
-        if any(given[key] not in (usual[key], value) for key, value in changes.items()):
+        undone = any(given[key] not in (usual[key], value) for key, value in changes.items())
+        # The same machine for all arms; weights alone suit every one.
+        idle = options.model_copy(update={"search": False, "deploy_isa": "any", "max_time": None}).beyond_weights()
+        if undone or (name == WEIGHTS and idle):
             left_out.append(name)
         elif not changes or changes != given:
             alone = {"search": False, "optimize_for": "size", "mode": "default"}
             steering = dict.fromkeys(("metric", "validate_on", "max_time", "max_iterations"))
-            arms[name] = options.model_copy(update={**alone, **steering, **changes})
+            arms[name] = options.model_copy(update=alone | steering | changes)
     return arms, tuple(left_out)
 
 
@@ -78,11 +91,13 @@ def search(
     progress: Progress,
     log: TextIO | None = None,
     device: str | None = None,
+    resume: Path | None = None,
 ) -> tuple[QuantizationOptions, ArmSearch]:
     """The options of the best arm, in place of those that search.
 
     fp32     float, batch 1
     device   on which the arms' latency is measured; None leaves it out
+    resume   folder in which finished arms are kept until the run has ended
     returns  the options with what the chosen arm changes, and all arms as they were judged
     raises   UsageError for too few calibration images, ModelError
     """
@@ -95,30 +110,32 @@ def search(
     if settings.preset == "mixed":
         arms.pop("mixed preset", None)
     judge = Judge(fp32, fresh, options)
-    made: dict[str, Quantized] = {}
+    kept = KeptArms(resume, fp32, seen)
+    made: dict[str, Made] = {}
     late: list[str] = []
     for name, asked in arms.items():
         if made and out_of_time():
             late.append(name)
             continue
         progress.say(f"trying {name}")
-        made[name] = quantize_graph(
+        made[name] = kept.read(asked) or kept.add(asked, quantize_graph(
             asked, resolve_settings(asked, fp32), fp32, seen, None, task, lambda: False, progress, log
-        )
+        ))  # fmt: skip
         judge(name, made[name].int8)
-    chosen = best(judge.errors)
-    graphs = {name: quantized.int8 for name, quantized in made.items()}
-    latency = {} if device is None else {n: float(np.median(t)) for n, t in race(graphs, device, 1.0).items()}
+    times = {} if device is None else race({name: found.int8 for name, found in made.items()}, device, 1.0)
+    chosen = best({name: errors for name, errors in judge.errors.items() if name != WEIGHTS})
+    if cost_no_time(times, chosen) and judge.errors[WEIGHTS].mean() < judge.errors[chosen].mean():
+        chosen = WEIGHTS
     record = ArmSearch(
         arms=tuple(
             Arm(
                 name=name, changes={key: str(value) for key, value in ARMS[name].items()},
                 output_error=judge.by_kernels[name], difference_ci95=difference(judge.errors, name),
                 agreement=judge.agreement(name) if task == "classification" else None,
-                size_bytes=written_bytes(quantized.int8), latency_ms=latency.get(name),
-                seconds=quantized.record.seconds,
+                size_bytes=written_bytes(found.int8),
+                latency_ms=float(np.median(times[name])) if times else None, seconds=found.seconds,
             )
-            for name, quantized in made.items()
+            for name, found in made.items()
         ),
         chosen=chosen, count=len(fresh), left_out=left_out, late=tuple(late),
     )  # fmt: skip
@@ -132,6 +149,62 @@ def refuse_small_set(count: int) -> None:
             f"`num_samples={count}`: `search` keeps a quarter of the images for the comparison. Expected at least "
             f"{SMALLEST_SET}."
         )
+
+
+def cost_no_time(times: Mapping[str, Sequence[float]], chosen: str) -> bool:
+    """Whether weights alone take no longer than an arm: at most SAME_TIME, at the upper end of the 95 % interval."""
+    return WEIGHTS in times and ratio_interval(times[WEIGHTS], times[chosen])[2] <= SAME_TIME
+
+
+@dataclass(frozen=True)
+class Made:
+    """The graph of an arm, and how long it took to make."""
+
+    int8: ov.Model
+    seconds: float
+
+
+class KeptArms:
+    """Arms that were finished, in a folder; each is found by the hash of all that it was made from.
+
+    folder   None keeps nothing
+    """
+
+    def __init__(self, folder: Path | None, fp32: ov.Model, images: CalibrationSet) -> None:
+        self.folder = folder
+        versions = [importlib.metadata.version(name) for name in ("openvino", "nncf")]
+        self.made_from = [graph_sha256(fp32), images_sha256(images), __version__, *versions, host_kernels()]
+
+    def _place(self, options: QuantizationOptions) -> Path | None:
+        if self.folder is None:
+            return None
+        key = "\n".join([*self.made_from, options.model_dump_json()])
+        return self.folder / "arms" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    def read(self, options: QuantizationOptions) -> Made | None:
+        place = self._place(options)
+        if place is None or not place.is_dir():
+            return None
+        # Copied, as the weights of a graph that was read stay mapped from its file.
+        return Made(read_graph(place / "model.xml").clone(), float((place / "seconds").read_text()))
+
+    def add(self, options: QuantizationOptions, quantized: Quantized) -> Made:
+        place = self._place(options)
+        if place is not None and not place.exists():
+            partial = place.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_ir(quantized.int8.clone(), partial / "model.xml")
+            (partial / "seconds").write_text(str(quantized.record.seconds))
+            partial.rename(place)
+        return Made(quantized.int8, quantized.record.seconds)
+
+
+def images_sha256(images: CalibrationSet) -> str:
+    """A hash of everything of a calibration set that quantization reads."""
+    digest = hashlib.sha256(repr((images.images.shape, images.input_range, images.preprocessing)).encode())
+    digest.update(images.images.tobytes())
+    return digest.hexdigest()
 
 
 class Judge:

@@ -22,7 +22,7 @@ from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.latency_search import faster_in_float, speed_warnings
-from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.nncf_backend import quantize_default, quantize_weights
 from ovcalib.quantization.selection import (
     OutputError,
     Selection,
@@ -34,7 +34,7 @@ from ovcalib.quantization.selection import (
 from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.records.result import Equalized, Outcome, Quantization
+from ovcalib.records.result import NOTHING, Equalized, Outcome, Quantization
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def quantize_graph(
     steering_reference: Outputs | None = None,
     device: str = "CPU",
 ) -> Quantized:
-    """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one.
+    """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one; or weights alone.
 
     settings         what `resolve_settings` made of the options
     fp32             float, batch 1
@@ -108,6 +108,8 @@ def quantize_graph(
     device           on which operations are timed, where options ask for that
     raises           ModelError, DataError, DeviceError
     """
+    if options.mode == "weight-only":
+        return weights_only(options, settings, fp32, log)
     began = time.monotonic()
     warnings = []
     parts = split(calibration)
@@ -194,3 +196,18 @@ def quantize_graph(
         seconds=round(time.monotonic() - began, 3),
     )
     return Quantized(best.source, int8, record, outcome, tuple(warnings))
+
+
+def weights_only(
+    options: QuantizationOptions, settings: Settings, fp32: ov.Model, log: TextIO | None = None
+) -> Quantized:
+    """A graph whose weights have 8 bits and that computes in float; it needs no images."""
+    began = time.monotonic()
+    graph = quantize_weights(fp32, settings.ignored, log)
+    record = Quantization(
+        mode=options.mode, preset=NOTHING, subset_size=0, overflow_fix=NOTHING, deploy_isa=options.deploy_isa,
+        activation_ranges=NOTHING, bias_correction=NOTHING, transformer=settings.transformer, ignored=settings.ignored,
+        int8_operations=0, float_operations=len(float_operations(graph)), reverted=(), restoration=None,
+        seconds=round(time.monotonic() - began, 3),
+    )  # fmt: skip
+    return Quantized(fp32, graph, record, "done", ())

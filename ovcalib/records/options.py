@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, Shown
 
 GoalMetric = Literal["top1", "agreement", "expected-top1", "nmse"]
-Mode = Literal["default", "accuracy-aware"]
+Mode = Literal["default", "accuracy-aware", "weight-only"]
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
@@ -164,7 +164,9 @@ class QuantizationOptions(Frozen):
     """Quantization"""
 
     mode: Mode = Field(
-        default="default", description="accuracy-aware reverts operations to float until `max_drop` holds."
+        default="default",
+        description="accuracy-aware reverts operations to float until `max_drop` holds; weight-only stores weights in "
+        "8 bits and computes in float.",
     )
     search: bool = Field(
         default=False,
@@ -267,7 +269,7 @@ class QuantizationOptions(Frozen):
 
     @model_validator(mode="after")
     def _steering_needs_something_to_steer(self) -> QuantizationOptions:
-        if self.mode == "default":
+        if self.mode != "accuracy-aware":
             for name in STEERING_FIELDS:
                 if getattr(self, name) is not None and not (name == "max_time" and self.search):
                     alternative = " or `search=True`" if name == "max_time" else ""
@@ -276,9 +278,22 @@ class QuantizationOptions(Frozen):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _weights_alone_need_nothing_else(self) -> QuantizationOptions:
+        if self.mode == "weight-only" and (name := self.beyond_weights()):
+            raise ValueError(f"`{name}={getattr(self, name)}` does nothing with `mode=weight-only`")
+        return self
 
-# Fields that the default algorithm does not take.
+    def beyond_weights(self) -> str | None:
+        """The name of an option that is given and that quantizing weights alone has no use for."""
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in WEIGHT_FIELDS}
+        return next((name for name, field in fields.items() if getattr(self, name) != field.get_default()), None)
+
+
+# Fields that only the accuracy-aware algorithm takes.
 STEERING_FIELDS = ("metric", "validate_on", "max_time", "max_iterations")
+# The only fields that count where weights alone are quantized; `max_drop` is what the verdict goes by.
+WEIGHT_FIELDS = ("mode", "ignore", "max_drop")
 
 
 class EvaluationOptions(Frozen):

@@ -148,7 +148,7 @@ def read_record(path: Path) -> Record:
 
 def without_idle_fields(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without the fields that its algorithm does not take, which earlier versions wrote."""
-    if recipe.get("mode", "accuracy-aware") == "default":
+    if recipe.get("mode", "accuracy-aware") != "accuracy-aware":
         return {name: value for name, value in recipe.items() if name not in STEERING_FIELDS}
     return recipe
 

@@ -10,7 +10,7 @@ from ovcalib.records.base import Frozen
 from ovcalib.records.calibration import Calibration
 from ovcalib.records.environment import Environment
 from ovcalib.records.model import ModelRecord
-from ovcalib.records.options import GoalMetric
+from ovcalib.records.options import GoalMetric, Mode
 from ovcalib.records.recipe import Recipe
 
 # The INT8 arithmetic of a CPU; see ovcalib.kernels.
@@ -366,6 +366,10 @@ class ArmSearch(Frozen):
     late: tuple[str, ...] = ()
 
 
+# Of settings that weights alone have no use for.
+NOTHING = "none"
+
+
 class Quantization(Frozen):
     """How INT8 was made, resolved.
 
@@ -400,7 +404,7 @@ class Quantization(Frozen):
     search             the ways to quantize that were compared; None where that was not asked for
     """
 
-    mode: Literal["default", "accuracy-aware"]
+    mode: Mode
     preset: str
     subset_size: int
     images: SetSplit | None = None

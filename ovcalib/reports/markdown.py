@@ -92,6 +92,13 @@ def output_row(found: OutputAgreement) -> list[str]:
 
 def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
     """How INT8 was made, and why so."""
+    if quantization.mode == "weight-only":
+        return [
+            ("mode", "weight-only: weights in 8 bits, a scale for each output channel; it computes in float"),
+            ("layers", str(quantization.float_operations)),
+            ("ignored", ", ".join(quantization.ignored) or "none"),
+            ("seconds", f"{quantization.seconds:.1f}"),
+        ]
     facts = [
         ("mode", quantization.mode),
         ("preset", quantization.preset),
@@ -164,6 +171,9 @@ def arms_note(search: ArmSearch) -> str:
     text = f"Compared on {search.count} calibration images that none of them was made from; “{search.chosen}” is used."
     if search.left_out:
         text += f" Left out, because they would undo options that were given: {', '.join(search.left_out)}."
+    weights = [arm for arm in search.arms if arm.changes.get("mode") == "weight-only"]
+    if weights and weights[0].name != search.chosen:
+        text += f" “{weights[0].name}” computes in float, and is used where a measured latency shows no loss of time."
     if search.late:
         text += f" Not tried, for want of time: {', '.join(search.late)}."
     return text

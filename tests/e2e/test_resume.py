@@ -34,7 +34,7 @@ def test_the_same_command_without_an_output_folder_goes_on(toy, tmp_path, monkey
     found = run(*command)
     assert found.exit_code == 130
     (line,) = [line for line in found.stderr.splitlines() if "interrupted" in line]
-    assert "the images so far are kept in 'runs/.0001-bn-inversion-tests.toy-ToyNet.resume'" in line
+    assert "the work so far is kept in 'runs/.0001-bn-inversion-tests.toy-ToyNet.resume'" in line
     assert "Go on with: ovcalib generate bn-inversion" in line
     assert "nothing was written" not in found.stderr
     # Something else has taken the number meanwhile.

@@ -11,7 +11,7 @@ from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.files import graph_sha256, read_graph
 from ovcalib.progress import Progress
 from ovcalib.quantization import arm_search
-from ovcalib.quantization.arm_search import ARMS, DEFAULTS, arms_of, best, difference, search
+from ovcalib.quantization.arm_search import ARMS, DEFAULTS, WEIGHTS, arms_of, best, cost_no_time, difference, search
 from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import Arm, KernelsError
@@ -78,13 +78,15 @@ def test_what_was_asked_for_is_in_every_arm() -> None:
     arms, left_out = arms_of(QuantizationOptions(search=True, preset="mixed", deploy_isa="vnni"), transformer=False)
     assert {options.preset for options in arms.values()} == {"mixed"}
     assert {options.deploy_isa for options in arms.values()} == {"vnni"}
-    assert not left_out
+    assert left_out == (WEIGHTS,)
     assert "mixed preset" not in arms  # the same as the defaults
     arms, left_out = arms_of(QuantizationOptions(search=True, rounding="compensated"), transformer=False)
     assert {options.rounding for options in arms.values()} == {"compensated"}
-    assert left_out == ("NNCF", "NNCF, full bias correction")
+    assert left_out == ("NNCF", "NNCF, full bias correction", WEIGHTS)
     arms, left_out = arms_of(QuantizationOptions(search=True, rounding="nearest"), transformer=False)
-    assert set(arms) == set(ARMS)
+    assert (set(arms), left_out) == (set(ARMS) - {WEIGHTS}, (WEIGHTS,))
+    arms, left_out = arms_of(QuantizationOptions(search=True, deploy_isa="avx2", max_time=60), transformer=False)
+    assert (set(arms), left_out) == (set(ARMS), ())
 
 
 def test_arms_do_not_search_steer_or_time() -> None:
@@ -161,6 +163,67 @@ def test_time_runs_out_after_the_defaults(toy, toy_graph) -> None:
     assert [arm.name for arm in found.arms] == [DEFAULTS]
     assert found.late == tuple(ARMS)[1:]
     assert found.chosen == DEFAULTS
+
+
+def test_weights_alone_are_taken_where_they_cost_no_time(toy, toy_graph, monkeypatch) -> None:
+    monkeypatch.setattr(arm_search, "ARMS", {name: ARMS[name] for name in (DEFAULTS, WEIGHTS)})
+    times = {DEFAULTS: [1.0, 1.01, 0.99, 1.0, 1.0], WEIGHTS: [1.02, 1.01, 1.02, 1.01, 1.02]}
+    monkeypatch.setattr(arm_search, "race", lambda graphs, device, seconds: times)
+    asked = QuantizationOptions(search=True)
+
+    def chosen(device):
+        options, found = search(
+            asked, toy_graph, toy.calibration(64), "classification", lambda: False, Progress(), device=device
+        )
+        assert options.mode == ("weight-only" if found.chosen == WEIGHTS else "default")
+        return found.chosen
+
+    assert chosen("CPU") == WEIGHTS
+    assert chosen(None) == DEFAULTS  # nothing was timed
+    times[WEIGHTS] = [1.1, 1.11, 1.1, 1.1, 1.11]
+    assert chosen("CPU") == DEFAULTS
+
+
+def test_no_time_is_a_twentieth_at_the_upper_end_of_the_interval() -> None:
+    assert cost_no_time({WEIGHTS: [1.049] * 5, "b": [1.0] * 5}, "b")
+    assert not cost_no_time({WEIGHTS: [1.051] * 5, "b": [1.0] * 5}, "b")
+    assert not cost_no_time({WEIGHTS: [0.8, 1.2, 0.8, 1.2, 1.0], "b": [1.0] * 5}, "b")  # too noisy to tell
+    assert not cost_no_time({"b": [1.0] * 5}, "b")
+
+
+def test_an_interrupted_search_goes_on(toy, toy_graph, three, monkeypatch, tmp_path) -> None:
+    made = []
+    quantize = quantize_graph
+
+    def counted(options, *others):
+        made.append(options)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return quantize(options, *others)
+
+    monkeypatch.setattr(arm_search, "quantize_graph", counted)
+
+    def again(images, **options):
+        asked = QuantizationOptions(search=True, **options)
+        return search(
+            asked, toy_graph, images, "classification", lambda: False, Progress(), resume=tmp_path
+        )[1]  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        again(toy.calibration(64))
+    assert len(list((tmp_path / "arms").iterdir())) == 2
+    resumed = again(toy.calibration(64))
+    assert len(made) == 4  # the third arm alone was made
+    whole = run(toy, toy_graph)[1]
+    assert [a.output_error for a in resumed.arms] == [a.output_error for a in whole.arms]
+    assert [a.size_bytes for a in resumed.arms] == [a.size_bytes for a in whole.arms]
+    made.clear()
+    other = toy.calibration(64)
+    other.images[0] ^= 1
+    monkeypatch.setattr(arm_search, "quantize_graph", lambda *given: made.append(given) or quantize(*given))
+    again(other)
+    again(toy.calibration(64), preset="mixed")
+    assert len(made) == 6  # nothing that was kept is of these images, or options
 
 
 def test_too_few_images(toy, toy_graph) -> None:

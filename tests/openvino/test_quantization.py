@@ -37,7 +37,7 @@ from ovcalib.graph.reading import (
 from ovcalib.kernels import outputs_on, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
-from ovcalib.quantization.nncf_backend import _Items, quantize_default
+from ovcalib.quantization.nncf_backend import _Items, quantize_default, quantize_weights
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
     OutputError,
@@ -155,6 +155,35 @@ def test_ignored_operations_stay_in_float(toy, toy_graph) -> None:
     name = next(op.get_friendly_name() for op in found if op.get_type_name() in WEIGHTED)
     int8 = quantize_default(toy_graph, toy.calibration(), Settings(ignored=(name,)))
     assert [layer_name(op) for op in float_operations(int8)] == ["top.conv"]
+
+
+def constant(value):
+    """What a constant expression of a graph comes to."""
+    (found,) = ov.compile_model(ov.Model([value], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([]).values()
+    return np.array(found, np.float64)
+
+
+def test_weights_alone_are_rounded_to_the_nearest_of_their_scale(toy, toy_graph) -> None:
+    ignored = next(op.get_friendly_name() for op in float_operations(toy_graph))
+    compressed = quantize_weights(toy_graph, [ignored])
+    before = {op.get_friendly_name(): op for op in float_operations(toy_graph)}
+    after = {op.get_friendly_name(): op for op in float_operations(compressed)}
+    assert before.keys() == after.keys()
+    assert not quantized_operations(compressed)
+    assert is_quantized(compressed) is not None
+    for name, op in after.items():
+        weights, rounded = (constant(ops_by_name[name].input_value(1)) for ops_by_name in (before, after))
+        if name == ignored:
+            assert np.array_equal(rounded, weights)
+            continue
+        outputs = {"Convolution": (0,), "GroupConvolution": (0, 1), "MatMul": (0,)}[op.get_type_name()]
+        others = tuple(i for i in range(weights.ndim) if i not in outputs)
+        step = np.abs(weights).max(others, keepdims=True) / 127
+        # Scales have 16 bits.
+        assert (np.abs(rounded - weights) <= 0.5 * step + 2**-10 * np.abs(weights)).all()
+        assert (np.abs(rounded - weights).max(others, keepdims=True) > 0.1 * step).mean() > 0.5
+    with pytest.raises(ModelError, match="already quantized"):
+        quantize_weights(compressed)
 
 
 def test_p18_p37_the_device_is_always_named() -> None:
