@@ -55,6 +55,14 @@ def restore_biases(quantized: ov.Model, original: ov.Model) -> ov.Model:
     return graph
 
 
+def float_activations(quantized: ov.Model) -> ov.Model:
+    """A copy that computes in float, with the integer weights of the quantized graph."""
+    graph = quantized.clone()
+    for quantizer in activation_quantizers(graph):
+        redirect(quantizer.output(0), quantizer.input_value(0))
+    return graph
+
+
 def before_softmax(graph: ov.Model) -> ov.Model:
     """The graph with the inputs of its final Softmax operations as outputs; the graph itself where it has none.
 

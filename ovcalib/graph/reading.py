@@ -60,7 +60,7 @@ def quantized_operations(graph: ov.Model) -> list[ov.Node]:
         for op in graph.get_ordered_ops()
         if op.get_type_name() not in _PLUMBING | MOVING
         and not _is_weight_scaling(op)
-        and any(_is_quantized(value) for value in op.input_values())
+        and any(_is_quantized(value) and not _is_weight_scaling(_node(value)) for value in op.input_values())
     ]
 
 

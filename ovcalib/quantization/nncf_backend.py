@@ -1,4 +1,4 @@
-"""What NNCF does: INT8, and weights alone in 8 bits. The only module that imports nncf."""
+"""INT8 by NNCF's default algorithm. The only module that imports nncf."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import gc
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TextIO
@@ -110,34 +110,13 @@ def quantize_default(
         except (OvcalibError, MemoryError):
             raise
         except Exception as error:  # NNCF raises its own types, re.error, RuntimeError and AttributeError
+            lines = str(error).strip().splitlines()
             way_out = "Leave the operation at fault in float with `ignore`"
             if settings.smooth_quant:  # which heeds no ignored scope (nncf issue 4172)
                 way_out = "Omit `smooth_quant=on`"
-            raise _refused("quantize the model", error, way_out) from error
-
-
-def quantize_weights(graph: ov.Model, ignored: Sequence[str] = (), log: TextIO | None = None) -> ov.Model:
-    """The weights of convolutions and matrix products in 8 bits, a scale for each output channel; it computes in float.
-
-    Symmetric, as NNCF 3.3's asymmetric weights are wrong where all weights of a channel are nearly equal: NMSE 3,900 on
-    MobileNetV3.
-
-    graph     float; it stays as it is
-    ignored   friendly names of operations whose weights stay in float
-    raises    ModelError where the graph is already quantized, or NNCF refuses it
-    """
-    refuse_quantized_graph(graph, graph.get_friendly_name())
-    with _nncf(log) as nncf:
-        scope = nncf.IgnoredScope(names=list(ignored)) if ignored else None
-        try:
-            return nncf.compress_weights(graph.clone(), mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=scope)
-        except Exception as error:
-            raise _refused("quantize the weights", error, "Leave the operation at fault out with `ignore`") from error
-
-
-def _refused(what: str, error: Exception, way_out: str) -> ModelError:
-    lines = str(error).strip().splitlines()
-    return ModelError(f"NNCF cannot {what}: {lines[0] if lines else type(error).__name__}. {way_out}.")
+            raise ModelError(
+                f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. {way_out}."
+            ) from error
 
 
 @contextlib.contextmanager

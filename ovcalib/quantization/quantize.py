@@ -15,6 +15,7 @@ from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import Images
 from ovcalib.evaluation.outputs import Outputs
+from ovcalib.graph.editing import float_activations
 from ovcalib.graph.reading import float_operations, layer_name, quantized_operations
 from ovcalib.kernels import host_kernels, kernels_of
 from ovcalib.progress import Progress
@@ -22,7 +23,7 @@ from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.latency_search import faster_in_float, speed_warnings
-from ovcalib.quantization.nncf_backend import quantize_default, quantize_weights
+from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.selection import (
     OutputError,
     Selection,
@@ -35,6 +36,8 @@ from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import NOTHING, Equalized, Outcome, Quantization
+
+FEWER = "fewer images (`num_samples`)."
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def quantize_graph(
     raises           ModelError, DataError, DeviceError
     """
     if options.mode == "weight-only":
-        return weights_only(options, settings, fp32, log)
+        return weights_only(options, settings, fp32, calibration, progress, log)
     began = time.monotonic()
     warnings = []
     parts = split(calibration)
@@ -119,7 +122,7 @@ def quantize_graph(
         kept = operations_to_guard(expected, settings)
         ignored = *settings.ignored, *(operation.name for operation in kept)
         output = OutputError(source, parts.choices)
-        with progress.task("calibrating", len(parts.ranges), "fewer images (`num_samples`).") as tick:
+        with progress.task("calibrating", len(parts.ranges), FEWER) as tick:
             make = functools.partial(
                 quantize_default, source, parts.ranges, corrections=parts.corrections, tick=tick, log=log
             )
@@ -199,15 +202,32 @@ def quantize_graph(
 
 
 def weights_only(
-    options: QuantizationOptions, settings: Settings, fp32: ov.Model, log: TextIO | None = None
+    options: QuantizationOptions,
+    settings: Settings,
+    fp32: ov.Model,
+    calibration: CalibrationSet,
+    progress: Progress,
+    log: TextIO | None = None,
 ) -> Quantized:
-    """A graph whose weights have 8 bits and that computes in float; it needs no images."""
+    """A graph that computes in float, with weights in 8 bits: those of an INT8 graph whose sums cannot saturate."""
     began = time.monotonic()
-    graph = quantize_weights(fp32, settings.ignored, log)
+    parts = split(calibration)
+    with progress.task("calibrating", len(parts.ranges), FEWER) as tick:
+        make = functools.partial(
+            quantize_default, fp32, parts.ranges, corrections=parts.corrections, tick=tick, log=log
+        )
+        selected = select_settings(
+            make, dataclasses.replace(settings, overflow_fix="disable"),
+            auto_fields(options, settings) & {"rounding", "bias_correction"}, OutputError(fp32, parts.choices),
+            parts.corrections,
+        )  # fmt: skip
+    graph, chosen = float_activations(selected.int8), selected.settings
     record = Quantization(
-        mode=options.mode, preset=NOTHING, subset_size=0, overflow_fix=NOTHING, deploy_isa=options.deploy_isa,
-        activation_ranges=NOTHING, bias_correction=NOTHING, transformer=settings.transformer, ignored=settings.ignored,
-        int8_operations=0, float_operations=len(float_operations(graph)), reverted=(), restoration=None,
+        mode=options.mode, preset=NOTHING, subset_size=len(parts.ranges), images=parts.record(), overflow_fix=NOTHING,
+        deploy_isa=options.deploy_isa, activation_ranges=NOTHING, rounding=chosen.rounding,
+        rounding_nmse=selected.rounding_nmse, bias_correction=chosen.bias_correction, bias_nmse=selected.bias_nmse,
+        transformer=settings.transformer, ignored=settings.ignored, int8_operations=0,
+        float_operations=len(float_operations(graph)), reverted=(), restoration=None,
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     return Quantized(fp32, graph, record, "done", ())

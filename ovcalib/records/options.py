@@ -293,7 +293,7 @@ class QuantizationOptions(Frozen):
 # Fields that only the accuracy-aware algorithm takes.
 STEERING_FIELDS = ("metric", "validate_on", "max_time", "max_iterations")
 # The only fields that count where weights alone are quantized; `max_drop` is what the verdict goes by.
-WEIGHT_FIELDS = ("mode", "ignore", "max_drop")
+WEIGHT_FIELDS = ("mode", "ignore", "rounding", "bias_correction", "max_drop")
 
 
 class EvaluationOptions(Frozen):

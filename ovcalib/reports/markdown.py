@@ -95,6 +95,8 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
     if quantization.mode == "weight-only":
         return [
             ("mode", "weight-only: weights in 8 bits, a scale for each output channel; it computes in float"),
+            ("rounding", rounding(quantization)),
+            ("bias correction", bias_correction(quantization)),
             ("layers", str(quantization.float_operations)),
             ("ignored", ", ".join(quantization.ignored) or "none"),
             ("seconds", f"{quantization.seconds:.1f}"),

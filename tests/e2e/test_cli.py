@@ -124,27 +124,28 @@ def test_accuracy_aware_says_what_it_did(data, tmp_path) -> None:
     assert (tmp_path / "tight/int8/model.xml").exists()
 
 
-def test_weights_alone_need_no_images(data, tmp_path) -> None:
+def test_weights_alone_need_no_data(data, tmp_path) -> None:
     weights = ["--weights", data / "toy.pt"]
     out = tmp_path / "out"
     found = run("quantize", *MODEL, *weights, "--mode", "weight-only", "--eval", data / "eval", "-o", out, *FAST)
     assert found.exit_code == 0, found.stderr
     result = json.loads((out / "result.json").read_text())
     made = result["quantization"]
-    assert (made["mode"], made["int8_operations"], made["subset_size"]) == ("weight-only", 0, 0)
+    assert (made["mode"], made["int8_operations"], made["subset_size"]) == ("weight-only", 0, 48)
     assert (made["preset"], made["overflow_fix"], made["activation_ranges"]) == ("none", "none", "none")
     assert result["calibration"]["source"] == "fractal"
     assert result["accuracy"]["kernels"] is None
     assert not result["accuracy"]["emulated"]
     assert result["agreement"]["top1"] > 0.98
     assert result["agreement"]["nmse"] < 1e-3
+    assert made["rounding_nmse"] is not None
     report = (out / "report.md").read_text()
     assert "weights in 8 bits" in report
     assert "overflow fix" not in report
     assert "executed on" not in report
     plan = run("quantize", *MODEL, *weights, "--mode", "weight-only", "--dry-run", "--json")
     assert json.loads(plan.stdout)["overflow_fix"] == "none"
-    for option, value in (("--deploy-isa", "vnni"), ("--rounding", "nearest"), ("--optimize-for", "latency")):
+    for option, value in (("--deploy-isa", "vnni"), ("--preset", "mixed"), ("--optimize-for", "latency")):
         refused = run("quantize", *MODEL, *weights, "--mode", "weight-only", option, value, "-o", tmp_path / "no")
         assert refused.exit_code == 2
         assert f"{option} {value} does nothing with --mode weight-only" in refused.stderr
