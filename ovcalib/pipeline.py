@@ -59,8 +59,8 @@ from ovcalib.runtime import OpenVINORunner, check_device, output_ports
 if TYPE_CHECKING:
     from torch import nn
 
-# Weights alone are quantized without images; these only show what that changes.
-SHOWN_TO_WEIGHTS, SHOWN = "fractal", 64
+# Rounding of weights alone needs no better images, see benchmarks/results/weights_only.md.
+FOR_WEIGHTS, FOR_WEIGHTS_COUNT = "fractal", 64
 STEERED_BY_EVALUATION = (
     "The evaluation images also steered the accuracy-aware algorithm, so the accuracy is flattered; name others with "
     "`validate_on`."
@@ -318,7 +318,7 @@ def prepare(
         options = recipe.calibration
         if recipe.quantization.mode == "weight-only" and options.calib is None:
             options = options.model_copy(
-                update={"calib": SHOWN_TO_WEIGHTS, "num_samples": options.num_samples or SHOWN}
+                update={"calib": FOR_WEIGHTS, "num_samples": options.num_samples or FOR_WEIGHTS_COUNT}
             )
         options, warnings = resolve_calibration(options, model, progress)
     else:

@@ -396,6 +396,12 @@ def signal_names(graph: ov.Model) -> set[str]:
     return found
 
 
+def allow_folding(op: ov.Node) -> None:
+    """Let an operation be folded, from which NNCF keeps compressed weights."""
+    for key in [key for key in op.get_rt_info() if key.startswith("DisableConstantFolding")]:
+        del op.get_rt_info()[key]
+
+
 def _fold(value: ov.Output) -> ov.Output:
     """A constant with the value that a constant expression of another graph has."""
     node = _node(value)
@@ -403,9 +409,8 @@ def _fold(value: ov.Output) -> ov.Output:
         data = node.get_data()
     else:
         graph = ov.Model([value], [], "fold").clone()  # folding is in place
-        for op in graph.get_ops():  # NNCF keeps compressed weights from being folded
-            for key in [key for key in op.get_rt_info() if key.startswith("DisableConstantFolding")]:
-                del op.get_rt_info()[key]
+        for op in graph.get_ops():
+            allow_folding(op)
         manager = Manager()
         manager.register_pass(ConstantFolding())
         manager.run_passes(graph)

@@ -27,6 +27,7 @@ from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.selection import (
     OutputError,
     Selection,
+    WeightError,
     expected_operations,
     guard_warning,
     operations_to_guard,
@@ -218,7 +219,7 @@ def weights_only(
         )
         selected = select_settings(
             make, dataclasses.replace(settings, overflow_fix="disable"),
-            auto_fields(options, settings) & {"rounding", "bias_correction"}, OutputError(fp32, parts.choices),
+            auto_fields(options, settings) & {"rounding", "bias_correction"}, WeightError(fp32, parts.choices),
             parts.corrections,
         )  # fmt: skip
     graph, chosen = float_activations(selected.int8), selected.settings

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.graph.editing import before_softmax, restore_biases
+from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import SATURATED_NMSE, is_emulated, outputs_on, without_saturation
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
@@ -92,6 +92,13 @@ class OutputError:
     def by_kernels(self, int8: ov.Model, wanted: Sequence[Kernels]) -> tuple[KernelsError, ...]:
         """NMSE of the outputs on each of several kernels."""
         return tuple(kernels_error(kernels, self.on(kernels, int8)) for kernels in wanted)
+
+
+class WeightError(OutputError):
+    """The error that is left when INT8 models compute in float, of their weights alone."""
+
+    def nmse(self, int8: ov.Model) -> float:
+        return super().nmse(float_activations(int8))
 
 
 def kernels_error(kernels: Kernels, error: float) -> KernelsError:

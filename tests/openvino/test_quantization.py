@@ -184,6 +184,8 @@ def test_float_activations_keep_the_rounded_weights(toy, toy_graph) -> None:
         step = np.abs(weights).max(others, keepdims=True) / 127
         assert (np.abs(rounded - weights) <= 0.51 * step).all()
         assert (np.abs(rounded - weights).max(others, keepdims=True) > 0.1 * step).mean() > 0.5
+    executed = ov.compile_model(compressed, "CPU").get_runtime_model().get_ops()
+    assert "Convert" not in {op.get_rt_info()["layerType"].value for op in executed}  # no convolution reads integers
     x = toy.calibration().inputs(last=8)
     assert nmse(outputs_of(toy_graph, x), outputs_of(compressed, x)) < nmse(
         outputs_of(toy_graph, x), outputs_of(int8, x)
