@@ -163,6 +163,15 @@ def constant(value):
     return np.array(found, np.float64)
 
 
+def converted(op):
+    """The values that Converts before the weights of an operation give."""
+    node = op.input_value(1).get_node()
+    while node.get_type_name() != "Constant":
+        if node.get_type_name() == "Convert":
+            yield node.output(0)
+        node = node.input_value(0).get_node()
+
+
 def test_float_activations_keep_the_rounded_weights(toy, toy_graph) -> None:
     ignored = next(op.get_friendly_name() for op in float_operations(toy_graph))
     settings = Settings(overflow_fix="disable", bias_correction="none", ignored=(ignored,))
@@ -179,13 +188,13 @@ def test_float_activations_keep_the_rounded_weights(toy, toy_graph) -> None:
         if name == ignored:
             assert np.array_equal(rounded, weights)
             continue
+        if op.get_type_name() != "MatMul":  # the CPU plugin would keep the integers that one Convert makes real
+            assert {"i32", "f32"} == {found.get_element_type().to_string() for found in converted(op)}
         outputs = {"Convolution": (0,), "GroupConvolution": (0, 1), "MatMul": (0,)}[op.get_type_name()]
         others = tuple(i for i in range(weights.ndim) if i not in outputs)
         step = np.abs(weights).max(others, keepdims=True) / 127
         assert (np.abs(rounded - weights) <= 0.51 * step).all()
         assert (np.abs(rounded - weights).max(others, keepdims=True) > 0.1 * step).mean() > 0.5
-    executed = ov.compile_model(compressed, "CPU").get_runtime_model().get_ops()
-    assert "Convert" not in {op.get_rt_info()["layerType"].value for op in executed}  # no convolution reads integers
     x = toy.calibration().inputs(last=8)
     assert nmse(outputs_of(toy_graph, x), outputs_of(compressed, x)) < nmse(
         outputs_of(toy_graph, x), outputs_of(int8, x)
