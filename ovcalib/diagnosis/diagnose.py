@@ -127,7 +127,10 @@ def graphs(model: Model, other: Model) -> tuple[ov.Model, ov.Model]:
         raise ModelError(f"{model.spec.name!r} is quantized already. Expected the float model first, INT8 second.")
     operations = quantized_operations(quantized)
     if not operations:
-        raise ModelError("The second model has no quantized operation. Expected the INT8 model second.")
+        raise ModelError(
+            "The second model has no quantized operation: it is a float model, or one of which the weights alone are "
+            "quantized. Expected the INT8 model second."
+        )
     known = {op.get_friendly_name(): op.get_type_name() for op in fp32.get_ops()}
     strange = [op for op in operations if known.get(op.get_friendly_name()) != op.get_type_name()]
     if strange:

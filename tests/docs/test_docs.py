@@ -291,6 +291,8 @@ def small(words):
         source = words[1] if command == "generate" else None
         if "--calib" in words:
             source = words[words.index("--calib") + 1]
+        elif "weight-only" in words:
+            source = "fractal"
         if source in INVERSIONS or str(source).startswith("prior:"):
             options += ["-O", "steps=1", "-O", "init=gaussian"]
         if source == "fractal":
