@@ -185,8 +185,7 @@ class KeptArms:
         place = self._place(options)
         if place is None or not place.is_dir():
             return None
-        # Copied, as the weights of a graph that was read stay mapped from its file.
-        return Made(read_graph(place / "model.xml").clone(), float((place / "seconds").read_text()))
+        return Made(read_graph(place / "model.xml"), float((place / "seconds").read_text()))
 
     def add(self, options: QuantizationOptions, quantized: Quantized) -> Made:
         place = self._place(options)
