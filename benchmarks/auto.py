@@ -14,10 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from settings import about, add_model
+from settings import about, add_model, save
 
 import ovcalib
-from ovcalib.measurement.environment import environment
 
 
 def main() -> None:
@@ -56,10 +55,7 @@ def main() -> None:
             f"{best['source']}, {100 * best['agreement']:.2f} %"
         )
         runs.append({"seed": seed, "taken": taken, "seconds": auto.provenance.seconds, "candidates": cells})
-        args.output.write_text(json.dumps({
-            **{name: str(value) for name, value in vars(args).items()},
-            "environment": environment().model_dump(), "runs": runs,
-        }, indent=1) + "\n")  # fmt: skip
+        save(args, runs=runs)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import tempfile
 from pathlib import Path
 
-from settings import about, add_model, numbers
+from settings import about, add_model, numbers, save
 
 import ovcalib
+from ovcalib.calibration.make import export_once
 from ovcalib.calibration.split import split
 from ovcalib.evaluation.dataset import open_dataset
 from ovcalib.evaluation.metrics import nmse
-from ovcalib.export.convert import export
 from ovcalib.kernels import without_saturation
-from ovcalib.measurement.environment import environment
-from ovcalib.progress import Progress
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import outputs_of
@@ -44,8 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     given = about(args)
     model = ovcalib.load_model(args.model, **given)
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = export(model, Path(folder), Progress()).graph
+    fp32 = export_once(model)
     parts = split(ovcalib.generate(args.calib, args.model, args.count, **given))
     data = open_dataset(args.data, model.spec, args.skip + args.limit)
     unused = dataclasses.replace(data, order=list(data.order)[args.skip :])
@@ -59,10 +54,7 @@ def main() -> None:
             error = nmse(reference, outputs_of(without_saturation(int8), inputs))
             cells.append({"activation_ranges": ranges, "channel_headroom": factor, "nmse": error})
             print(f"{ranges}  {factor:g}  {error:.4f}", flush=True)
-    args.output.write_text(json.dumps({
-        **{name: str(value) for name, value in vars(args).items()}, "environment": environment().model_dump(),
-        "cells": cells,
-    }, indent=1) + "\n")  # fmt: skip
+    save(args, cells=cells)
 
 
 if __name__ == "__main__":

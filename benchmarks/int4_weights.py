@@ -10,7 +10,6 @@ and the median latency, measured in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections import Counter
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from settings import about, add_model
+from settings import about, add_model, save
 
 import ovcalib
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.export.convert import export
 from ovcalib.graph.files import read_graph, write_ir
 from ovcalib.graph.reading import integer_weights, quantized_layers
-from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import quantize_default
@@ -104,10 +102,7 @@ def main() -> None:
         for name, row in rows.items():
             row["p50_ms"] = round(float(np.median(times[name])), 3)
             print(f"{name}: {row}")
-    args.output.write_text(json.dumps({
-        **{name: str(value) for name, value in vars(args).items()}, "environment": environment().model_dump(),
-        "rows": rows,
-    }, indent=1) + "\n")  # fmt: skip
+    save(args, rows=rows)
 
 
 if __name__ == "__main__":

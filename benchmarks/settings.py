@@ -47,6 +47,12 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     return {"weights": args.weights, "input_shape": args.input_shape, "mean": args.mean, "std": args.std}
 
 
+def save(args: argparse.Namespace, **found: Any) -> None:
+    """Write what was found to `args.output`, with the arguments and the machine."""
+    given = {name: str(value) for name, value in vars(args).items()}
+    args.output.write_text(json.dumps({**given, "environment": environment().model_dump(), **found}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
@@ -92,10 +98,7 @@ def main() -> None:
                 "emulated": record.agreement.emulated, "quantization": record.quantization.model_dump(mode="json"),
             })  # fmt: skip
             print("  ".join(f"{cells[-1][name]}" for name in COLUMNS), flush=True)
-            args.output.write_text(json.dumps({
-                **{name: str(value) for name, value in vars(args).items()},
-                "environment": environment().model_dump(), "cells": cells,
-            }, indent=1) + "\n")  # fmt: skip
+            save(args, cells=cells)
 
 
 if __name__ == "__main__":

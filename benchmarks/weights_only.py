@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,17 +22,16 @@ import nncf
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
-from settings import about, add_model
+from settings import about, add_model, save
 
 import ovcalib
+from ovcalib.calibration.make import export_once
 from ovcalib.evaluation.dataset import open_evaluation, proof_images
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.evaluation.proof import prove, reference_outputs
-from ovcalib.export.convert import export
 from ovcalib.graph.editing import fold_weights
 from ovcalib.graph.files import read_graph, write_ir
 from ovcalib.graph.reading import Layer, float_operations
-from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import weights_only
 from ovcalib.quantization.settings import resolve_settings
@@ -65,8 +63,7 @@ def main() -> None:
     made = ovcalib.generate(args.calib, args.model, args.count, **given)
     options = QuantizationOptions(mode="weight-only")
 
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = export(model, Path(folder), progress).graph.clone()
+    fp32 = export_once(model)
     evaluation = open_evaluation(EvaluationOptions(eval=args.eval, limit=args.limit), model.spec, None)
     images = proof_images(evaluation, made, False)
     reference = reference_outputs(fp32, images, progress)
@@ -98,10 +95,7 @@ def main() -> None:
             "fp32_top1": accuracy and accuracy.fp32.top1, "bytes": size, "wrong": wrong, "seconds": seconds,
         }  # fmt: skip
         print(f"{name}: {rows[name]}", flush=True)
-    args.output.write_text(json.dumps({
-        **{name: str(value) for name, value in vars(args).items()}, "environment": environment().model_dump(),
-        "rows": rows,
-    }, indent=1) + "\n")  # fmt: skip
+    save(args, rows=rows)
 
 
 if __name__ == "__main__":

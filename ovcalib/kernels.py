@@ -81,24 +81,25 @@ def proof_kernels(deploy_isa: DeployISA) -> Kernels:
     return host_kernels() if host_kernels() in wanted else wanted[0]
 
 
-def is_emulated(kernels: Kernels) -> bool:
+def is_emulated(kernels: Kernels | None) -> bool:
     """Whether this CPU lacks the kernels, so that `runner_for` emulates them."""
-    return kernels != host_kernels() and (kernels == "vnni" or not _has_avx2())
+    return kernels not in (None, host_kernels()) and (kernels == "vnni" or not _has_avx2())
 
 
-def runner_for(graph: ov.Model, kernels: Kernels) -> Runner:
+def runner_for(graph: ov.Model, kernels: Kernels | None) -> Runner:
     """What runs a quantized graph on the CPU in f32, in the arithmetic of `kernels`.
 
-    graph   batch 1; float graphs run as they are
+    graph     batch 1; float graphs run as they are
+    kernels   None for what computes in float, the same on all of them
     """
-    if kernels == host_kernels():
+    if kernels in (None, host_kernels()):
         return OpenVINORunner(graph)
     if kernels == "vnni":
         return OpenVINORunner(without_saturation(graph))
     return AVX2Process(graph) if _has_avx2() else _emulated_avx2(graph)
 
 
-def outputs_on(kernels: Kernels, graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+def outputs_on(kernels: Kernels | None, graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Outputs [N, K] of a graph in the arithmetic of `kernels`.
 
     raises   KernelsFailedError

@@ -40,7 +40,7 @@ from ovcalib.evaluation.sanity import fp32_fault
 from ovcalib.export.convert import Exported, export
 from ovcalib.graph.files import batch_one, describe, ir_bytes, read_graph, stored_spec, write_ir
 from ovcalib.graph.heads import raw_heads
-from ovcalib.kernels import host_kernels, proof_kernels
+from ovcalib.kernels import proof_kernels
 from ovcalib.measurement.benchmark import measure_pair
 from ovcalib.measurement.environment import environment
 from ovcalib.models.load import Model, load_model, model_record, with_statistics
@@ -214,11 +214,9 @@ def quantize(
         # What is measured from here on is the file, not the graph that it was written from.
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
         in_float = quantized.record.mode == "weight-only"
-        kernels = host_kernels() if in_float else proof_kernels(recipe.quantization.deploy_isa)
+        kernels = None if in_float else proof_kernels(recipe.quantization.deploy_isa)
         body = int8 if exported.detector is None else raw_heads(int8)
-        proof = prove(
-            reference, body, images, proven_on, model.spec, None if in_float else kernels, progress, ready.decode
-        )
+        proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
         predicted, unpredicted = predict_loss(
             exported.graph, int8, model.spec, PROBE, lambda: probe_inputs(model.spec), blind_to(calibration),
             kernels,

@@ -34,14 +34,14 @@ def predict_loss(
     source: str,
     images: Callable[[], Sequence[NDArray[np.float32]]],
     obstacle: str | None,
-    kernels: Kernels,
+    kernels: Kernels | None,
 ) -> tuple[PredictedLoss | None, str | None]:
     """The predicted loss, or None and the reason why it cannot be predicted.
 
     fp32, int8       batch 1
     source, images   of the probe; `images` makes network inputs [1, C, H, W]
     obstacle         why the probe says nothing of the calibration set; None where it does
-    kernels          on which INT8 runs, or is emulated
+    kernels          on which INT8 runs, or is emulated; None for what computes in float
     """
     if spec.num_classes is None:
         return None, f"the outputs of {spec.name} are no class logits"

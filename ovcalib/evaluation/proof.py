@@ -11,7 +11,7 @@ from ovcalib.evaluation.classification import agreement, compare
 from ovcalib.evaluation.dataset import EvaluationSet, Images
 from ovcalib.evaluation.detection import Decoder, box_agreement, decoded, detection_accuracy
 from ovcalib.evaluation.outputs import Outputs, collect
-from ovcalib.kernels import host_kernels, is_emulated, runner_for
+from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.result import Accuracy, Agreement, DetectionAccuracy, Kernels
@@ -67,13 +67,13 @@ def prove(
     decode       of the reference
     """
     with progress.task("evaluating INT8", images.count, SHORTER) as tick:
-        outputs = collect(runner_for(int8, kernels or host_kernels()), images.items, tick)
+        outputs = collect(runner_for(int8, kernels), images.items, tick)
     if outputs.digest != reference.digest:
         raise DataError(
             f"{images.on} gave other images, or another order, the second time, so the models cannot be compared. "
             "Leave out random transforms and shuffling."
         )
-    where = {"kernels": kernels, "emulated": kernels is not None and is_emulated(kernels)}
+    where = {"kernels": kernels, "emulated": is_emulated(kernels)}
     agreed = agreement(reference, outputs, images.on, spec.task, output_ports(int8)).model_copy(update=where)
     warnings = []
     detection = None

@@ -7,6 +7,7 @@ Weights alone in 8 bits have the least error of all, but compute in float: they 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -71,9 +72,10 @@ def arms_of(options: QuantizationOptions, transformer: bool) -> tuple[dict[str, 
             changes = changes | {"smooth_quant": "on"}
         given = {key: getattr(options, key) for key in changes}
         undone = any(given[key] not in (usual[key], value) for key, value in changes.items())
-        # The same machine for all arms; weights alone suit every one.
-        idle = options.model_copy(update={"search": False, "deploy_isa": "any", "max_time": None}).beyond_weights()
-        if undone or (name == WEIGHTS and idle):
+        if name == WEIGHTS:  # suits every machine
+            alike = options.model_copy(update={"search": False, "deploy_isa": "any", "max_time": None})
+            undone = undone or alike.beyond_weights() is not None
+        if undone:
             left_out.append(name)
         elif not changes or changes != given:
             alone = {"search": False, "optimize_for": "size", "mode": "default"}
@@ -171,9 +173,12 @@ class KeptArms:
     """
 
     def __init__(self, folder: Path | None, fp32: ov.Model, images: CalibrationSet) -> None:
-        self.folder = folder
+        self.folder, self.fp32, self.images = folder, fp32, images
+
+    @functools.cached_property
+    def made_from(self) -> list[str]:
         versions = [importlib.metadata.version(name) for name in ("openvino", "nncf")]
-        self.made_from = [graph_sha256(fp32), images_sha256(images), __version__, *versions, host_kernels()]
+        return [graph_sha256(self.fp32), images_sha256(self.images), __version__, *versions, host_kernels()]
 
     def _place(self, options: QuantizationOptions) -> Path | None:
         if self.folder is None:

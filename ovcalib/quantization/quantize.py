@@ -12,7 +12,7 @@ from typing import TextIO
 import openvino as ov
 
 from ovcalib.calibration.sets import CalibrationSet
-from ovcalib.calibration.split import split
+from ovcalib.calibration.split import Split, split
 from ovcalib.evaluation.dataset import Images
 from ovcalib.evaluation.outputs import Outputs
 from ovcalib.graph.editing import float_activations
@@ -37,8 +37,6 @@ from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import NOTHING, Equalized, Outcome, Quantization
-
-FEWER = "fewer images (`num_samples`)."
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,17 @@ def in_execution_order(graph: ov.Model, expected: Sequence[Expected]) -> dict[st
     return {layer_name(name): round(by_name[name], 2) for name in order if name in by_name}
 
 
+def calibrate(
+    settings: Settings, auto: frozenset[str], output: OutputError, parts: Split, progress: Progress, log: TextIO | None
+) -> Selection:
+    """The INT8 graph of the float one that `output` compares with, and its settings; see `select_settings`."""
+    with progress.task("calibrating", len(parts.ranges), "fewer images (`num_samples`).") as tick:
+        make = functools.partial(
+            quantize_default, output.fp32, parts.ranges, corrections=parts.corrections, tick=tick, log=log
+        )
+        return select_settings(make, settings, auto, output, parts.corrections)
+
+
 def quantize_graph(
     options: QuantizationOptions,
     settings: Settings,
@@ -123,12 +132,8 @@ def quantize_graph(
         kept = operations_to_guard(expected, settings)
         ignored = *settings.ignored, *(operation.name for operation in kept)
         output = OutputError(source, parts.choices)
-        with progress.task("calibrating", len(parts.ranges), FEWER) as tick:
-            make = functools.partial(
-                quantize_default, source, parts.ranges, corrections=parts.corrections, tick=tick, log=log
-            )
-            chosen = dataclasses.replace(settings, ignored=ignored)
-            selected = select_settings(make, chosen, auto_fields(options, settings), output, parts.corrections)
+        chosen = dataclasses.replace(settings, ignored=ignored)
+        selected = calibrate(chosen, auto_fields(options, settings), output, parts, progress, log)
         return Attempt(source, equalized, expected, kept, output, selected)
 
     best = attempt(*equalize(fp32)) if options.equalize == "on" else attempt(fp32)
@@ -213,15 +218,11 @@ def weights_only(
     """A graph that computes in float, with weights in 8 bits: those of an INT8 graph whose sums cannot saturate."""
     began = time.monotonic()
     parts = split(calibration)
-    with progress.task("calibrating", len(parts.ranges), FEWER) as tick:
-        make = functools.partial(
-            quantize_default, fp32, parts.ranges, corrections=parts.corrections, tick=tick, log=log
-        )
-        selected = select_settings(
-            make, dataclasses.replace(settings, overflow_fix="disable"),
-            auto_fields(options, settings) & {"rounding", "bias_correction"}, WeightError(fp32, parts.choices),
-            parts.corrections,
-        )  # fmt: skip
+    selected = calibrate(
+        dataclasses.replace(settings, overflow_fix="disable"),
+        auto_fields(options, settings) & {"rounding", "bias_correction"},
+        WeightError(fp32, parts.choices), parts, progress, log,
+    )  # fmt: skip
     graph, chosen = float_activations(selected.int8), selected.settings
     record = Quantization(
         mode=options.mode, preset=NOTHING, subset_size=len(parts.ranges), images=parts.record(), overflow_fix=NOTHING,

@@ -15,7 +15,7 @@ from ovcalib.quantization.arm_search import ARMS, DEFAULTS, WEIGHTS, arms_of, be
 from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import Arm, KernelsError
-from ovcalib.reports.markdown import dominated
+from ovcalib.reports.markdown import arms_note, dominated
 from ovcalib.runtime import outputs_of
 
 
@@ -178,6 +178,7 @@ def test_weights_alone_are_taken_where_they_cost_no_time(toy, toy_graph, monkeyp
             asked, toy_graph, toy.calibration(64), "classification", lambda: False, Progress(), device=device
         )
         assert options.mode == ("weight-only" if found.chosen == WEIGHTS else "default")
+        assert ("computes in float" in arms_note(found)) == (found.chosen != WEIGHTS)
         return found.chosen
 
     assert chosen("CPU") == WEIGHTS

@@ -42,6 +42,7 @@ from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
     OutputError,
     QuantizedCandidate,
+    WeightError,
     select_activation_ranges,
     select_bias_correction,
     select_weight_range,
@@ -195,10 +196,10 @@ def test_float_activations_keep_the_rounded_weights(toy, toy_graph) -> None:
         step = np.abs(weights).max(others, keepdims=True) / 127
         assert (np.abs(rounded - weights) <= 0.51 * step).all()
         assert (np.abs(rounded - weights).max(others, keepdims=True) > 0.1 * step).mean() > 0.5
-    x = toy.calibration().inputs(last=8)
-    assert nmse(outputs_of(toy_graph, x), outputs_of(compressed, x)) < nmse(
-        outputs_of(toy_graph, x), outputs_of(int8, x)
-    )
+    images = toy.calibration(8)
+    reference, found = (outputs_of(graph, images.inputs()) for graph in (toy_graph, compressed))
+    assert nmse(reference, found) < nmse(reference, outputs_of(int8, images.inputs()))
+    assert WeightError(toy_graph, images).nmse(int8) == pytest.approx(nmse(reference, found), rel=1e-3)
 
 
 def test_p18_p37_the_device_is_always_named() -> None:
