@@ -3,7 +3,8 @@
 Every candidate makes a few images. The model is quantized with one half of each candidate's images, and its INT8 error
 is measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
 candidates, and ranges that are too wide cost levels on all images, so the source whose quantization does best on
-everybody's images is taken. The calibration set is then the one that this source makes by itself.
+everybody's images is taken. They count by how near they are to the statistics in the model's BatchNorm layers; where
+there are real images, these alone count. The calibration set is then the one that the source makes by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovcalib.calibration.make import default_source
+from ovcalib.calibration.make import default_source, inversion_obstacle
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Generated, Request, open_source
 from ovcalib.calibration.sources import generate as generate_set
@@ -25,11 +27,14 @@ from ovcalib.calibration.sources import images_wanted as wanted_of
 from ovcalib.errors import UsageError
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.selection import compared_outputs
-from ovcalib.quantization.settings import resolve_settings
+from ovcalib.quantization.selection import OutputError, QuantizedCandidate, compared_outputs, select_activation_ranges
+from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.calibration import Trial
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import QuantizationOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NEEDS = frozenset({"optional argument"})
 ARGUMENT = "SOURCE,SOURCE"
@@ -86,27 +91,56 @@ def errors_on_each_other(graph: ov.Model, sets: Sequence[CalibrationSet]) -> NDA
     sets      at least two images each; the first half of a set calibrates, the other half judges
     returns   float64 [S, S], NMSE of the outputs: entry [i, j] is calibrated with set i, on images of set j
     """
-    settings = resolve_settings(QUICK, graph)
     inputs = [s.inputs(first=len(s) // 2) for s in sets]
     bounds = np.cumsum([len(part) for part in inputs])[:-1]
     everything = list(chain.from_iterable(inputs))
     reference = np.split(compared_outputs(graph, everything), bounds)
     errors = np.empty((len(sets), len(sets)))
     for i, own in enumerate(sets):
-        int8 = quantize_default(graph, own.subset(range(len(own) // 2)), settings)
-        outputs = np.split(compared_outputs(int8, everything), bounds)
+        outputs = np.split(compared_outputs(quantized_quickly(graph, own), everything), bounds)
         errors[i] = [nmse(expected, found) for expected, found in zip(reference, outputs, strict=True)]
     return errors
 
 
-def excess(errors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many times the least error each set has, as the geometric mean over all images that judge.
+def quantized_quickly(graph: ov.Model, own: CalibrationSet) -> ov.Model:
+    """INT8 of the first half of a set, with the activation ranges that do better on the other half."""
+    half = len(own) // 2
+    output = OutputError(graph, own.subset(range(half, len(own))))
+
+    def make(settings: Settings) -> QuantizedCandidate:
+        return QuantizedCandidate(quantize_default(graph, own.subset(range(half)), settings), settings, output)
+
+    return select_activation_ranges(make(resolve_settings(QUICK, graph)), make)[0].int8
+
+
+def judgement(sets: Sequence[CalibrationSet], module: nn.Module | None, name: str) -> NDArray[np.float64]:
+    """How much the images of each set count.
+
+    Images that the model was not made for, such as noise, say little about those that it will see. Real images are what
+    it will see. Otherwise a set counts by 1 / d^2, with its distance d from the statistics in the model's BatchNorm
+    layers; without such layers all count the same.
+    returns   float64 [S], shares that sum to 1
+    """
+    real = np.array([s.provenance.real for s in sets], np.float64)
+    if real.any():
+        return real / np.sum(real)
+    if module is None or inversion_obstacle(module, name):
+        return np.full(len(sets), 1 / len(sets))
+    from ovcalib.calibration.score import score_set
+
+    nearness = 1 / np.square([score_set(module, s, name).bn_distance for s in sets])
+    return nearness / np.sum(nearness)
+
+
+def excess(errors: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many times the least error each set has, as the weighted geometric mean over all images that judge.
 
     errors    float64 [S, J], NMSE
+    shares    float64 [J], how much the images of each set count; they sum to 1
     returns   float64 [S], at least 1; 1 for a set that nobody surpasses on any images
     """
     bounded = np.maximum(errors, LEAST_NMSE)
-    ratios: NDArray[np.float64] = np.exp(np.log(bounded / bounded.min(0)).mean(1))
+    ratios: NDArray[np.float64] = np.exp(np.log(bounded / bounded.min(0)) @ shares)
     return ratios
 
 
@@ -136,7 +170,7 @@ def generate(request: Request, options: Options) -> Generated:
     trials: tuple[Trial, ...] = ()
     if len(sets) > 1:
         assert request.graph is not None, "sources are compared by what they do to the model"
-        trials = compare(request.graph(), sets)
+        trials = compare(request.graph(), sets, judgement(sets, request.module, request.spec.name))
     best = int(np.argmin([t.excess for t in trials])) if trials else 0
     enough = bool(sets) and (trial == request.count or request.out_of_time())
     made = sets[best] if enough else images_of(candidates[best], len(tried), request.count)
@@ -156,10 +190,16 @@ def generate(request: Request, options: Options) -> Generated:
     )
 
 
-def compare(graph: ov.Model, sets: Sequence[CalibrationSet]) -> tuple[Trial, ...]:
+def compare(graph: ov.Model, sets: Sequence[CalibrationSet], shares: NDArray[np.float64]) -> tuple[Trial, ...]:
     """What each set does on the images of all of them."""
     errors = errors_on_each_other(graph, sets)
     return tuple(
-        Trial(source=made.source, seconds=made.seconds, nmse=tuple(map(float, row)), excess=float(factor))
-        for made, row, factor in zip((s.provenance for s in sets), errors, excess(errors), strict=True)
+        Trial(
+            source=made.provenance.source,
+            seconds=made.provenance.seconds,
+            share=float(share),
+            nmse=tuple(map(float, row)),
+            excess=float(factor),
+        )
+        for made, share, row, factor in zip(sets, shares, errors, excess(errors, shares), strict=True)
     )

@@ -1,20 +1,35 @@
 """The choice of a source: errors on each other's images, and what becomes of the best one."""
 
+import dataclasses
+
 import numpy as np
 import openvino as ov
 import pytest
 import torch
 
-from ovcalib.calibration.auto import QUICK, errors_on_each_other, excess, images_wanted, usual_candidates
+from ovcalib.calibration.auto import (
+    QUICK,
+    errors_on_each_other,
+    excess,
+    images_wanted,
+    judgement,
+    quantized_quickly,
+    usual_candidates,
+)
 from ovcalib.calibration.make import export_once
+from ovcalib.calibration.score import score_set
+from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import DataError, ModelError, UnknownNameError, UsageError
 from ovcalib.evaluation.dataset import open_dataset, refuse_same_images
+from ovcalib.evaluation.metrics import nmse
 from ovcalib.kernels import without_saturation
 from ovcalib.models import builtin
 from ovcalib.models.load import Model
 from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.selection import compared_outputs
 from ovcalib.quantization.settings import resolve_settings
+from ovcalib.records.calibration import Provenance
 from ovcalib.records.options import EvaluationOptions
 from tests.toy import ToyNet, with_statistics_of
 
@@ -58,14 +73,69 @@ def make(module, graph):
 
 def test_excess_is_the_geometric_mean_of_ratios_to_the_least() -> None:
     errors = np.array([[1.0, 4.0, 2.0], [2.0, 1.0, 2.0], [8.0, 8.0, 1.0]])
-    np.testing.assert_allclose(excess(errors), [(1 * 4 * 2) ** (1 / 3), (2 * 1 * 2) ** (1 / 3), (8 * 8 * 1) ** (1 / 3)])
+    equal, shares = np.full(3, 1 / 3), np.array([0.5, 0.3, 0.2])
+    np.testing.assert_allclose(excess(errors, equal), np.array([1 * 4 * 2, 2 * 1 * 2, 8 * 8 * 1]) ** (1 / 3))
+    expected = [4**0.3 * 2**0.2, 2**0.5 * 2**0.2, 8**0.5 * 8**0.3]
+    np.testing.assert_allclose(excess(errors, shares), expected)
     rng = np.random.default_rng(0)
-    errors = rng.uniform(0.1, 9, (5, 4))
+    errors, shares = rng.uniform(0.1, 9, (5, 4)), rng.dirichlet(np.ones(4))
     # How loud the images of a judge are makes no difference.
-    np.testing.assert_allclose(excess(errors * rng.uniform(1e-3, 1e3, 4)), excess(errors))
-    assert np.all(excess(errors) >= 1)
-    np.testing.assert_allclose(excess(np.outer([1, 3], [5.0, 7.0])), [1, 3])
-    np.testing.assert_array_equal(excess(np.zeros((2, 2))), [1, 1])
+    np.testing.assert_allclose(excess(errors * rng.uniform(1e-3, 1e3, 4), shares), excess(errors, shares))
+    assert np.all(excess(errors, shares) >= 1)
+    np.testing.assert_allclose(excess(np.outer([1, 3], [5.0, 7.0]), np.array([0.9, 0.1])), [1, 3])
+    np.testing.assert_array_equal(excess(np.zeros((2, 2)), np.array([0.5, 0.5])), [1, 1])
+
+
+def made_of(images: np.ndarray, real: bool = False, domain: str = "pixels") -> CalibrationSet:
+    """A set of images [N, H, W, 3], or of inputs [N, 3, H, W] of the domain "network"."""
+    about = Provenance(
+        source="x", options={}, num_samples=len(images), requested=len(images), seed=0, seconds=0.0, domain=domain,
+        labels=None, real=real,
+    )  # fmt: skip
+    return CalibrationSet(images, None, SPEC.preprocessing, about)
+
+
+def test_images_count_by_the_inverse_square_of_their_distance_from_the_statistics(module) -> None:
+    rng = np.random.default_rng(0)
+    sets = [made_of(rng.integers(low, high, (6, 16, 16, 3), np.uint8)) for low, high in ((0, 256), (60, 90))]
+    distances = [score_set(module, s, "toy").bn_distance for s in sets]
+    assert distances[1] > 1.2 * distances[0]
+    near, far = judgement(sets, module, "toy")
+    assert near + far == pytest.approx(1)
+    assert near / far == pytest.approx((distances[1] / distances[0]) ** 2)
+
+
+def test_without_statistics_all_images_count_the_same(make) -> None:
+    sets = [make("noise", 2), make("fractal", 2)]
+    np.testing.assert_array_equal(judgement(sets, None, "x"), [0.5, 0.5])
+    np.testing.assert_array_equal(judgement(sets, torch.nn.Linear(1, 1), "x"), [0.5, 0.5])
+
+
+def test_real_images_judge_alone(module) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    sets = [made_of(images, real=real) for real in (False, True, True)]
+    np.testing.assert_array_equal(judgement(sets, module, "toy"), [0, 0.5, 0.5])
+    assert judgement([made_of(images)] * 2, module, "toy") == pytest.approx([0.5, 0.5])
+
+
+def test_ranges_are_those_that_do_better_on_the_other_half(graph) -> None:
+    """A single image far beyond the others widens the extremes; the other half has none."""
+    images = np.random.default_rng(0).standard_normal((64, 3, 16, 16), np.float32)
+    images[3] *= 100
+    own = made_of(images, domain="network")
+    settings = resolve_settings(QUICK, graph)
+    judge = [own[k] for k in range(32, 64)]
+    reference = compared_outputs(graph, judge)
+
+    def error(int8):
+        return nmse(reference, compared_outputs(int8, judge))
+
+    by_ranges = {
+        ranges: error(quantize_default(graph, own.subset(range(32)), dataclasses.replace(settings, activation_ranges=ranges)))
+        for ranges in ("min-max", "mean-min-max")
+    }  # fmt: skip
+    assert by_ranges["mean-min-max"] < by_ranges["min-max"]
+    assert error(quantized_quickly(graph, own)) == pytest.approx(by_ranges["mean-min-max"])
 
 
 def test_each_set_calibrates_with_one_half_and_judges_with_the_other(make, files, graph) -> None:
@@ -95,7 +165,9 @@ def test_the_best_source_makes_the_set_by_itself(make, files) -> None:
     np.testing.assert_array_equal(taken.labels, alone.labels)
     about = taken.provenance
     assert [t.source for t in about.trials] == [dull, good, mild]
-    assert [t.excess for t in about.trials] == pytest.approx(excess(np.array([t.nmse for t in about.trials])))
+    shares = np.array([t.share for t in about.trials])
+    np.testing.assert_allclose(shares, [1 / 3] * 3)  # all of them are real
+    assert [t.excess for t in about.trials] == pytest.approx(excess(np.array([t.nmse for t in about.trials]), shares))
     assert min(about.trials, key=lambda t: t.excess).source == good
     assert [(part.source, part.num_samples) for part in about.parts] == [(good, 8)]
     assert (about.real, about.labels, about.licence, about.options) == (
