@@ -45,12 +45,14 @@ def test_times_of_operations_are_those_of_the_whole_graph(int8, toy_graph, in_fl
     """Of a convolutional network, little belongs to no operation."""
     names = names_of(int8)
     graph = restore(int8, toy_graph, names) if in_float else int8
-    found = operation_times(graph, names, "CPU", 0.2)
-    compiled = compile_graph(graph, "CPU", {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True})
-    whole = sum(executed_times(compiled.create_infer_request(), 0.2).values())
+    found = operation_times(graph, names, "CPU", 0.1)
     assert found.keys() == set(names)
     assert all(time >= 0 for time in found.values())
-    assert 0.3 * whole < sum(found.values()) < 2 * whole
+    # Other work can only lengthen a time, so the least of several is compared.
+    compiled = compile_graph(graph, "CPU", {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True})
+    owned = min(sum(operation_times(graph, names, "CPU", 0.1).values()) for _ in range(5))
+    whole = min(sum(executed_times(compiled.create_infer_request(), 0.1).values()) for _ in range(5))
+    assert 0.3 * whole < owned < 2 * whole
 
 
 class OneEach(dict[str, float]):

@@ -591,7 +591,7 @@ def test_joint_steps_end_when_time_is_up_with_all_images_and_a_warning(toy) -> N
 def test_batches_that_were_not_begun_are_left_out_when_time_is_up(toy, name, steps) -> None:
     # Asked before every step, and once more before the second and the third batch.
     asked = request(toy, 12, out_of_time=after(steps + 1))
-    found = generate(name, asked, {"steps": "4", "batch": "4"})
+    found = generate(name, asked, {"steps": "4", "batch": "4", "precision": "fp32"})
     assert len(found.images) == 8
     assert found.labels is not None
     assert len(found.labels) == 8
