@@ -3,8 +3,8 @@
 Every candidate makes a few images. The model is quantized with one half of each candidate's images, and its INT8 error
 is measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
 candidates, and ranges that are too wide cost levels on all images, so the source whose quantization does best on
-everybody's images is taken. They count by how near they are to the statistics in the model's BatchNorm layers; where
-there are real images, these alone count. The calibration set is then the one that the source makes by itself.
+everybody's images is taken; where some are real, real images alone judge. The calibration set is then the one that the
+source makes by itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovcalib.calibration.make import default_source, inversion_obstacle
+from ovcalib.calibration.make import default_source
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Generated, Request, open_source
 from ovcalib.calibration.sources import generate as generate_set
@@ -32,9 +31,6 @@ from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.calibration import Trial
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import QuantizationOptions
-
-if TYPE_CHECKING:
-    from torch import nn
 
 NEEDS = frozenset({"optional argument"})
 ARGUMENT = "SOURCE,SOURCE"
@@ -113,34 +109,19 @@ def quantized_quickly(graph: ov.Model, own: CalibrationSet) -> ov.Model:
     return select_activation_ranges(make(resolve_settings(QUICK, graph)), make)[0].int8
 
 
-def judgement(sets: Sequence[CalibrationSet], module: nn.Module | None, name: str) -> NDArray[np.float64]:
-    """How much the images of each set count.
-
-    Images that the model was not made for, such as noise, say little about those that it will see. Real images are what
-    it will see. Otherwise a set counts by 1 / d^2, with its distance d from the statistics in the model's BatchNorm
-    layers; without such layers all count the same.
-    returns   float64 [S], shares that sum to 1
-    """
-    real = np.array([s.provenance.real for s in sets], np.float64)
-    if real.any():
-        return real / np.sum(real)
-    if module is None or inversion_obstacle(module, name):
-        return np.full(len(sets), 1 / len(sets))
-    from ovcalib.calibration.score import score_set
-
-    nearness = 1 / np.square([score_set(module, s, name).bn_distance for s in sets])
-    return nearness / np.sum(nearness)
+def judges(sets: Sequence[CalibrationSet]) -> list[int]:
+    """Whose images judge: those of all sets, or the real ones alone where there are any."""
+    return [i for i, s in enumerate(sets) if s.provenance.real] or list(range(len(sets)))
 
 
-def excess(errors: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many times the least error each set has, as the weighted geometric mean over all images that judge.
+def excess(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many times the least error each set has, as the geometric mean over all images that judge.
 
     errors    float64 [S, J], NMSE
-    shares    float64 [J], how much the images of each set count; they sum to 1
     returns   float64 [S], at least 1; 1 for a set that nobody surpasses on any images
     """
     bounded = np.maximum(errors, LEAST_NMSE)
-    ratios: NDArray[np.float64] = np.exp(np.log(bounded / bounded.min(0)) @ shares)
+    ratios: NDArray[np.float64] = np.exp(np.log(bounded / bounded.min(0)).mean(1))
     return ratios
 
 
@@ -170,7 +151,7 @@ def generate(request: Request, options: Options) -> Generated:
     trials: tuple[Trial, ...] = ()
     if len(sets) > 1:
         assert request.graph is not None, "sources are compared by what they do to the model"
-        trials = compare(request.graph(), sets, judgement(sets, request.module, request.spec.name))
+        trials = compare(request.graph(), sets)
     best = int(np.argmin([t.excess for t in trials])) if trials else 0
     enough = bool(sets) and (trial == request.count or request.out_of_time())
     made = sets[best] if enough else images_of(candidates[best], len(tried), request.count)
@@ -190,16 +171,11 @@ def generate(request: Request, options: Options) -> Generated:
     )
 
 
-def compare(graph: ov.Model, sets: Sequence[CalibrationSet], shares: NDArray[np.float64]) -> tuple[Trial, ...]:
+def compare(graph: ov.Model, sets: Sequence[CalibrationSet]) -> tuple[Trial, ...]:
     """What each set does on the images of all of them."""
     errors = errors_on_each_other(graph, sets)
+    factors = excess(errors[:, judges(sets)])
     return tuple(
-        Trial(
-            source=made.provenance.source,
-            seconds=made.provenance.seconds,
-            share=float(share),
-            nmse=tuple(map(float, row)),
-            excess=float(factor),
-        )
-        for made, share, row, factor in zip(sets, shares, errors, excess(errors, shares), strict=True)
+        Trial(source=made.source, seconds=made.seconds, nmse=tuple(map(float, row)), excess=float(factor))
+        for made, row, factor in zip((s.provenance for s in sets), errors, factors, strict=True)
     )

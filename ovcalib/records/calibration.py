@@ -35,16 +35,13 @@ class Trial(Frozen):
     """How a source did in the comparison of `auto`.
 
     seconds   to make its images for the comparison
-    share     how much its images count in the comparison; those of all trials sum to 1; None in records of earlier
-              versions, where all counted the same
     nmse      of INT8 calibrated with its images, on the images of each source in the order of the trials
-    excess    how many times the least of these errors its own are, geometric mean over the images, weighted by their
-              shares; 1 is best on everybody's images
+    excess    how many times the least of these errors its own are, geometric mean; 1 is best on everybody's images.
+              Where some images are real, over these alone
     """
 
     source: str
     seconds: float
-    share: float | None = None
     nmse: tuple[float, ...]
     excess: float
 

@@ -9,15 +9,15 @@ import torch
 
 from ovcalib.calibration.auto import (
     QUICK,
+    compare,
     errors_on_each_other,
     excess,
     images_wanted,
-    judgement,
+    judges,
     quantized_quickly,
     usual_candidates,
 )
 from ovcalib.calibration.make import export_once
-from ovcalib.calibration.score import score_set
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Request, generate
 from ovcalib.errors import DataError, ModelError, UnknownNameError, UsageError
@@ -73,17 +73,14 @@ def make(module, graph):
 
 def test_excess_is_the_geometric_mean_of_ratios_to_the_least() -> None:
     errors = np.array([[1.0, 4.0, 2.0], [2.0, 1.0, 2.0], [8.0, 8.0, 1.0]])
-    equal, shares = np.full(3, 1 / 3), np.array([0.5, 0.3, 0.2])
-    np.testing.assert_allclose(excess(errors, equal), np.array([1 * 4 * 2, 2 * 1 * 2, 8 * 8 * 1]) ** (1 / 3))
-    expected = [4**0.3 * 2**0.2, 2**0.5 * 2**0.2, 8**0.5 * 8**0.3]
-    np.testing.assert_allclose(excess(errors, shares), expected)
+    np.testing.assert_allclose(excess(errors), [(1 * 4 * 2) ** (1 / 3), (2 * 1 * 2) ** (1 / 3), (8 * 8 * 1) ** (1 / 3)])
     rng = np.random.default_rng(0)
-    errors, shares = rng.uniform(0.1, 9, (5, 4)), rng.dirichlet(np.ones(4))
+    errors = rng.uniform(0.1, 9, (5, 4))
     # How loud the images of a judge are makes no difference.
-    np.testing.assert_allclose(excess(errors * rng.uniform(1e-3, 1e3, 4), shares), excess(errors, shares))
-    assert np.all(excess(errors, shares) >= 1)
-    np.testing.assert_allclose(excess(np.outer([1, 3], [5.0, 7.0]), np.array([0.9, 0.1])), [1, 3])
-    np.testing.assert_array_equal(excess(np.zeros((2, 2)), np.array([0.5, 0.5])), [1, 1])
+    np.testing.assert_allclose(excess(errors * rng.uniform(1e-3, 1e3, 4)), excess(errors))
+    assert np.all(excess(errors) >= 1)
+    np.testing.assert_allclose(excess(np.outer([1, 3], [5.0, 7.0])), [1, 3])
+    np.testing.assert_array_equal(excess(np.zeros((2, 2))), [1, 1])
 
 
 def made_of(images: np.ndarray, real: bool = False, domain: str = "pixels") -> CalibrationSet:
@@ -95,27 +92,17 @@ def made_of(images: np.ndarray, real: bool = False, domain: str = "pixels") -> C
     return CalibrationSet(images, None, SPEC.preprocessing, about)
 
 
-def test_images_count_by_the_inverse_square_of_their_distance_from_the_statistics(module) -> None:
+def test_real_images_judge_alone(graph) -> None:
     rng = np.random.default_rng(0)
-    sets = [made_of(rng.integers(low, high, (6, 16, 16, 3), np.uint8)) for low, high in ((0, 256), (60, 90))]
-    distances = [score_set(module, s, "toy").bn_distance for s in sets]
-    assert distances[1] > 1.2 * distances[0]
-    near, far = judgement(sets, module, "toy")
-    assert near + far == pytest.approx(1)
-    assert near / far == pytest.approx((distances[1] / distances[0]) ** 2)
-
-
-def test_without_statistics_all_images_count_the_same(make) -> None:
-    sets = [make("noise", 2), make("fractal", 2)]
-    np.testing.assert_array_equal(judgement(sets, None, "x"), [0.5, 0.5])
-    np.testing.assert_array_equal(judgement(sets, torch.nn.Linear(1, 1), "x"), [0.5, 0.5])
-
-
-def test_real_images_judge_alone(module) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
-    sets = [made_of(images, real=real) for real in (False, True, True)]
-    np.testing.assert_array_equal(judgement(sets, module, "toy"), [0, 0.5, 0.5])
-    assert judgement([made_of(images)] * 2, module, "toy") == pytest.approx([0.5, 0.5])
+    sets = [
+        made_of(rng.integers(low, high, (4, 16, 16, 3), np.uint8), real)
+        for low, high, real in ((0, 256, False), (60, 90, True), (90, 200, True))
+    ]
+    assert judges(sets) == [1, 2]
+    assert judges(sets[:1] * 3) == [0, 1, 2]
+    errors = errors_on_each_other(graph, sets)
+    assert [t.excess for t in compare(graph, sets)] == pytest.approx(excess(errors[:, 1:]))
+    assert [t.nmse for t in compare(graph, sets)] == [pytest.approx(tuple(row)) for row in errors]
 
 
 def test_ranges_are_those_that_do_better_on_the_other_half(graph) -> None:
@@ -165,9 +152,7 @@ def test_the_best_source_makes_the_set_by_itself(make, files) -> None:
     np.testing.assert_array_equal(taken.labels, alone.labels)
     about = taken.provenance
     assert [t.source for t in about.trials] == [dull, good, mild]
-    shares = np.array([t.share for t in about.trials])
-    np.testing.assert_allclose(shares, [1 / 3] * 3)  # all of them are real
-    assert [t.excess for t in about.trials] == pytest.approx(excess(np.array([t.nmse for t in about.trials]), shares))
+    assert [t.excess for t in about.trials] == pytest.approx(excess(np.array([t.nmse for t in about.trials])))
     assert min(about.trials, key=lambda t: t.excess).source == good
     assert [(part.source, part.num_samples) for part in about.parts] == [(good, 8)]
     assert (about.real, about.labels, about.licence, about.options) == (
