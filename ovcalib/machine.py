@@ -31,16 +31,24 @@ def package_version(name: str) -> str | None:
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
+def _first_cpu() -> dict[str, str]:
+    """What /proc/cpuinfo says about the first processor; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        return {}
+    fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    return frozenset((_first_cpu().get("flags") or _first_cpu().get("Features", "")).split())
+
+
+def cpu_vendor() -> str | None:
+    """Such as "AuthenticAMD"; None where the system does not tell."""
+    return _first_cpu().get("vendor_id")
 
 
 def isa() -> str | None:
@@ -48,9 +56,13 @@ def isa() -> str | None:
     return next((name for flag, name in ISA_FLAGS.items() if flag in cpu_flags()), None)
 
 
-def has_bfloat16() -> bool:
-    """Whether the CPU multiplies in bfloat16, rather than emulating it."""
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+def has_fast_bfloat16() -> bool:
+    """Whether networks take less time in bfloat16 than in float32.
+
+    A step of inversion takes 0.6 of the time on an AMD EPYC with AVX512-BF16, but 1.15 to 1.6 times as long on an Intel
+    Xeon that has it without AMX, whose float32 is twice as fast.
+    """
+    return "amx_bf16" in cpu_flags() or ("avx512_bf16" in cpu_flags() and cpu_vendor() == "AuthenticAMD")
 
 
 def available_cpus() -> int:

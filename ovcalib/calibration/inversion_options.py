@@ -55,7 +55,7 @@ class LoopOptions:
 @dataclass(frozen=True)
 class InversionOptions(LoopOptions):
     """
-    precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto is bf16 on a CPU that has it
+    precision       bf16 runs the network in bfloat16 (autocast), fp32 in float32; auto takes the faster one on this CPU
 
     scope           statistics of each sample, of each batch, or of the whole set
     spread          what is compared beside the mean: standard deviation or variance

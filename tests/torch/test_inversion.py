@@ -96,9 +96,19 @@ def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_roun
         assert not torch.equal(rounded, exact)
 
 
-@pytest.mark.parametrize(("flags", "precision"), [({"avx512_bf16"}, "bf16"), ({"avx512f"}, "fp32")])
-def test_bfloat16_is_chosen_where_the_cpu_has_it(toy, monkeypatch, flags, precision) -> None:
+@pytest.mark.parametrize(
+    ("vendor", "flags", "precision"),
+    [
+        ("AuthenticAMD", {"avx512f", "avx512_bf16"}, "bf16"),
+        ("GenuineIntel", {"avx512f", "avx512_bf16"}, "fp32"),
+        ("GenuineIntel", {"avx512f", "avx512_bf16", "amx_bf16"}, "bf16"),
+        ("AuthenticAMD", {"avx512f"}, "fp32"),
+        (None, set(), "fp32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_fast(toy, monkeypatch, vendor, flags, precision) -> None:
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(machine, "cpu_vendor", lambda: vendor)
     assert made("bn-inversion", toy, precision="auto").provenance.options["precision"] == precision
 
 
