@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from ovcalib import machine
 from ovcalib.data.boxes import Boxes
 from ovcalib.models.weights import load_state_dict, save_state_dict
 from ovcalib.rundir import file_sha256, write_atomically
@@ -224,7 +225,8 @@ def main() -> None:
     parser.add_argument("--test-count", type=int, default=1000, help="images of the test set")
     parser.add_argument("--test-seed", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    fast = torch.cuda.is_available() or machine.has_fast_bfloat16()
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=fast)
     parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
     parser.add_argument("--evaluate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--evaluate-only", action="store_true", help="of a training with --no-evaluate; --half applies")

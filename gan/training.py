@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ovcalib import machine
 from ovcalib.data.sets import ImageData, open_data
 from ovcalib.errors import DataError, DeviceError, ModelError, UsageError
 from ovcalib.gan.pictures import curves, save_png
@@ -108,14 +109,13 @@ def gpu_memory(device: torch.device) -> dict[str, int]:
 def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """What the blocks that may run in half precision do run in.
 
-    "auto" takes float16 on CUDA, and bfloat16 on CPUs that compute with it (AVX512-BF16, AMX), where it takes
-    about half the time of float32.
+    "auto" takes float16 on CUDA, and bfloat16 on CPUs where that is faster than float32.
     """
     if precision == "float32":
         return None
     if device.type == "cuda":
         return torch.float16
-    if precision == "half" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "half" or machine.has_fast_bfloat16():
         return torch.bfloat16
     return None
 
