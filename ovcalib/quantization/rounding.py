@@ -58,61 +58,81 @@ VALUES_AT_ONCE = 2**23
 # The rounding of one layer: arrays in, arrays out -----------------------------------------------
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """H plus damping as R D R^T: how the error of a column acts on those that are rounded after it.
+
+    Columns of large variance, whose errors cost most, come first, when many others are left to compensate.
+
+    order   int [..., I], of the columns
+    unit    R, float64 [..., I, I], upper triangular with ones on its diagonal
+    cost    the diagonal of D, float64 [..., I]
+    """
+
+    order: NDArray[np.intp]
+    unit: NDArray[np.float64]
+    cost: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, hessian: NDArray[np.float64], damping: float) -> Feedback:
+        """hessian is [..., I, I], symmetric and positive semidefinite; damping a share of its mean diagonal.
+
+        The identity stands in for inputs that never change.
+        """
+        variances = np.diagonal(hessian, axis1=-2, axis2=-1)
+        order = np.argsort(-variances, axis=-1, kind="stable")
+        # An upper triangular factor is the lower one of the matrix from its end.
+        end_first = order[..., ::-1]
+        turned = np.empty(hessian.shape)
+        for i in np.ndindex(hessian.shape[:-2]):
+            turned[i] = hessian[i][end_first[i]][:, end_first[i]]
+        mean = variances.mean(-1)[..., None]
+        np.einsum("...ii->...i", turned)[...] += np.where(mean > 0, damping * mean, 1.0)
+        factor = np.linalg.cholesky(turned)[..., ::-1, ::-1]
+        diagonal = np.diagonal(factor, axis1=-2, axis2=-1)
+        return cls(order, factor / diagonal[..., None, :], diagonal**2)
+
+
 def compensated_rounding(
-    weights: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    hessian: NDArray[np.float64],
-    limit: int,
-    damping: float = DAMPINGS[0],
-) -> NDArray[np.int8]:
+    weights: NDArray[np.float64], scale: NDArray[np.float64], feedback: Feedback, limit: int
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """Integers Q with little e H e^T for each row e = weights - scale * Q.
 
     weights   [..., O, I]; leading axes are problems of their own, such as the channels of a depthwise convolution
     scale     [..., O]
-    hessian   [..., I, I], symmetric and positive semidefinite
     limit     largest absolute integer
-    damping   share of the mean diagonal that is added to the diagonal
-    returns   int8 [..., O, I]
+    returns   int8 [..., O, I], and e H e^T of the damped H, float64 [..., O]
 
-    With H = R D R^T, R upper triangular with ones on its diagonal, e H e^T is the sum over columns j of
-    D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded to minimise its term: GPTQ without the inverse of H
-    (Chee et al., "QuIP", NeurIPS 2023, theorem 6). Columns of large variance, whose errors cost most, come first, when
-    many others are left to compensate.
+    With H = R D R^T, e H e^T is the sum over columns j of D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded to
+    minimise its term: GPTQ without the inverse of H (Chee et al., "QuIP", NeurIPS 2023, theorem 6).
     """
-    order = np.argsort(-np.diagonal(hessian, axis1=-2, axis2=-1), axis=-1, kind="stable")
-    exact = np.take_along_axis(weights / scale[..., None], order[..., None, :], -1)
-    sorted_rows = np.take_along_axis(hessian, order[..., :, None], -2)
-    feedback = _unit_upper(_damped(np.take_along_axis(sorted_rows, order[..., None, :], -1), damping))
-    count = exact.shape[-1]
-    rounded, errors = np.zeros_like(exact), np.zeros_like(exact)
+    # Columns of weights are rows here, because they are read and written as a whole.
+    exact = np.take_along_axis((weights / scale[..., None]).swapaxes(-1, -2), feedback.order[..., None], -2)
+    back = feedback.unit.swapaxes(-1, -2)
+    count = exact.shape[-2]
+    rounded, errors, lost = np.zeros(exact.shape, np.int8), np.zeros_like(exact), np.zeros(scale.shape)
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
-        led = exact[..., start:stop] + errors[..., :start] @ feedback[..., :start, start:stop]
+        led = exact[..., start:stop, :] + back[..., start:stop, :start] @ errors[..., :start, :]
         for j in range(start, stop):
-            column = led[..., j - start] + (errors[..., start:j] @ feedback[..., start:j, j : j + 1])[..., 0]
-            rounded[..., j] = np.clip(np.rint(column), -limit, limit)
-            errors[..., j] = exact[..., j] - rounded[..., j]
-    return np.take_along_axis(rounded, np.argsort(order, axis=-1)[..., None, :], -1).astype(np.int8)
+            column = led[..., j - start, :] + (back[..., j : j + 1, start:j] @ errors[..., start:j, :])[..., 0, :]
+            nearest = np.clip(np.rint(column), -limit, limit)
+            rounded[..., j, :], errors[..., j, :] = nearest, exact[..., j, :] - nearest
+            lost += feedback.cost[..., j, None] * (column - nearest) ** 2
+    integers = np.take_along_axis(rounded, np.argsort(feedback.order, axis=-1)[..., None], -2).swapaxes(-1, -2)
+    return integers, scale**2 * lost
 
 
 def rescaled_rounding(
-    weights: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    hessian: NDArray[np.float64],
-    limit: int,
-    damping: float = DAMPINGS[0],
+    weights: NDArray[np.float64], scale: NDArray[np.float64], feedback: Feedback, limit: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """`compensated_rounding` with the best of SCALES for each row: integers [..., O, I] and scales [..., O]."""
-    damped = _damped(hessian, damping)
     least = np.full(scale.shape, np.inf)
     best, chosen = np.zeros(weights.shape, np.int8), scale
     # Rows are independent, so one problem has those of many scales.
     for factors in np.array_split(SCALES, min(len(SCALES), math.ceil(len(SCALES) * weights.size / VALUES_AT_ONCE))):
-        many = np.tile(weights, (len(factors), 1))
         scales = np.concatenate([factor * scale for factor in factors], axis=-1)
-        integers = compensated_rounding(many, scales, hessian, limit, damping)
-        errors = many - scales[..., None] * integers
-        lost = np.sum((errors @ damped) * errors, axis=-1)
+        integers, lost = compensated_rounding(np.tile(weights, (len(factors), 1)), scales, feedback, limit)
         parts = (np.split(values, len(factors), axis) for values, axis in ((lost, -1), (integers, -2), (scales, -1)))
         for one_lost, one, one_scale in zip(*parts, strict=True):
             better = one_lost < least
@@ -120,20 +140,6 @@ def rescaled_rounding(
             best = np.where(better[..., None], one, best)
             chosen = np.where(better, one_scale, chosen)
     return best, chosen
-
-
-def _damped(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """H plus a share of its mean diagonal on the diagonal; the identity for inputs that never change."""
-    mean = np.diagonal(hessian, axis1=-2, axis2=-1).mean(-1)
-    share = np.where(mean > 0, damping * mean, 1.0)
-    return hessian + share[..., None, None] * np.eye(hessian.shape[-1])
-
-
-def _unit_upper(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R of H = R D R^T."""
-    factor = np.linalg.cholesky(hessian[..., ::-1, ::-1])[..., ::-1, ::-1]
-    unit: NDArray[np.float64] = factor / np.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
-    return unit
 
 
 @dataclass(frozen=True)
@@ -302,20 +308,20 @@ def choose_rounding(
 ) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
     """Plain or compensated rounding, whichever is better on inputs that were not fitted: integers and scales."""
     power = float(np.sum((rounding.exact @ unseen.covariance) * rounding.exact)) or 1.0
-    problem = rounding.exact, rounding.scale, fitted.covariance, rounding.limit
 
     def error(integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
         return output_error(rounding.errors(integers, scale), fitted, unseen) / power
 
     plain = error(rounding.plain, rounding.scale)
-    tried = [(damping, compensated_rounding(*problem, damping)) for damping in DAMPINGS]
-    compensated, damping, integers = min(
-        ((error(integers, rounding.scale), damping, integers) for damping, integers in tried),
-        key=lambda found: found[0],
-    )
-    scale = rounding.scale
+    feedbacks = {damping: Feedback.of(fitted.covariance, damping) for damping in DAMPINGS}
+    tried = {
+        damping: compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)[0]
+        for damping, feedback in feedbacks.items()
+    }
+    compensated, damping = min((error(integers, rounding.scale), damping) for damping, integers in tried.items())
+    integers, scale = tried[damping], rounding.scale
     if rounding.by_channel:
-        others = rescaled_rounding(*problem, damping)
+        others = rescaled_rounding(rounding.exact, rounding.scale, feedbacks[damping], rounding.limit)
         if (rescaled := error(*others)) < compensated:
             compensated, (integers, scale) = rescaled, others
     if compensated < plain:

@@ -15,6 +15,7 @@ from ovcalib.quantization import rounding
 from ovcalib.quantization.bias_correction import correct_biases
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.rounding import (
+    Feedback,
     Moments,
     Rounding,
     bias_shift,
@@ -29,6 +30,10 @@ from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import Inference, outputs_of
 
 ALMOST_NONE = 1e-9
+
+
+def rounded(weights, scale, hessian, limit, damping=0.01):
+    return compensated_rounding(weights, scale, Feedback.of(hessian, damping), limit)[0]
 
 
 def covariance(rng, inputs, samples=None, leading=()):
@@ -52,7 +57,7 @@ def plainly(weights, scale, limit=127):
 def test_inputs_that_do_not_correlate_leave_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(5, 300)), rng.uniform(0.01, 0.03, 5)
     hessian = np.diag(rng.uniform(0.1, 10, 300))
-    np.testing.assert_array_equal(compensated_rounding(weights, scale, hessian, 127), plainly(weights, scale))
+    np.testing.assert_array_equal(rounded(weights, scale, hessian, 127), plainly(weights, scale))
 
 
 def test_two_weights_in_closed_form(rng) -> None:
@@ -62,7 +67,7 @@ def test_two_weights_in_closed_form(rng) -> None:
     exact = weights / scale[:, None]
     first = np.rint(exact[:, 0])
     second = np.rint(exact[:, 1] + (exact[:, 0] - first) * 2.4 / 3.0)
-    found = compensated_rounding(weights, scale, hessian, 127, ALMOST_NONE)
+    found = rounded(weights, scale, hessian, 127, ALMOST_NONE)
     np.testing.assert_array_equal(found, np.stack([first, second], 1))
     assert (second != np.rint(exact[:, 1])).any()
 
@@ -70,7 +75,7 @@ def test_two_weights_in_closed_form(rng) -> None:
 def test_the_input_that_varies_most_is_rounded_first() -> None:
     """Its weight is rounded as if alone, wherever it is stored."""
     hessian = np.array([[1.0, 1.5], [1.5, 3.0]])
-    found = compensated_rounding(np.array([[0.4, 0.4]]), np.ones(1), hessian, 127, ALMOST_NONE)
+    found = rounded(np.array([[0.4, 0.4]]), np.ones(1), hessian, 127, ALMOST_NONE)
     np.testing.assert_array_equal(found, [[round(0.4 + 0.4 * 1.5), 0]])
 
 
@@ -86,7 +91,7 @@ def test_it_is_gptq_by_the_inverse_of_the_hessian(rng) -> None:
         expected[:, j] = np.rint(exact[:, j])
         exact[:, left] -= np.outer((exact[:, j] - expected[:, j]) / inverse[0, 0], inverse[0])
         left.pop(0)
-    np.testing.assert_array_equal(compensated_rounding(weights, scale, hessian, 127, 0.01), expected)
+    np.testing.assert_array_equal(rounded(weights, scale, hessian, 127, 0.01), expected)
 
 
 def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng) -> None:
@@ -97,7 +102,7 @@ def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng) -> 
         nearest = plainly(weights, scale)
         best = min(loss(weights, scale, hessian, nearest + np.array([step]))[0]
                    for step in itertools.product((-1, 0, 1), repeat=5))  # fmt: skip
-        found = compensated_rounding(weights, scale, hessian, 127, ALMOST_NONE)
+        found = rounded(weights, scale, hessian, 127, ALMOST_NONE)
         lost.append([best, loss(weights, scale, hessian, found)[0], loss(weights, scale, hessian, nearest)[0]])
     best, ours, plain = np.mean(lost, axis=0)
     assert best <= ours <= plain
@@ -108,7 +113,7 @@ def test_it_lies_between_plain_rounding_and_the_best_integers_there_are(rng) -> 
 def test_it_errs_less_than_plain_rounding(rng, samples) -> None:
     """Of a singular hessian as well: fewer samples than inputs."""
     weights, scale, hessian = rng.normal(size=(16, 200)), np.full(16, 0.1), covariance(rng, 200, samples)
-    found = compensated_rounding(weights, scale, hessian, 127, 0.01)
+    found = rounded(weights, scale, hessian, 127, 0.01)
     assert (
         loss(weights, scale, hessian, found).sum() < 0.5 * loss(weights, scale, hessian, plainly(weights, scale)).sum()
     )
@@ -119,10 +124,10 @@ def test_other_scales_are_taken_where_they_lose_less(rng, monkeypatch, at_once) 
     monkeypatch.setattr(rounding, "VALUES_AT_ONCE", at_once)
     weights, scale, hessian = rng.normal(size=(6, 5)), np.full(6, 0.1), covariance(rng, 5)
     damped = hessian + 0.1 * np.diag(hessian).mean() * np.eye(5)
-    integers, chosen = rescaled_rounding(weights, scale, hessian, 20, 0.1)
+    integers, chosen = rescaled_rounding(weights, scale, Feedback.of(hessian, 0.1), 20)
     tried = []
     for factor in rounding.SCALES:
-        found = compensated_rounding(weights, factor * scale, hessian, 20, 0.1)
+        found = rounded(weights, factor * scale, hessian, 20, 0.1)
         tried.append(loss(weights, factor * scale, damped, found))
     np.testing.assert_allclose(loss(weights, chosen, damped, integers), np.min(tried, axis=0))
     np.testing.assert_allclose(chosen, np.array(rounding.SCALES)[np.argmin(tried, axis=0)] * scale)
@@ -130,23 +135,34 @@ def test_other_scales_are_taken_where_they_lose_less(rng, monkeypatch, at_once) 
     assert 1.0 in rounding.SCALES
 
 
+@pytest.mark.parametrize("inputs", [5, rounding.BLOCK + 40])
+def test_what_is_lost_is_the_quadratic_form_of_the_errors(rng, inputs) -> None:
+    weights, scale, hessian = (
+        rng.normal(size=(2, 6, inputs)),
+        np.full((2, 6), 0.3),
+        covariance(rng, inputs, leading=(2,)),
+    )
+    integers, lost = compensated_rounding(weights, scale, Feedback.of(hessian, 0.1), 3)
+    for i in range(2):
+        damped = hessian[i] + 0.1 * np.diag(hessian[i]).mean() * np.eye(inputs)
+        np.testing.assert_allclose(lost[i], loss(weights[i], scale[i], damped, integers[i]))
+
+
 def test_damping_without_end_leaves_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(4, 20)), np.full(4, 0.1)
-    np.testing.assert_array_equal(
-        compensated_rounding(weights, scale, covariance(rng, 20), 127, 1e9), plainly(weights, scale)
-    )
+    np.testing.assert_array_equal(rounded(weights, scale, covariance(rng, 20), 127, 1e9), plainly(weights, scale))
 
 
 def test_integers_stay_within_the_limit_and_later_ones_make_up_for_that(rng) -> None:
     weights, scale, hessian = rng.normal(size=(8, 40)), np.full(8, 0.02), covariance(rng, 40)
-    found = compensated_rounding(weights, scale, hessian, 64)
+    found = rounded(weights, scale, hessian, 64)
     assert np.abs(found).max() == 64
     assert loss(weights, scale, hessian, found).sum() < loss(weights, scale, hessian, plainly(weights, scale, 64)).sum()
 
 
 def test_inputs_that_never_change_leave_plain_rounding(rng) -> None:
     weights, scale = rng.normal(size=(4, 9)), np.full(4, 0.1)
-    np.testing.assert_array_equal(compensated_rounding(weights, scale, np.zeros((9, 9)), 127), plainly(weights, scale))
+    np.testing.assert_array_equal(rounded(weights, scale, np.zeros((9, 9)), 127), plainly(weights, scale))
 
 
 def test_leading_axes_are_problems_of_their_own(rng) -> None:
@@ -155,9 +171,9 @@ def test_leading_axes_are_problems_of_their_own(rng) -> None:
         rng.uniform(0.1, 0.2, (6, 2)),
         covariance(rng, 9, leading=(6,)),
     )
-    together = compensated_rounding(weights, scale, hessian, 127)
+    together = rounded(weights, scale, hessian, 127)
     for i, found in enumerate(together):
-        np.testing.assert_array_equal(found, compensated_rounding(weights[i], scale[i], hessian[i], 127))
+        np.testing.assert_array_equal(found, rounded(weights[i], scale[i], hessian[i], 127))
 
 
 def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(rng) -> None:
@@ -283,7 +299,7 @@ def test_moments_of_inputs_that_hardly_vary_have_a_root(rng) -> None:
     (moments,) = input_moments(ov.Model([given], [given]), [layer], images, rng)
     rows = np.concatenate([layer.rows(x, rng) for x in images], 1).astype(np.float64)[0]
     np.testing.assert_allclose(moments.covariance[0], np.cov(rows.T, bias=True), rtol=0.02, atol=1e-8)
-    rescaled_rounding(layer.exact, layer.scale, moments.covariance, 127)
+    rescaled_rounding(layer.exact, layer.scale, Feedback.of(moments.covariance, 0.01), 127)
 
 
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul", "matmul turned"])
