@@ -1,9 +1,16 @@
-"""Weights as the training scripts store them."""
+"""What the training scripts share: the weights as they store them, and when they take bfloat16."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from ovcalib import machine
+
+
+def takes_bfloat16(asked: bool | None, device: torch.device) -> bool:
+    """What was asked for; without that, whether the device is faster in bfloat16 than in float32."""
+    return device.type == "cuda" or machine.has_fast_bfloat16() if asked is None else asked
 
 
 def stored(model: nn.Module, half: bool) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ Measured in turns (A B C D A B C D ...); medians and their ratios:
 
     network   one forward pass and one backward pass to the pixels: the lower bound
     ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without image pipeline and output loss)
-              in the precision that it selects for this CPU, and as ours-fp32 in float32
+              in the precision that it selects for this CPU, and as ours-fp32 in float32, as ours-bf16 in bfloat16 on
+              a CPU that has it
     hooks     the plain implementation: forward hooks that keep x.mean and x.var of every BatchNorm input, Adam
     mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, if --mct-python
               names the interpreter of an environment that has it; the model is passed as a pickled module
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import ovcalib
+from ovcalib import machine
 from ovcalib.measurement.environment import environment
 
 MCT = """
@@ -118,6 +120,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "network": lambda: timed(network), "ours": lambda: engine_seconds(args, "auto"),
         "ours-fp32": lambda: engine_seconds(args, "fp32"), "hooks": lambda: timed(hooks),
     }  # fmt: skip
+    if machine.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+        ways["ours-bf16"] = lambda: engine_seconds(args, "bf16")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.turns + 1):  # the first is warm-up
         for name, way in ways.items():

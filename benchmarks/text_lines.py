@@ -22,9 +22,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from ovcalib.data.sets import IMAGE_SUFFIXES
+
 WIDTH, HEIGHT = 192, 48
 LETTERS = string.ascii_letters + string.digits
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def line(photographs: Sequence[Path], rng: random.Random) -> PIL.Image.Image:
@@ -51,9 +52,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
-    found = sorted(path for path in args.photographs.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in args.photographs.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        parser.error(f"no photographs in {args.photographs}; expected .jpg or .png files")
+        parser.error(
+            f"no photographs in {args.photographs}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     if args.output.exists():
         parser.error(f"{args.output} exists; give a new folder")
     rng = random.Random(args.seed)

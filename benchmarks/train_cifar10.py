@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoints import stored
+from checkpoints import stored, takes_bfloat16
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovcalib import machine
 from ovcalib.data.sets import ImageData, load_images, open_data
 from ovcalib.models import builtin
 from ovcalib.models.weights import load_state_dict, save_state_dict
@@ -110,6 +109,7 @@ def train(args: argparse.Namespace) -> None:
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
+    args.bf16 = takes_bfloat16(args.bf16, device)
     inputs, labels = to_tensors(open_data(args.train), spec, device)
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(labels)))
     keep, held = order[args.holdout :], order[: args.holdout]
@@ -223,8 +223,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
-    fast = torch.cuda.is_available() or machine.has_fast_bfloat16()
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=fast)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where it is faster")
     train(parser.parse_args())
 
 

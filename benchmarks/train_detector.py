@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 import pasted_objects
 import torch
-from checkpoints import stored
+from checkpoints import stored, takes_bfloat16
 from networks import ssdlite160
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from ovcalib import machine
 from ovcalib.data.boxes import Boxes
 from ovcalib.models.weights import load_state_dict, save_state_dict
 from ovcalib.rundir import file_sha256, write_atomically
@@ -113,6 +112,7 @@ def anchors_of(detector: Any) -> Tensor:
 def train(args: argparse.Namespace, weights: Path) -> dict[str, Any]:
     """Train to the last step, or to `--stop-after`; returns what the record says of it, or nothing."""
     out, device = Path(args.output), torch.device(args.device)
+    args.bf16 = takes_bfloat16(args.bf16, device)
     tiles, tile_labels = pasted_objects.read_tiles(args.train)
     backgrounds = pasted_objects.backgrounds(args.seed, range(args.backgrounds)).to(device)
     tiles = tiles.to(device)
@@ -225,8 +225,7 @@ def main() -> None:
     parser.add_argument("--test-count", type=int, default=1000, help="images of the test set")
     parser.add_argument("--test-seed", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    fast = torch.cuda.is_available() or machine.has_fast_bfloat16()
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=fast)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where it is faster")
     parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
     parser.add_argument("--evaluate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--evaluate-only", action="store_true", help="of a training with --no-evaluate; --half applies")

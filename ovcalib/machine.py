@@ -31,24 +31,27 @@ def package_version(name: str) -> str | None:
 
 
 @functools.cache
-def _first_cpu() -> dict[str, str]:
-    """What /proc/cpuinfo says about the first processor; empty where there is no such file."""
+def _cpuinfo() -> dict[str, str]:
+    """What /proc/cpuinfo says, each field where it stands first; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return {}
-    fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in fields}
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    return frozenset((_first_cpu().get("flags") or _first_cpu().get("Features", "")).split())
+    return frozenset((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
 
 
 def cpu_vendor() -> str | None:
     """Such as "AuthenticAMD"; None where the system does not tell."""
-    return _first_cpu().get("vendor_id")
+    return _cpuinfo().get("vendor_id")
 
 
 def isa() -> str | None:
@@ -59,8 +62,8 @@ def isa() -> str | None:
 def has_fast_bfloat16() -> bool:
     """Whether networks take less time in bfloat16 than in float32.
 
-    A step of inversion takes 0.6 of the time on an AMD EPYC with AVX512-BF16, but 1.15 to 1.6 times as long on an Intel
-    Xeon that has it without AMX, whose float32 is twice as fast.
+    They do on an AMD EPYC with AVX512-BF16, but not on an Intel Xeon that has it without AMX, see
+    benchmarks/results/calibration.md. With AMX this was not measured.
     """
     return "amx_bf16" in cpu_flags() or ("avx512_bf16" in cpu_flags() and cpu_vendor() == "AuthenticAMD")
 

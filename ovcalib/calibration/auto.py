@@ -87,26 +87,24 @@ def errors_on_each_other(graph: ov.Model, sets: Sequence[CalibrationSet]) -> NDA
     sets      at least two images each; the first half of a set calibrates, the other half judges
     returns   float64 [S, S], NMSE of the outputs: entry [i, j] is calibrated with set i, on images of set j
     """
-    inputs = [s.inputs(first=len(s) // 2) for s in sets]
-    bounds = np.cumsum([len(part) for part in inputs])[:-1]
-    everything = list(chain.from_iterable(inputs))
-    reference = np.split(compared_outputs(graph, everything), bounds)
+    judging = [OutputError(graph, s.subset(range(len(s) // 2, len(s)))) for s in sets]
+    bounds = np.cumsum([len(output.inputs) for output in judging])[:-1]
+    everything = list(chain.from_iterable(output.inputs for output in judging))
     errors = np.empty((len(sets), len(sets)))
-    for i, own in enumerate(sets):
-        outputs = np.split(compared_outputs(quantized_quickly(graph, own), everything), bounds)
-        errors[i] = [nmse(expected, found) for expected, found in zip(reference, outputs, strict=True)]
+    for i, (own, output) in enumerate(zip(sets, judging, strict=True)):
+        int8 = quantized_quickly(own.subset(range(len(own) // 2)), output)
+        outputs = np.split(compared_outputs(int8, everything), bounds)
+        errors[i] = [nmse(other.reference, found) for other, found in zip(judging, outputs, strict=True)]
     return errors
 
 
-def quantized_quickly(graph: ov.Model, own: CalibrationSet) -> ov.Model:
-    """INT8 of the first half of a set, with the activation ranges that do better on the other half."""
-    half = len(own) // 2
-    output = OutputError(graph, own.subset(range(half, len(own))))
+def quantized_quickly(images: CalibrationSet, output: OutputError) -> ov.Model:
+    """INT8 of the float graph of `output`, with the kind of activation ranges that has the smaller error there."""
 
     def make(settings: Settings) -> QuantizedCandidate:
-        return QuantizedCandidate(quantize_default(graph, own.subset(range(half)), settings), settings, output)
+        return QuantizedCandidate(quantize_default(output.fp32, images, settings), settings, output)
 
-    return select_activation_ranges(make(resolve_settings(QUICK, graph)), make)[0].int8
+    return select_activation_ranges(make(resolve_settings(QUICK, output.fp32)), make)[0].int8
 
 
 def judges(sets: Sequence[CalibrationSet]) -> list[int]:

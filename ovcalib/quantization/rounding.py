@@ -313,15 +313,17 @@ def choose_rounding(
         return output_error(rounding.errors(integers, scale), fitted, unseen) / power
 
     plain = error(rounding.plain, rounding.scale)
-    feedbacks = {damping: Feedback.of(fitted.covariance, damping) for damping in DAMPINGS}
-    tried = {
-        damping: compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)[0]
-        for damping, feedback in feedbacks.items()
-    }
-    compensated, damping = min((error(integers, rounding.scale), damping) for damping, integers in tried.items())
-    integers, scale = tried[damping], rounding.scale
+
+    def attempt(damping: float) -> tuple[float, float, Feedback, NDArray[np.int8]]:
+        feedback = Feedback.of(fitted.covariance, damping)
+        integers, _ = compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
+        return error(integers, rounding.scale), damping, feedback, integers
+
+    # One at a time: the factors of a wide layer are large.
+    compensated, damping, feedback, integers = min(map(attempt, DAMPINGS), key=lambda found: found[0])
+    scale = rounding.scale
     if rounding.by_channel:
-        others = rescaled_rounding(rounding.exact, rounding.scale, feedbacks[damping], rounding.limit)
+        others = rescaled_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
         if (rescaled := error(*others)) < compensated:
             compensated, (integers, scale) = rescaled, others
     if compensated < plain:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch.multiprocessing.spawn import spawn
 
+from ovcalib import machine
 from ovcalib.cli import app as cli
 from ovcalib.errors import DataError, UsageError
 from ovcalib.gan import augment, distillation, teacher
@@ -20,7 +21,7 @@ from ovcalib.gan.distillation import StudentRecipe, StudentTraining, pixel_weigh
 from ovcalib.gan.pairs import Pairs, load_pairs
 from ovcalib.gan.stylegan2 import DiscriminatorConfig
 from ovcalib.gan.teacher import TeacherRecipe, TeacherTraining, ema_beta
-from ovcalib.gan.training import TrainingImages, Workers, batch_indices, load_training_images, workers
+from ovcalib.gan.training import TrainingImages, Workers, batch_indices, half_precision, load_training_images, workers
 from tests.conftest import toy_images
 from tests.gan.snapshots import tiny_config
 
@@ -442,3 +443,18 @@ def test_teacher_and_student_learn_colours_of_classes() -> None:
         distances = np.linalg.norm(made[:, None] - colours, axis=2)
         assert distances.argmin(axis=1).tolist() == [0, 1, 2]
         assert distances.diagonal().max() < near
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "fast", "expected"),
+    [
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, None),
+        ("half", "cpu", False, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("float32", "cuda", True, None),
+    ],
+)
+def test_half_precision_is_taken_where_it_is_fast(monkeypatch, precision, device, fast, expected) -> None:
+    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: fast)
+    assert half_precision(precision, torch.device(device)) == expected

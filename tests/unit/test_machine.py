@@ -1,0 +1,49 @@
+"""What is read about the processor, from the text that Linux gives."""
+
+from pathlib import Path
+
+import pytest
+
+from ovcalib import machine
+
+AMD = (
+    "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+)
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp\n"
+
+
+@pytest.fixture
+def cpuinfo(monkeypatch):
+    """Sets the content of /proc/cpuinfo; None takes the file away."""
+
+    def clear():
+        machine._cpuinfo.cache_clear()
+        machine.cpu_flags.cache_clear()
+
+    def give(text):
+        def read(path):
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+
+        monkeypatch.setattr(Path, "read_text", read)
+        clear()
+
+    yield give
+    monkeypatch.undo()
+    clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor", "flags", "fast"),
+    [
+        (AMD, "AuthenticAMD", {"fpu", "avx512f", "avx512_bf16"}, True),
+        (AMD.replace("AuthenticAMD", "GenuineIntel"), "GenuineIntel", {"fpu", "avx512f", "avx512_bf16"}, False),
+        (ARM, None, {"fp", "asimd", "asimddp"}, False),
+        ("Processor\t: ARMv7\n\n" + ARM, None, {"fp", "asimd", "asimddp"}, False),
+        (None, None, set(), False),
+    ],
+)
+def test_the_first_processor_is_read(cpuinfo, text, vendor, flags, fast) -> None:
+    cpuinfo(text)
+    assert (machine.cpu_vendor(), machine.cpu_flags(), machine.has_fast_bfloat16()) == (vendor, flags, fast)
