@@ -40,6 +40,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     smooth_quant: Literal["auto", "on", "off"]
     guard: bool
     equalize: Literal["auto", "on", "off"]
+    finetune: bool
     optimize_for: Literal["size", "latency"]
     model_type: Literal["auto", "cnn", "transformer"]
     ignore: Sequence[str]

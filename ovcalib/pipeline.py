@@ -308,6 +308,8 @@ def prepare(
     """
     model = with_statistics(load_model(recipe.model, module, progress.say))
     require_installed(("nncf", "scipy"), "Quantization")
+    if recipe.quantization.finetune:
+        require_installed(("torch",), "Fine-tuning")
     require_task(recipe.quantization.metric, model.spec)
     asked = recipe.evaluation.metric_function
     metric = None if asked is None else MetricFunction(asked)
@@ -334,6 +336,10 @@ def prepare(
     spec = model.spec if names is None else model.spec.model_copy(update={"classes": names})
     exported = export(replace(model, spec=spec), folder, progress, recipe.model.dynamic_batch)
     settings = resolve_settings(recipe.quantization, exported.graph)
+    if recipe.quantization.finetune:
+        from ovcalib.quantization.finetuning import refuse_unknown_operations
+
+        refuse_unknown_operations(exported.graph)
     decode = decoder_of(model, exported.detector)
     return Prepared(
         recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric, decode

@@ -95,6 +95,8 @@ class GraphModule(nn.Module):
     Convolutions and BatchNorm are layers of torch, with the names that they have in the graph, so that whatever looks
     for layers finds them. All other operations are functions.
 
+    tensors   where the module holds the weights of convolutions and the constants that other operations read: keys of
+              its state by the name of the constant's node
     forward   float32 [N, C, H, W] -> all outputs, [N, ...] each
     raises    ModelError for an operation that is not known
     """
@@ -103,8 +105,10 @@ class GraphModule(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict()
         self.steps: list[tuple[Callable[..., Any], list[int], list[int]]] = []
+        self.tensors: dict[str, str] = {}
         number: dict[tuple[str, int], int] = {}
         data: dict[int, Tensor] = {}
+        origin: dict[int, str] = {}
 
         def place(value: ov.Output) -> int:
             return number.setdefault((value.get_node().get_name(), value.get_index()), len(number))
@@ -117,12 +121,16 @@ class GraphModule(nn.Module):
             if kind == "Constant":
                 if op.get_element_type().is_real():
                     data[place(op.output(0))] = _tensor(op.get_data())
+                    origin[place(op.output(0))] = op.get_name()
                 continue
             call = _call(op, name)
             if isinstance(call, nn.Module):
                 layer = op.get_friendly_name().replace(".", "_")
                 layer = layer if layer not in self.layers else f"{layer}_{len(self.layers)}"
                 self.layers[layer] = call
+                if kind in CONVOLUTIONS:
+                    (weight,) = (key for key, _ in call.named_parameters(f"layers.{layer}"))
+                    self.tensors[op.input_value(1).get_node().get_name()] = weight
                 call = functools.partial(_run_layer, layer)
             reads = [place(value) for value in _signals(op)]
             self.steps.append((call, reads, [place(port) for port in op.outputs()]))
@@ -130,6 +138,7 @@ class GraphModule(nn.Module):
         self.constants = [(f"constant{i}", i, data[i].shape) for i in sorted(used & data.keys())]
         for key, i, _ in self.constants:
             self.register_buffer(key, data[i].reshape(-1))  # flat, because channels-last has no fifth dimension
+            self.tensors[origin[i]] = key
         self.results = [place(port.get_node().input_value(0)) for port in graph.outputs]
         last = {value: i for i, (_, reads, _) in enumerate(self.steps) for value in reads}
         self.done = [
@@ -412,6 +421,25 @@ def _prelu(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x > 0, x, slope * x)
 
 
+def _quantizer(op: ov.Node) -> Callable[..., Any]:
+    """FakeQuantize by torch's operator, which lets gradients through between the ends of the range alone."""
+    low, high, low_out, high_out = (_tensor(value) for value in _constants(op))
+    if not (torch.equal(low, low_out) and torch.equal(high, high_out)):
+        raise ModelError(f"{op.get_friendly_name()} gives another range than it takes")
+    top = int(op.get_attributes()["levels"]) - 1
+    step = ((high - low) / top).flatten().clamp_min(torch.finfo(torch.float32).tiny)
+    zero = torch.round(-low.flatten() / step).clamp(0, top).to(torch.int32)
+    # The axis of the channels, from the end; None for one range.
+    axis = next((side - low.ndim for side, size in enumerate(low.shape) if size > 1), None)
+    return functools.partial(_quantize, step, zero, top, axis)
+
+
+def _quantize(step: Tensor, zero: Tensor, top: int, axis: int | None, x: Tensor) -> Tensor:
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, step, zero, 0, top)
+    return torch.fake_quantize_per_channel_affine(x, step, zero, x.ndim + axis, 0, top)
+
+
 def _softmax(op: ov.Node) -> Callable[..., Any]:
     return functools.partial(torch.softmax, dim=int(op.get_attributes()["axis"]))
 
@@ -431,7 +459,8 @@ _WITH_ATTRIBUTES: dict[str, Callable[[ov.Node], Callable[..., Any]]] = {
     "Concat": lambda op: functools.partial(_concatenate, int(op.get_attributes()["axis"])),
     "Convert": lambda op: _same, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
     "Elu": lambda op: functools.partial(F.elu, alpha=float(op.get_attributes()["alpha"])),
-    "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice, "Softmax": _softmax,
+    "FakeQuantize": _quantizer, "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice,
+    "Softmax": _softmax,
     "Gelu": lambda op: functools.partial(
         F.gelu, approximate="tanh" if op.get_attributes()["approximation_mode"].lower() == "tanh" else "none"
     ),

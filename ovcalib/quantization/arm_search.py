@@ -78,7 +78,7 @@ def arms_of(options: QuantizationOptions, transformer: bool) -> tuple[dict[str, 
         if undone:
             left_out.append(name)
         elif not changes or changes != given:
-            alone = {"search": False, "optimize_for": "size", "mode": "default"}
+            alone = {"search": False, "finetune": False, "optimize_for": "size", "mode": "default"}
             steering = dict.fromkeys(("metric", "validate_on", "max_time", "max_iterations"))
             arms[name] = options.model_copy(update=alone | steering | changes)
     return arms, tuple(left_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ from ovcalib.quantization.selection import (
 from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.records.result import NOTHING, Equalized, Outcome, Quantization
+from ovcalib.records.result import NOTHING, Equalized, FineTuning, Kernels, Outcome, Quantization
+
+NOT_FINETUNED = (
+    "Fine-tuning did not reduce the output error on held-out calibration images, so the model is as it was without."
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ def quantize_graph(
         warnings.append(guard_warning(best.kept))
     if saturation is not None and saturation.avoided:
         warnings.append(saturation.warning())
+    tuning = None
+    if options.finetune:
+        int8, tuning = finetuned(best, parts, kernels_of(options.deploy_isa), out_of_time, progress)
+        if not tuning.kept:
+            warnings.append(NOT_FINETUNED)
     outcome: Outcome = "done"
     reverted: tuple[str, ...] = ()
     restored = None
@@ -201,10 +211,37 @@ def quantize_graph(
         float_operations=len(float_operations(int8)),
         reverted=tuple(map(layer_name, reverted)),
         restoration=restored,
+        finetuning=tuning,
         speed=speed,
         seconds=round(time.monotonic() - began, 3),
     )
     return Quantized(best.source, int8, record, outcome, tuple(warnings))
+
+
+def finetuned(
+    attempt: Attempt,
+    parts: Split,
+    wanted: Sequence[Kernels],
+    out_of_time: Callable[[], bool],
+    progress: Progress,
+) -> tuple[ov.Model, FineTuning]:
+    """The graph of an attempt or the fine-tuned one, whichever has the smaller error on images that neither has seen.
+
+    wanted   kernels of the machines that the model is for
+    """
+    from ovcalib.quantization.finetuning import STEPS, finetune
+
+    began = time.monotonic()
+    images, before = parts.ranges.inputs(), attempt.selected.int8
+    with progress.task("fine-tuning", STEPS, "a limit (`max_time`).") as tick:
+        after, steps = finetune(attempt.source, before, images, tick=tick, out_of_time=out_of_time)
+    errors = [max(attempt.output.on(kernels, graph) for kernels in wanted) for graph in (before, after)]
+    kept = errors[1] < errors[0]
+    first, second = (error if math.isfinite(error) else None for error in errors)
+    record = FineTuning(
+        steps=steps, images=len(images), nmse=(first, second), kept=kept, seconds=round(time.monotonic() - began, 3)
+    )
+    return after if kept else before, record
 
 
 def weights_only(

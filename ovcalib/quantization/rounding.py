@@ -233,6 +233,11 @@ class Rounding:
         set_integer_weights(self.layer, own, scale if self.by_channel else scale.reshape(-1)[:1])
 
     @property
+    def turned(self) -> bool:
+        """Whether the layer has inputs before output channels in its weights, as some matrix products do."""
+        return _is_turned(self.layer)
+
+    @property
     def by_channel(self) -> bool:
         """Whether every output channel has a scale of its own."""
         return scale_count(self.layer) == self.scale.size

@@ -220,6 +220,11 @@ class QuantizationOptions(Frozen):
         Switch,
         Shown(default="auto: where operations would stay in float, and the output error is no larger with it"),
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
+    finetune: bool = Field(
+        default=False,
+        description="Fine-tune the integer weights and the biases on the calibration images, without labels, until "
+        "every layer comes nearer to FP32; takes minutes.",
+    )
     optimize_for: Literal["size", "latency"] = Field(
         default="size",
         description="latency leaves operations in float that INT8 makes slower here, on `device`; size leaves none for "
@@ -252,7 +257,7 @@ class QuantizationOptions(Frozen):
         default=None,
         gt=0,
         le=MAX_SECONDS,
-        description="Time after which accuracy-aware quantization or `search` ends with the best so far.",
+        description="Time after which accuracy-aware quantization, `search` or `finetune` ends with the best so far.",
     )
     max_iterations: Annotated[int | None, Shown(metavar="N", default="none")] = Field(
         default=None, ge=1, le=MAX_WHOLE, description="Candidates that accuracy-aware quantization measures at most."
@@ -271,8 +276,8 @@ class QuantizationOptions(Frozen):
     def _steering_needs_something_to_steer(self) -> QuantizationOptions:
         if self.mode != "accuracy-aware":
             for name in STEERING_FIELDS:
-                if getattr(self, name) is not None and not (name == "max_time" and self.search):
-                    alternative = " or `search=True`" if name == "max_time" else ""
+                if getattr(self, name) is not None and not (name == "max_time" and (self.search or self.finetune)):
+                    alternative = ", `search=True` or `finetune=True`" if name == "max_time" else ""
                     raise ValueError(
                         f"`{name}={getattr(self, name)}` does nothing without `mode=accuracy-aware`{alternative}"
                     )

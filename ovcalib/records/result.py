@@ -273,6 +273,23 @@ class Restored(Frozen):
     ranking: tuple[tuple[str, float], ...]
 
 
+class FineTuning(Frozen):
+    """What `finetune` did.
+
+    steps    that were made; fewer than planned where time was up
+    images   that it learned from
+    nmse     of the outputs on held-out calibration images, before and after, on the kernels where it is larger; None
+             where it is not finite
+    kept     whether the fine-tuned model has the smaller one, and was taken
+    """
+
+    steps: int
+    images: int
+    nmse: tuple[float | None, float | None]
+    kept: bool
+    seconds: float
+
+
 class SpeedSearch(Frozen):
     """What `optimize_for=latency` did, by times on one machine: single-stream latency with batch 1, in turns.
 
@@ -400,6 +417,7 @@ class Quantization(Frozen):
     int8_operations    operations that compute on quantized values
     float_operations   convolutions and matrix products left in float
     reverted           operations that accuracy-aware quantization gave their float precision back
+    finetuning         None where that was not asked for
     speed              None where operations were not given back for the sake of speed
     search             the ways to quantize that were compared; None where that was not asked for
     """
@@ -434,6 +452,7 @@ class Quantization(Frozen):
     float_operations: int
     reverted: tuple[str, ...]
     restoration: Restored | None
+    finetuning: FineTuning | None = None
     speed: SpeedSearch | None = None
     search: ArmSearch | None = None
     seconds: float

@@ -10,6 +10,7 @@ from ovcalib.records.result import (
     Agreement,
     Arm,
     ArmSearch,
+    FineTuning,
     KernelsError,
     OutputAgreement,
     Quantization,
@@ -115,6 +116,8 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("layers left in float", str(quantization.float_operations)),
         ("ignored", ", ".join(quantization.ignored) or "none"),
     ]
+    if quantization.finetuning is not None:
+        facts.append(("fine-tuning", finetuning(quantization.finetuning)))
     found = quantization.restoration
     if found:
         facts += [
@@ -202,6 +205,13 @@ def equalization(quantization: Quantization) -> str:
     if quantization.equalization_nmse is None:
         return what
     return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(what, *quantization.equalization_nmse)
+
+
+def finetuning(found: FineTuning) -> str:
+    """How long the model learned, and what that changed."""
+    before, after = ("not finite" if error is None else f"{error:.2g}" for error in found.nmse)
+    taken = "" if found.kept else ", not taken"
+    return f"{found.steps} steps on {found.images} images in {found.seconds:.0f} s{taken} (NMSE {before}, then {after})"
 
 
 def kernels_error(found: KernelsError) -> str:

@@ -1,0 +1,265 @@
+"""Fine-tuning of a quantized graph: it learns from the float one what it should compute, without labels.
+
+The graph itself is trained, operation by operation in torch, so what is learned is what runs: integers on the scales
+that quantization chose, within their limits, and biases. Ranges of activations stay. Weights are trained in units of
+their scale, in which a step means the same for every layer. They are rounded in the forward pass; in the backward pass
+gradients go straight through (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic
+Neurons for Conditional Computation", 2013).
+
+Both graphs get the same images, and every layer's output is compared: few made images determine the outputs of the
+network alone badly (benchmarks/results/finetuning.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import openvino as ov
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ovcalib.errors import ModelError
+from ovcalib.graph.editing import add_to_biases, before_softmax, fold_weights
+from ovcalib.graph.reading import Layer, float_operations, is_constant, quantizable_operations, quantized_layers
+from ovcalib.models.graph_module import GraphModule
+from ovcalib.quantization.rounding import Rounding
+from ovcalib.runtime import Inference, size_of
+
+STEPS = 300
+BATCH = 32
+# Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, and of biases in
+# standard deviations of their layer's output.
+WEIGHT_RATE, BIAS_RATE = 0.005, 0.001
+# Weights start at least this far from the middle between two levels, in units of their scale.
+MARGIN = 0.01
+# Images are moved by up to this share of their sides.
+SHIFT = 1 / 8
+# Of all values that both graphs hold for the images of one step; a smaller batch where BATCH needs more.
+BATCH_BYTES = 2 * 2**30
+# Copies of every layer's output: of both graphs, quantized and not, and for the gradient.
+COPIES = 8
+# Of the largest output, between OpenVINO and torch.
+TOLERANCE = 2e-3
+SEED = 0
+
+
+# The loss: tensors in, a tensor out --------------------------------------------------------------
+
+
+def distillation_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], powers: Sequence[float], heads: int) -> Tensor:
+    """The squared error of layers and of the network's outputs, each in units of its own variance.
+
+    found, wanted   [N, ...] of the quantized and of the float graph: layers in order, then `heads` outputs
+    powers          variance of each
+    returns         mean over layers plus mean over outputs
+    """
+    errors = [F.mse_loss(a, b) / power for a, b, power in zip(found, wanted, powers, strict=True)]
+    layers, outputs = errors[: len(errors) - heads], errors[len(errors) - heads :]
+    return torch.stack(layers).mean() + torch.stack(outputs).mean()
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [N, C, H, W], each moved by up to SHIFT of its sides, mirrored at its border, and half of them flipped.
+
+    The float graph says what is right for any image, so an object may lie where none of the set has it.
+    """
+    height, width = images.shape[2:]
+    down, right = round(SHIFT * height), round(SHIFT * width)
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
+    tops = torch.randint(2 * down + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(2 * right + 1, (len(images),), generator=generator).tolist()
+    flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
+    moved = [
+        image[:, top : top + height, left : left + width] for image, top, left in zip(padded, tops, lefts, strict=True)
+    ]
+    return torch.stack([image.flip(2) if flip else image for image, flip in zip(moved, flips, strict=True)])
+
+
+# What is trained ---------------------------------------------------------------------------------
+
+
+class TrainedLayer:
+    """Weights and bias of a quantized layer.
+
+    units   float32 [G, O, I], weights in units of their scale, which the layer rounds
+    shift   float32 [C], what the bias has gained, in units of `unit`
+    """
+
+    def __init__(self, rounding: Rounding, keys: tuple[str, str], module: GraphModule) -> None:
+        """keys   of its weights and of its bias in the module's state"""
+        self.rounding, self.keys = rounding, keys
+        state = module.state_dict()
+        self.shape, self.before = state[keys[0]].shape, state[keys[1]].clone()
+        self.scale = torch.from_numpy(rounding.scale[..., None].astype(np.float32))
+        plain = torch.from_numpy(rounding.plain.astype(np.float32))
+        exact = torch.from_numpy((rounding.exact / rounding.scale[..., None]).astype(np.float32))
+        # As near to the float weight as the integer allows.
+        self.units = (plain + (exact - plain).clamp(MARGIN - 0.5, 0.5 - MARGIN)).requires_grad_()
+        self.shift = torch.zeros_like(self.before).requires_grad_()
+        self.unit = 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the layer computes with, by the keys of the module's state."""
+        limit = self.rounding.limit
+        weights = self.scale * torch.fake_quantize_per_tensor_affine(self.units, 1.0, 0, -limit, limit)
+        own = weights[0].T if self.rounding.turned else weights
+        return dict(zip(self.keys, (own.reshape(self.shape), self.before + self.unit * self.shift), strict=True))
+
+    def integers(self) -> NDArray[np.int8]:
+        """[G, O, I]."""
+        limit = self.rounding.limit
+        return self.units.detach().round().clamp(-limit, limit).numpy().astype(np.int8)
+
+    def bias_shift(self) -> NDArray[np.float64]:
+        return (self.unit * self.shift).detach().numpy().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both graphs as torch modules, whose outputs are those of the trained layers and then the network's own."""
+
+    teacher: GraphModule
+    student: GraphModule
+    layers: tuple[TrainedLayer, ...]
+    heads: int
+
+    @staticmethod
+    def of(fp32: ov.Model, int8: ov.Model) -> Pair:
+        """Raises ModelError where there is nothing to train, or torch has no such operation."""
+        exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
+        quantized = before_softmax(int8).clone()
+        layers = [layer for layer in quantized_layers(quantized) if layer.name in exact]
+        roundings = [found for layer in layers if (found := Rounding.of(layer, exact[layer.name])) is not None]
+        if not roundings:
+            raise ModelError("no layer computes in INT8 that could be fine-tuned")
+        # Biases become constants, and every layer has one.
+        names = [rounding.layer.name for rounding in roundings]
+        channels = (int(np.prod(rounding.exact.shape[:2])) for rounding in roundings)
+        add_to_biases(quantized, {name: np.zeros(count) for name, count in zip(names, channels, strict=True)})
+        student = as_module(quantized, names)
+        trained = []
+        for rounding in roundings:
+            layer = Layer.of(rounding.layer.op)
+            assert layer.add is not None
+            (bias,) = (value for value in layer.add.input_values() if is_constant(value))
+            weights, shift = (student.tensors[v.get_node().get_name()] for v in (layer.op.input_value(1), bias))
+            trained.append(TrainedLayer(rounding, (weights, shift), student))
+        return Pair(as_module(before_softmax(fp32).clone(), names), student, tuple(trained), len(fp32.outputs))
+
+
+def as_module(graph: ov.Model, names: Sequence[str] = ()) -> GraphModule:
+    """A graph as a torch module with the outputs of the named layers, bias included, before its own.
+
+    raises   ModelError for an operation that torch does not have
+    """
+    fold_weights([*quantized_layers(graph), *map(Layer.of, float_operations(graph))])
+    operations = {op.get_friendly_name(): op for op in graph.get_ops()}
+    layers = [Layer.of(operations[name]) for name in names]
+    points = [(layer.op if layer.add is None else layer.add).output(0) for layer in layers]
+    outputs = [result.input_value(0) for result in graph.get_results()]
+    name = graph.get_friendly_name()
+    return GraphModule(ov.Model([*points, *outputs], graph.get_parameters(), name), name).eval()
+
+
+def refuse_unknown_operations(fp32: ov.Model) -> None:
+    """Raise ModelError where torch does not compute what OpenVINO does, before anything else is done."""
+    try:
+        module = as_module(before_softmax(fp32).clone())
+    except ModelError as error:
+        raise ModelError(f"{error}, so the model cannot be fine-tuned. Omit `finetune`.") from error
+    shape = [int(side) for side in fp32.inputs[0].get_shape()]
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    with torch.no_grad():
+        ours = module.outputs(image)
+    for found, wanted in zip(ours, Inference(before_softmax(fp32))(image.numpy()), strict=True):
+        scale = max(float(np.abs(wanted).max()), 1e-6)
+        # NaN compares false with everything, so the test is written the other way round.
+        if not float(np.abs(found.numpy() - wanted).max()) <= TOLERANCE * scale:
+            raise ModelError("The model gives other outputs in torch, so it cannot be fine-tuned. Omit `finetune`.")
+
+
+# The training ------------------------------------------------------------------------------------
+
+
+def train(
+    pair: Pair,
+    images: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    tick: Callable[[int], None],
+    out_of_time: Callable[[], bool],
+) -> int:
+    """Train the layers of a pair in place; returns the steps that were made."""
+    batch = min(len(images), batch_size(pair))
+    with torch.no_grad():
+        shown = pair.teacher.outputs(images[:batch])
+    powers = [max(float(value.var(0, correction=0).mean()), 1e-12) for value in shown]
+    for layer, power in zip(pair.layers, powers, strict=False):
+        layer.unit = math.sqrt(power)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [layer.units for layer in pair.layers], "lr": WEIGHT_RATE},
+            {"params": [layer.shift for layer in pair.layers], "lr": BIAS_RATE},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order: list[int] = []
+    for step in range(steps):
+        if out_of_time():
+            return step
+        if len(order) < batch:
+            order = torch.randperm(len(images), generator=generator).tolist()
+        chosen, order = order[:batch], order[batch:]
+        x = augmented(images[chosen], generator)
+        with torch.no_grad():
+            wanted = pair.teacher.outputs(x)
+        tensors = {key: value for layer in pair.layers for key, value in layer.tensors().items()}
+        found = functional_call(pair.student, tensors, (x,))
+        loss = distillation_loss(found, wanted, powers, pair.heads)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        tick(step + 1)
+    return steps
+
+
+def batch_size(pair: Pair) -> int:
+    """At most BATCH images, and no more than BATCH_BYTES hold."""
+    of_one = COPIES * sum(size_of(layer.rounding.layer.op.output(0)) for layer in pair.layers)
+    return max(1, min(BATCH, BATCH_BYTES // max(1, of_one)))
+
+
+def finetune(
+    fp32: ov.Model,
+    int8: ov.Model,
+    images: Sequence[NDArray[np.float32]],
+    *,
+    steps: int = STEPS,
+    tick: Callable[[int], None] = lambda done: None,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> tuple[ov.Model, int]:
+    """A copy of a quantized graph with other integers and biases, and the steps that it was trained for.
+
+    fp32, int8   the same network before and after quantization, batch 1
+    images       network inputs, float32 [1, C, H, W] each
+    raises       ModelError where torch cannot compute what OpenVINO does
+    """
+    pair = Pair.of(fp32, int8)
+    made = train(
+        pair, torch.from_numpy(np.concatenate(list(images))), torch.Generator().manual_seed(SEED), steps, tick,
+        out_of_time,
+    )  # fmt: skip
+    copy = int8.clone()
+    layers = {layer.name: layer for layer in quantized_layers(copy)}
+    for trained in pair.layers:
+        own = trained.rounding
+        replace(own, layer=layers[own.layer.name]).write(trained.integers(), own.scale)
+    add_to_biases(copy, {trained.rounding.layer.name: trained.bias_shift() for trained in pair.layers})
+    return copy, made
