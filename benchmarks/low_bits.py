@@ -7,7 +7,7 @@
 Bits are WEIGHTS/ACTIVATIONS. Ranges of weights and activations have the least squared error (`--ranges`); `--edges
 academic` leaves the first and the last layer at 8 bits, `full` quantizes them and the outputs too. `nearest` rounds
 each weight to the nearest level and corrects biases layer by layer, `compensated` rounds by
-ovcalib.quantization.rounding. All arms have the same number of images. Prints top-1, agreement with FP32 and the NMSE
+ovcalib.quantization.rounding, and `finetuned` goes on from there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with FP32 and the NMSE
 of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file. Graphs compute in
 float32 with values on the low-bit grids, on any CPU.
 """
@@ -35,6 +35,7 @@ from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.quantization.bias_correction import correct_biases
+from ovcalib.quantization.finetuning import finetune
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.rounding import compensated
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
     parser.add_argument("--edges", choices=["academic", "full"], default="academic")
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
-    parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated"], default=["nearest"])
+    parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated", "finetuned"], default=["nearest"])
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -115,10 +116,11 @@ def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: 
     parts = split(made)
     fitted = parts.corrections.inputs()
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
-    if rounding == "compensated":
-        return compensated(fp32, graph, fitted)
-    correct_biases(fp32, graph, fitted)
-    return graph
+    if rounding == "nearest":
+        correct_biases(fp32, graph, fitted)
+        return graph
+    graph = compensated(fp32, graph, fitted)
+    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs())[0]
 
 
 def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:

@@ -339,7 +339,7 @@ def prepare(
     if recipe.quantization.finetune:
         from ovcalib.quantization.finetuning import refuse_unknown_operations
 
-        refuse_unknown_operations(exported.graph)
+        refuse_unknown_operations(exported.graph, model.spec.name)
     decode = decoder_of(model, exported.detector)
     return Prepared(
         recipe, model, spec, calibration, proven_on, validation, exported, settings, warnings, metric, decode

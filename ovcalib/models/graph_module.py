@@ -48,13 +48,20 @@ def read_module(path: Path, shape: Sequence[int], name: str, expected: ov.Model)
     if "BatchNormInference" not in counts:
         raise ModelError(f"{name}: {FOLDED}")
     module = GraphModule(graph, name).eval()
-    inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    check_module(module, raw_heads(expected), name)
+    return module
+
+
+def check_module(module: GraphModule, graph: ov.Model, name: str) -> None:
+    """Raise ModelError where a module computes something else than a graph with batch 1 for an image of a batch."""
+    shape = [int(side) for side in graph.inputs[0].get_shape()]
+    inputs = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             found = [value.numpy() for value in module.outputs(inputs)]
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ModelError(f"{name} cannot be run on batches: {str(error).splitlines()[0]}") from error
-    run = Inference(raw_heads(expected))
+    run = Inference(graph)
     for i, image in enumerate(inputs.numpy()):
         for ours, theirs in zip(found, run(image[None]), strict=True):
             scale = max(float(np.abs(theirs).max()), 1e-6)
@@ -65,7 +72,6 @@ def read_module(path: Path, shape: Sequence[int], name: str, expected: ov.Model)
                 or not (float(np.abs(ours[i].reshape(-1) - theirs.reshape(-1)).max()) <= TOLERANCE * scale)
             ):
                 raise ModelError(f"{name} as a torch module gives other outputs than OpenVINO")
-    return module
 
 
 def layer_counts(module: nn.Module) -> tuple[int, int]:
@@ -177,6 +183,8 @@ def _function(function: Callable[..., Any], layers: nn.ModuleDict, *values: Tens
 def _signals(op: ov.Node) -> list[ov.Output]:
     """What a step reads: of operations with parameters, the data alone."""
     values = list(op.input_values())
+    if op.get_type_name() == "ScaledDotProductAttention":
+        return values[: 4 if _has_mask(op) else 3]
     return values if op.get_type_name() in (*_ELEMENTWISE, "Concat", "MatMul", "PRelu") else values[:1]
 
 
@@ -266,14 +274,17 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[[ov.Node], Callable[...
     return make
 
 
-def _to_shape(shape: Sequence[int], batched: bool, x: Tensor) -> Tensor:
-    return x.reshape(len(x), *shape[1:]) if batched else x.reshape(tuple(shape))
+def _to_shape(size: int, shape: Sequence[int], x: Tensor) -> Tensor:
+    """size is that of one image, and shape what it takes: a batch goes into the first axis, or before a single one."""
+    batch = x.numel() // size
+    if len(shape) < 2:
+        return x.reshape(batch, *shape) if batch > 1 else x.reshape(tuple(shape))
+    return x.reshape(batch * shape[0], *shape[1:])
 
 
 def _reshape(op: ov.Node) -> Callable[..., Any]:
-    """The shape is known for one image; a batch stays in front."""
     before, after = (list(port.get_shape()) for port in (op.input_value(0), op.output(0)))
-    return functools.partial(_to_shape, after, before[:1] == [1] and after[:1] == [1])
+    return functools.partial(_to_shape, math.prod(before), after)
 
 
 def _permute(order: Sequence[int], x: Tensor) -> Tensor:
@@ -381,13 +392,16 @@ def _pad(op: ov.Node) -> Callable[..., Any]:
 
 def _gather(op: ov.Node) -> Callable[..., Any]:
     indices, axis = _constants(op)
-    return functools.partial(_take, torch.from_numpy(indices.astype(np.int64)), int(axis))
+    rank, after = len(op.input_value(0).get_shape()), list(op.output(0).get_shape())
+    return functools.partial(_take, torch.from_numpy(indices.astype(np.int64)), int(axis) % rank - rank, after)
 
 
-def _take(indices: Tensor, axis: int, x: Tensor) -> Tensor:
-    axis %= x.ndim
+def _take(indices: Tensor, axis: int, after: Sequence[int], x: Tensor) -> Tensor:
+    """axis counts from the end, since a batch may stand before a single axis; after is the shape for one image."""
+    axis += x.ndim
     shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-    return x.index_select(axis, indices.reshape(-1).to(x.device)).reshape(shape)
+    taken = x.index_select(axis, indices.reshape(-1).to(x.device))
+    return _to_shape(math.prod(after), after, taken) if len(shape) > len(after) else taken.reshape(shape)
 
 
 def _hard_sigmoid(op: ov.Node) -> Callable[..., Any]:
@@ -436,8 +450,40 @@ def _quantizer(op: ov.Node) -> Callable[..., Any]:
 
 def _quantize(step: Tensor, zero: Tensor, top: int, axis: int | None, x: Tensor) -> Tensor:
     if axis is None:
-        return torch.fake_quantize_per_tensor_affine(x, step, zero, 0, top)
-    return torch.fake_quantize_per_channel_affine(x, step, zero, x.ndim + axis, 0, top)
+        quantized: Tensor = torch.fake_quantize_per_tensor_affine(x, step, zero, 0, top)
+    else:
+        quantized = torch.fake_quantize_per_channel_affine(x, step, zero, x.ndim + axis, 0, top)
+    return quantized
+
+
+def _normalize(op: ov.Node) -> Callable[..., Any]:
+    """Values without their mean and, but for an option, over their standard deviation: the heart of LayerNorm."""
+    attributes, axes = op.get_attributes(), [int(axis) for axis in _constants(op)[0].reshape(-1)]
+    inside = attributes["eps_mode"].lower() == "inside_sqrt"
+    return functools.partial(_standardized, axes, attributes["normalize_variance"], float(attributes["eps"]), inside)
+
+
+def _standardized(axes: Sequence[int], scaled: bool, eps: float, inside: bool, x: Tensor) -> Tensor:
+    centred: Tensor = x - x.mean(tuple(axes), keepdim=True)
+    if not scaled:
+        return centred
+    variance = (centred**2).mean(tuple(axes), keepdim=True)
+    scale: Tensor = torch.sqrt(variance + eps) if inside else torch.sqrt(variance) + eps
+    return centred / scale
+
+
+def _has_mask(op: ov.Node) -> bool:
+    """A number in the place of a mask stands for none."""
+    return op.get_input_size() > 3 and len(op.input_value(3).get_partial_shape()) > 0
+
+
+def _attention(op: ov.Node) -> Callable[..., Any]:
+    scale = float(_constants(op, 4)[0].item()) if op.get_input_size() > 4 else None
+    return functools.partial(_attend, bool(op.get_attributes()["causal"]), scale)
+
+
+def _attend(causal: bool, scale: float | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, scale=scale)
 
 
 def _softmax(op: ov.Node) -> Callable[..., Any]:
@@ -460,14 +506,14 @@ _WITH_ATTRIBUTES: dict[str, Callable[[ov.Node], Callable[..., Any]]] = {
     "Convert": lambda op: _same, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
     "Elu": lambda op: functools.partial(F.elu, alpha=float(op.get_attributes()["alpha"])),
     "FakeQuantize": _quantizer, "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice,
-    "Softmax": _softmax,
+    "ScaledDotProductAttention": _attention, "Softmax": _softmax,
     "Gelu": lambda op: functools.partial(
         F.gelu, approximate="tanh" if op.get_attributes()["approximation_mode"].lower() == "tanh" else "none"
     ),
     "MatMul": lambda op: functools.partial(
         _matmul, bool(op.get_attributes()["transpose_a"]), bool(op.get_attributes()["transpose_b"])
     ),
-    "ReduceMax": _reduce(torch.amax), "ReduceMean": _reduce(torch.mean), "ReduceMin": _reduce(torch.amin),
-    "ReduceSum": _reduce(torch.sum), "Split": _split_lengths, "VariadicSplit": _split_lengths, "Swish": _swish,
-    "Transpose": _transpose,
+    "MVN": _normalize, "ReduceMax": _reduce(torch.amax), "ReduceMean": _reduce(torch.mean),
+    "ReduceMin": _reduce(torch.amin), "ReduceSum": _reduce(torch.sum), "Split": _split_lengths,
+    "VariadicSplit": _split_lengths, "Swish": _swish, "Transpose": _transpose,
 }  # fmt: skip
