@@ -7,9 +7,10 @@
 Bits are WEIGHTS/ACTIVATIONS. Ranges of weights and activations have the least squared error (`--ranges`); `--edges
 academic` leaves the first and the last layer at 8 bits, `full` quantizes them and the outputs too. `nearest` rounds
 each weight to the nearest level and corrects biases layer by layer, `compensated` rounds by
-ovcalib.quantization.rounding, and `finetuned` goes on from there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with FP32 and the NMSE
-of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file. Graphs compute in
-float32 with values on the low-bit grids, on any CPU.
+ovcalib.quantization.rounding, and `finetuned` goes on from there by ovcalib.quantization.finetuning. All arms have the
+same number of images. Prints top-1, agreement with FP32 and the NMSE of the outputs, as mean ± standard deviation over
+seeds; finished cells are kept in the output file. Graphs compute in float32 with values on the low-bit grids, on any
+CPU.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def finetuned(
     began = time.monotonic()
     images, before = parts.ranges.inputs(), attempt.selected.int8
     with progress.task("fine-tuning", STEPS, "a limit (`max_time`).") as tick:
-        after, steps = finetune(attempt.source, before, images, tick=tick, out_of_time=out_of_time)
+        after, steps = finetune(attempt.source, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
     errors = [max(attempt.output.on(kernels, graph) for kernels in wanted) for graph in (before, after)]
     kept = errors[1] < errors[0]
     first, second = (error if math.isfinite(error) else None for error in errors)

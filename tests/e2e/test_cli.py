@@ -151,6 +151,32 @@ def test_weights_alone_need_no_data(data, tmp_path) -> None:
         assert f"{option} {value} does nothing with --mode weight-only" in refused.stderr
 
 
+def test_finetuning_is_taken_where_images_that_it_has_not_seen_say_so(data, done, tmp_path, monkeypatch) -> None:
+    from ovcalib.quantization import finetuning
+
+    monkeypatch.setattr(finetuning, "STEPS", 12)
+    arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", f"real:{data / 'calib'}",
+                 "--num-samples", 60, "--finetune", *FAST]  # fmt: skip
+    found = run(*arguments, "--max-time", 1000, "-o", tmp_path / "good")
+    assert found.exit_code == 0, found.stderr
+    made = json.loads((tmp_path / "good/result.json").read_text())["quantization"]
+    tuned = made["finetuning"]
+    assert (tuned["steps"], tuned["images"]) == (12, made["subset_size"])
+    assert tuned["kept"] == (tuned["nmse"][1] < tuned["nmse"][0])
+    assert f"- fine-tuning: 12 steps on {tuned['images']} images in" in (tmp_path / "good/report.md").read_text()
+    # Rates that destroy the network: what is written is what would be written without.
+    monkeypatch.setattr(finetuning, "WEIGHT_RATE", 10.0)
+    found = run(*arguments, "-o", tmp_path / "bad")
+    assert found.exit_code == 0, found.stderr
+    assert "Fine-tuning did not reduce the output error" in found.stderr
+    result = json.loads((tmp_path / "bad/result.json").read_text())
+    assert not result["quantization"]["finetuning"]["kept"]
+    assert (tmp_path / "bad/int8/model.bin").read_bytes() == (done / "int8/model.bin").read_bytes()
+    refused = run(*arguments, "--mode", "weight-only", "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--finetune does nothing with --mode weight-only" in refused.stderr
+
+
 def test_the_calibration_set_can_steer(data, tmp_path, toy) -> None:
     """With the labels that came with it; there are no others, and the evaluation images are left for the proof."""
     np.savez(tmp_path / "set.npz", images=255 - toy.images[:30], labels=toy.labels[:30])
