@@ -35,11 +35,9 @@ from ovcalib.export.convert import export
 from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
-from ovcalib.quantization.bias_correction import correct_biases
 from ovcalib.quantization.finetuning import finetune
 from ovcalib.quantization.low_bits import Bits, simulate
-from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.rounding import compensated
+from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.model import ModelSpec
 from ovcalib.runtime import outputs_of
@@ -115,12 +113,10 @@ def int8_of(fp32: Any, made: CalibrationSet) -> Any:
 def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str) -> Any:
     """The simulated graph of one cell."""
     parts = split(made)
-    fitted = parts.corrections.inputs()
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
     if rounding == "nearest":
-        correct_biases(fp32, graph, fitted)
-        return graph
-    graph = compensated(fp32, graph, fitted)
+        return fit_weights(fp32, graph, Settings(), parts.corrections)
+    graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
     return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs())[0]
 
 

@@ -29,7 +29,10 @@ class QuantizeKeywords(LoadKeywords, total=False):
     options: Mapping[str, object]
     preview: bool
     keep_images: bool
-    mode: Literal["default", "accuracy-aware", "weight-only"]
+    mode: Literal["default", "accuracy-aware", "weight-only", "simulated"]
+    weight_bits: int
+    activation_bits: int
+    edges: Literal["academic", "full"]
     search: bool
     preset: Literal["performance", "mixed"] | None
     deploy_isa: Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]

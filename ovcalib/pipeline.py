@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
 # Rounding of weights alone needs no better images, see benchmarks/results/weights_only.md.
 FOR_WEIGHTS, FOR_WEIGHTS_COUNT = "fractal", 64
+# Modes whose graphs compute in float, the same on every machine.
+IN_FLOAT = ("weight-only", "simulated")
+SIMULATED = "fewer bits are simulated in float, which has no speed of its own"
 STEERED_BY_EVALUATION = (
     "The evaluation images also steered the accuracy-aware algorithm, so the accuracy is flattered; name others with "
     "`validate_on`."
@@ -213,8 +216,7 @@ def quantize(
 
         # What is measured from here on is the file, not the graph that it was written from.
         int8 = batch_one(read_graph(work.path / "int8" / "model.xml"), model.spec)
-        in_float = quantized.record.mode == "weight-only"
-        kernels = None if in_float else proof_kernels(recipe.quantization.deploy_isa)
+        kernels = None if quantized.record.mode in IN_FLOAT else proof_kernels(recipe.quantization.deploy_isa)
         body = int8 if exported.detector is None else raw_heads(int8)
         proof = prove(reference, body, images, proven_on, model.spec, kernels, progress, ready.decode)
         predicted, unpredicted = predict_loss(
@@ -228,7 +230,10 @@ def quantize(
                 function=ready.metric.reference, count=len(reference), on=images.on, fp32=custom_fp32,
                 int8=custom_int8, difference=custom_int8 - custom_fp32,
             )  # fmt: skip
-        latency, latency_reason = measure_pair(recipe.measurement, work.path, progress)
+        simulated = quantized.record.mode == "simulated"
+        latency, latency_reason = (
+            (None, SIMULATED) if simulated else measure_pair(recipe.measurement, work.path, progress)
+        )
 
         record = Result(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -31,7 +31,7 @@ from ovcalib.measurement.benchmark import (
 )
 from ovcalib.measurement.worker import MEMORY_REASON, memory_bytes
 from ovcalib.models.load import Model, load_model, with_statistics
-from ovcalib.pipeline import prepare
+from ovcalib.pipeline import IN_FLOAT, prepare
 from ovcalib.progress import Progress, Rehearsal, Rehearsed
 from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import BenchmarkOptions, CalibrationOptions, GenerateOptions, ModelOptions
@@ -152,7 +152,7 @@ def plan_quantize(recipe: Recipe, target: Path, overwrite: bool, progress: Progr
         else Stage(what="quantize, and evaluate INT8", seconds=limit, why="at most (`max_time`)")
     )
     seconds = recipe.measurement.benchmark_time
-    if seconds:
+    if seconds and recipe.quantization.mode != "simulated":
         stages.append(
             Stage(
                 what="measure the latency of both models",
@@ -161,13 +161,13 @@ def plan_quantize(recipe: Recipe, target: Path, overwrite: bool, progress: Progr
             )
         )
     images_bytes = set_bytes(options, spec, made, as_pixels=False)
-    weights_alone = recipe.quantization.mode == "weight-only"
+    in_float = recipe.quantization.mode in IN_FLOAT
     return QuantizePlan(
         recipe=recipe.model_dump(mode="json"),
         stages=tuple(stages),
         disk_bytes=fp32_bytes + int8_bytes + (images_bytes if options.keep_images else 0),
-        overflow_fix=NOTHING if weights_alone else ready.settings.overflow_fix,
-        preset=NOTHING if weights_alone else ready.settings.preset,
+        overflow_fix=NOTHING if in_float else ready.settings.overflow_fix,
+        preset=NOTHING if recipe.quantization.mode == "weight-only" else ready.settings.preset,
         transformer=ready.settings.transformer,
         ignored=ignored,
         **resources(target, 0 if made is not None else images_bytes),

@@ -35,7 +35,7 @@ from ovcalib.quantization.quantize import Quantized, quantize_graph
 from ovcalib.quantization.selection import kernels_error
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.model import Task
-from ovcalib.records.options import QuantizationOptions
+from ovcalib.records.options import WEIGHT_FIELDS, QuantizationOptions
 from ovcalib.records.result import Arm, ArmSearch, KernelsError
 from ovcalib.runtime import outputs_of
 
@@ -74,7 +74,7 @@ def arms_of(options: QuantizationOptions, transformer: bool) -> tuple[dict[str, 
         undone = any(given[key] not in (usual[key], value) for key, value in changes.items())
         if name == WEIGHTS:  # suits every machine
             alike = options.model_copy(update={"search": False, "deploy_isa": "any", "max_time": None})
-            undone = undone or alike.beyond_weights() is not None
+            undone = undone or alike.beyond(WEIGHT_FIELDS) is not None
         if undone:
             left_out.append(name)
         elif not changes or changes != given:

@@ -28,6 +28,7 @@ from ovcalib.graph.reading import (
     quantized_layers,
 )
 from ovcalib.quantization.rounding import Rounding
+from ovcalib.records.options import Edges
 from ovcalib.runtime import Inference
 
 # Shares of the largest magnitude that are tried as range; the clipped rest costs less than coarser levels.
@@ -50,7 +51,7 @@ class Bits:
 
     weights: int = 8
     activations: int = 8
-    edges: Literal["full", "academic"] = "academic"
+    edges: Edges = "academic"
     ranges: Literal["extremes", "mse", "power-of-two"] = "mse"
 
     def __post_init__(self) -> None:

@@ -101,12 +101,7 @@ def quantize_default(
                 set_input_range(int8, *calibration.input_range)
             if settings.channel_headroom != 1:
                 widen_channel_ranges(int8, settings.channel_headroom)
-            fitted = (corrections or calibration).inputs()
-            if settings.rounding == "compensated":
-                int8 = compensated(graph, int8, fitted)
-            elif settings.bias_correction == "layerwise":
-                correct_biases(graph, int8, fitted)
-            return int8
+            return fit_weights(graph, int8, settings, corrections or calibration)
         except (OvcalibError, MemoryError):
             raise
         except Exception as error:  # NNCF raises its own types, re.error, RuntimeError and AttributeError
@@ -117,6 +112,16 @@ def quantize_default(
             raise ModelError(
                 f"NNCF cannot quantize the model: {lines[0] if lines else type(error).__name__}. {way_out}."
             ) from error
+
+
+def fit_weights(fp32: ov.Model, int8: ov.Model, settings: Settings, images: CalibrationSet) -> ov.Model:
+    """Round the weights and correct the biases of a quantized graph as settings ask for."""
+    if settings.rounding == "compensated":
+        return compensated(fp32, int8, images.inputs())
+    if settings.bias_correction == "layerwise":
+        int8 = int8.clone()
+        correct_biases(fp32, int8, images.inputs())
+    return int8
 
 
 @contextlib.contextmanager

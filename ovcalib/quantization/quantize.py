@@ -18,13 +18,14 @@ from ovcalib.evaluation.dataset import Images
 from ovcalib.evaluation.outputs import Outputs
 from ovcalib.graph.editing import float_activations
 from ovcalib.graph.reading import float_operations, layer_name, quantized_operations
-from ovcalib.kernels import host_kernels, kernels_of
+from ovcalib.kernels import host_kernels, kernels_of, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.latency_search import faster_in_float, speed_warnings
-from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.low_bits import Bits, simulate
+from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
 from ovcalib.quantization.selection import (
     OutputError,
     Selection,
@@ -37,7 +38,7 @@ from ovcalib.quantization.selection import (
 from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
-from ovcalib.records.result import NOTHING, Equalized, FineTuning, Kernels, Outcome, Quantization
+from ovcalib.records.result import NOTHING, Equalized, FineTuning, Outcome, Quantization
 
 NOT_FINETUNED = (
     "Fine-tuning did not reduce the output error on held-out calibration images, so the model is as it was without."
@@ -128,6 +129,8 @@ def quantize_graph(
     """
     if options.mode == "weight-only":
         return weights_only(options, settings, fp32, calibration, progress, log)
+    if options.mode == "simulated":
+        return simulated(options, settings, fp32, calibration, out_of_time, progress, log)
     began = time.monotonic()
     warnings = []
     parts = split(calibration)
@@ -160,7 +163,12 @@ def quantize_graph(
         warnings.append(saturation.warning())
     tuning = None
     if options.finetune:
-        int8, tuning = finetuned(best, parts, kernels_of(options.deploy_isa), out_of_time, progress)
+        wanted = kernels_of(options.deploy_isa)
+
+        def error(graph: ov.Model) -> float:
+            return max(best.output.on(kernels, graph) for kernels in wanted)
+
+        int8, tuning = finetuned(best.source, int8, parts, error, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     outcome: Outcome = "done"
@@ -219,29 +227,74 @@ def quantize_graph(
 
 
 def finetuned(
-    attempt: Attempt,
+    fp32: ov.Model,
+    before: ov.Model,
     parts: Split,
-    wanted: Sequence[Kernels],
+    error: Callable[[ov.Model], float],
     out_of_time: Callable[[], bool],
     progress: Progress,
 ) -> tuple[ov.Model, FineTuning]:
-    """The graph of an attempt or the fine-tuned one, whichever has the smaller error on images that neither has seen.
+    """A quantized graph, or what fine-tuning makes of it where that has the smaller error.
 
-    wanted   kernels of the machines that the model is for
+    error   of the outputs on images that neither has seen
     """
     from ovcalib.quantization.finetuning import STEPS, finetune
 
     began = time.monotonic()
-    images, before = parts.ranges.inputs(), attempt.selected.int8
+    images = parts.ranges.inputs()
     with progress.task("fine-tuning", STEPS, "a limit (`max_time`).") as tick:
-        after, steps = finetune(attempt.source, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
-    errors = [max(attempt.output.on(kernels, graph) for kernels in wanted) for graph in (before, after)]
+        after, steps = finetune(fp32, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
+    errors = error(before), error(after)
     kept = errors[1] < errors[0]
-    first, second = (error if math.isfinite(error) else None for error in errors)
+    first, second = (found if math.isfinite(found) else None for found in errors)
     record = FineTuning(
         steps=steps, images=len(images), nmse=(first, second), kept=kept, seconds=round(time.monotonic() - began, 3)
     )
     return after if kept else before, record
+
+
+def simulated(
+    options: QuantizationOptions,
+    settings: Settings,
+    fp32: ov.Model,
+    calibration: CalibrationSet,
+    out_of_time: Callable[[], bool],
+    progress: Progress,
+    log: TextIO | None = None,
+) -> Quantized:
+    """A graph that computes in float on the levels that weights and activations of fewer bits have."""
+    began = time.monotonic()
+    parts = split(calibration)
+    warnings = [
+        f"{options.weight_bits} bits of weights and {options.activation_bits} of activations are simulated: the model "
+        "computes in float on their levels, and has the size and the speed of float."
+    ]
+    output = OutputError(fp32, parts.choices)
+    bits = Bits(options.weight_bits, options.activation_bits, options.edges)
+    plain = dataclasses.replace(settings, overflow_fix="disable", rounding="nearest", bias_correction="none")
+    with progress.task("calibrating", len(parts.ranges), "fewer images (`num_samples`).") as tick:
+        int8 = quantize_default(fp32, parts.ranges, plain, tick=tick, log=log)
+    coarse = simulate(fp32, int8, bits, parts.ranges.inputs())
+    selected = select_settings(
+        lambda asked: fit_weights(fp32, coarse, asked, parts.corrections), settings,
+        auto_fields(options, settings) & {"rounding", "bias_correction"}, output, parts.corrections,
+    )  # fmt: skip
+    graph, tuning = selected.int8, None
+    if options.finetune:
+        graph, tuning = finetuned(fp32, graph, parts, output.nmse, out_of_time, progress)
+        if not tuning.kept:
+            warnings.append(NOT_FINETUNED)
+    chosen = selected.settings
+    record = Quantization(
+        mode=options.mode, weight_bits=bits.weights, activation_bits=bits.activations, edges=bits.edges,
+        preset=settings.preset, subset_size=len(parts.ranges), images=parts.record(), overflow_fix=NOTHING,
+        deploy_isa=options.deploy_isa, activation_ranges=settings.activation_ranges, rounding=chosen.rounding,
+        rounding_nmse=selected.rounding_nmse, bias_correction=chosen.bias_correction, bias_nmse=selected.bias_nmse,
+        transformer=settings.transformer, ignored=settings.ignored, input_range=calibration.input_range,
+        int8_operations=len(quantized_operations(graph)), float_operations=len(float_operations(graph)), reverted=(),
+        restoration=None, finetuning=tuning, seconds=round(time.monotonic() - began, 3),
+    )  # fmt: skip
+    return Quantized(fp32, without_saturation(graph), record, "done", tuple(warnings))
 
 
 def weights_only(

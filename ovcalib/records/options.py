@@ -8,6 +8,7 @@ groups.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -15,7 +16,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ovcalib.records.base import MAX_WHOLE, Frozen, ImageShape, Shown
 
 GoalMetric = Literal["top1", "agreement", "expected-top1", "nmse"]
-Mode = Literal["default", "accuracy-aware", "weight-only"]
+Mode = Literal["default", "accuracy-aware", "weight-only", "simulated"]
+Edges = Literal["academic", "full"]
 Preset = Literal["performance", "mixed"]
 OverflowFix = Literal["disable", "first-layer", "enable"]
 DeployISA = Literal["any", "host", "avx2", "avx512", "vnni", "amx", "gpu", "npu"]
@@ -166,7 +168,18 @@ class QuantizationOptions(Frozen):
     mode: Mode = Field(
         default="default",
         description="accuracy-aware reverts operations to float until `max_drop` holds; weight-only stores weights in "
-        "8 bits and computes in float.",
+        "8 bits and computes in float; simulated computes in float on the levels of fewer bits.",
+    )
+    weight_bits: Annotated[int, Shown(metavar="N")] = Field(
+        default=8, ge=2, le=8, description="Bits of weights, for `mode=simulated`."
+    )
+    activation_bits: Annotated[int, Shown(metavar="N")] = Field(
+        default=8, ge=2, le=8, description="Bits of activations, for `mode=simulated`."
+    )
+    edges: Edges = Field(
+        default="academic",
+        description="For `mode=simulated`: academic leaves 8 bits to the first and the last layer and the outputs in "
+        "float, full gives them as few as the others.",
     )
     search: bool = Field(
         default=False,
@@ -284,14 +297,27 @@ class QuantizationOptions(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _weights_alone_need_nothing_else(self) -> QuantizationOptions:
-        if self.mode == "weight-only" and (name := self.beyond_weights()):
-            raise ValueError(f"`{name}={getattr(self, name)}` does nothing with `mode=weight-only`")
+    def _some_modes_need_nothing_else(self) -> QuantizationOptions:
+        fields = {"weight-only": WEIGHT_FIELDS, "simulated": SIMULATED_FIELDS}.get(self.mode)
+        if fields is not None and (name := self.beyond(fields)):
+            raise ValueError(f"`{name}={getattr(self, name)}` does nothing with `mode={self.mode}`")
         return self
 
-    def beyond_weights(self) -> str | None:
-        """The name of an option that is given and that quantizing weights alone has no use for."""
-        fields = {name: field for name, field in type(self).model_fields.items() if name not in WEIGHT_FIELDS}
+    @model_validator(mode="after")
+    def _fewer_bits_are_simulated(self) -> QuantizationOptions:
+        for name in BIT_FIELDS:
+            if self.mode != "simulated" and getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` does nothing without `mode=simulated`: OpenVINO computes with 8 "
+                    "bits or in float"
+                )
+        if self.mode == "simulated" and self.bias_correction in ("fast", "full"):
+            raise ValueError(f"`bias_correction={self.bias_correction}` is NNCF's, which knows no `mode=simulated`")
+        return self
+
+    def beyond(self, names: Collection[str]) -> str | None:
+        """The name of an option that is given and is none of `names`."""
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in names}
         return next((name for name, field in fields.items() if getattr(self, name) != field.get_default()), None)
 
 
@@ -299,6 +325,11 @@ class QuantizationOptions(Frozen):
 STEERING_FIELDS = ("metric", "validate_on", "max_time", "max_iterations")
 # The only fields that count where weights alone are quantized; `max_drop` is what the verdict goes by.
 WEIGHT_FIELDS = ("mode", "ignore", "rounding", "bias_correction", "max_drop")
+# Those that only simulated bits take, and all that count for them.
+BIT_FIELDS = ("weight_bits", "activation_bits", "edges")
+SIMULATED_FIELDS = (
+    *WEIGHT_FIELDS, *BIT_FIELDS, "preset", "activation_ranges", "model_type", "finetune", "max_time",
+)  # fmt: skip
 
 
 class EvaluationOptions(Frozen):

@@ -10,7 +10,7 @@ from ovcalib.records.base import Frozen
 from ovcalib.records.calibration import Calibration
 from ovcalib.records.environment import Environment
 from ovcalib.records.model import ModelRecord
-from ovcalib.records.options import GoalMetric, Mode
+from ovcalib.records.options import Edges, GoalMetric, Mode
 from ovcalib.records.recipe import Recipe
 
 # The INT8 arithmetic of a CPU; see ovcalib.kernels.
@@ -390,6 +390,7 @@ NOTHING = "none"
 class Quantization(Frozen):
     """How INT8 was made, resolved.
 
+    weight_bits        with activation_bits and edges, of a simulated model; edges is None for any other
     overflow_fix       what it came to, whatever was asked
     images             None in records of earlier versions
     output_error       of the model as it was written, on the kernels of all machines that it is for
@@ -423,6 +424,9 @@ class Quantization(Frozen):
     """
 
     mode: Mode
+    weight_bits: int = 8
+    activation_bits: int = 8
+    edges: Edges | None = None
     preset: str
     subset_size: int
     images: SetSplit | None = None
@@ -456,6 +460,11 @@ class Quantization(Frozen):
     speed: SpeedSearch | None = None
     search: ArmSearch | None = None
     seconds: float
+
+    @property
+    def precision(self) -> str:
+        """What reports call the quantized model: INT8, or the bits that are simulated."""
+        return "INT8" if self.mode != "simulated" else f"simulated W{self.weight_bits}A{self.activation_bits}"
 
 
 class SizeBytes(Frozen):

@@ -42,6 +42,10 @@ from ovcalib.reports.verdict import (
 )
 
 
+def mode(quantization: Quantization) -> str:
+    return quantization.precision if quantization.mode == "simulated" else quantization.mode
+
+
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}"
 
@@ -52,13 +56,15 @@ def summary(result: Result) -> dict[str, str]:
     row = {
         "model": result.model.name,
         "source": f"{result.calibration.source} x {result.calibration.num_samples}",
-        "mode": result.quantization.mode,
+        "mode": mode(result.quantization),
     }
     if result.accuracy:
         low, high = result.accuracy.int8.ci95
         row["top-1 FP32"] = points(result.accuracy.fp32.top1)
         emulated = " (emulated)" if result.accuracy.emulated else ""
-        row["top-1 INT8"] = f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}{emulated}"
+        row[f"top-1 {result.quantization.precision}"] = (
+            f"{points(result.accuracy.int8.top1)} ±{50 * (high - low):.2f}{emulated}"
+        )
         row["drop, points"] = f"{result.accuracy.drop_points:+.2f}"
     if result.detection:
         row["mAP"] = f"{points(result.detection.fp32.map)} -> {points(result.detection.int8.map)}"
@@ -102,6 +108,22 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
             ("ignored", ", ".join(quantization.ignored) or "none"),
             ("seconds", f"{quantization.seconds:.1f}"),
         ]
+    if quantization.mode == "simulated":
+        bits = f"{quantization.weight_bits} bits of weights and {quantization.activation_bits} of activations"
+        edges = "also in the first and the last layer and in outputs"
+        if quantization.edges == "academic":
+            edges = "8 in the first and the last layer, outputs in float"
+        return [
+            ("mode", f"simulated: {bits}, {edges}; it computes in float"),
+            ("preset", quantization.preset),
+            ("activation ranges", f"{activation_ranges(quantization)}, then those of least squared error"),
+            ("rounding", rounding(quantization)),
+            ("bias correction", bias_correction(quantization)),
+            *finetuning_facts(quantization.finetuning),
+            ("layers", str(quantization.int8_operations)),
+            ("ignored", ", ".join(quantization.ignored) or "none"),
+            ("seconds", f"{quantization.seconds:.1f}"),
+        ]
     facts = [
         ("mode", quantization.mode),
         ("preset", quantization.preset),
@@ -116,8 +138,7 @@ def quantization_facts(quantization: Quantization) -> list[tuple[str, str]]:
         ("layers left in float", str(quantization.float_operations)),
         ("ignored", ", ".join(quantization.ignored) or "none"),
     ]
-    if quantization.finetuning is not None:
-        facts.append(("fine-tuning", finetuning(quantization.finetuning)))
+    facts += finetuning_facts(quantization.finetuning)
     found = quantization.restoration
     if found:
         facts += [
@@ -207,11 +228,14 @@ def equalization(quantization: Quantization) -> str:
     return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(what, *quantization.equalization_nmse)
 
 
-def finetuning(found: FineTuning) -> str:
+def finetuning_facts(found: FineTuning | None) -> list[tuple[str, str]]:
     """How long the model learned, and what that changed."""
+    if found is None:
+        return []
     before, after = ("not finite" if error is None else f"{error:.2g}" for error in found.nmse)
     taken = "" if found.kept else ", not taken"
-    return f"{found.steps} steps on {found.images} images in {found.seconds:.0f} s{taken} (NMSE {before}, then {after})"
+    how = f"{found.steps} steps on {found.images} images in {found.seconds:.0f} s"
+    return [("fine-tuning", f"{how}{taken} (NMSE {before}, then {after})")]
 
 
 def kernels_error(found: KernelsError) -> str:

@@ -68,7 +68,7 @@ def result_verdict(result: Result) -> dict[str, str]:
         text, mood = f"The budget ran out before the goal was reached. {text}", "bad"
     if result.fp32_fault is not None:
         text, mood = f"{result.fp32_fault} {text}", "bad"
-    return {"text": f"{text} {speed}".strip(), "css": mood}
+    return {"text": f"{text} {speed}".strip().replace("INT8", result.quantization.precision), "css": mood}
 
 
 def _accuracy(result: Result) -> tuple[str, str]:

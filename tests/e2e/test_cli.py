@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import openvino as ov
 import PIL.Image
 import pytest
 import torch
@@ -149,6 +150,52 @@ def test_weights_alone_need_no_data(data, tmp_path) -> None:
         refused = run("quantize", *MODEL, *weights, "--mode", "weight-only", option, value, "-o", tmp_path / "no")
         assert refused.exit_code == 2
         assert f"{option} {value} does nothing with --mode weight-only" in refused.stderr
+
+
+def test_fewer_bits_are_simulated_and_called_so(data, tmp_path) -> None:
+    arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", f"real:{data / 'calib'}",
+                 "--num-samples", 60, "--mode", "simulated", "--eval", data / "eval"]  # fmt: skip
+    found = run(*arguments, "--weight-bits", 3, "--activation-bits", 4, "--edges", "full", "-o", tmp_path / "out")
+    assert found.exit_code == 0, found.stderr
+    assert "3 bits of weights and 4 of activations are simulated" in found.stderr
+    assert "simulated W3A4" in found.stdout
+    assert "INT8" not in found.stdout
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    jsonschema.validate(result, schema("result"))
+    made = result["quantization"]
+    assert (made["mode"], made["weight_bits"], made["activation_bits"], made["edges"]) == ("simulated", 3, 4, "full")
+    assert result["benchmark"] is None
+    assert "simulated in float" in result["benchmark_reason"]
+    assert result["accuracy"]["kernels"] is None
+    assert (
+        "simulated: 3 bits of weights and 4 of activations, also in the first"
+        in (tmp_path / "out/report.md").read_text()
+    )
+    # The file computes in float, with as many levels as that.
+    graph = ov.Core().read_model(tmp_path / "out/int8/model.xml")
+    levels = {op.get_attributes()["levels"] for op in graph.get_ops() if op.get_type_name() == "FakeQuantize"}
+    assert levels == {16}
+    weights = [
+        np.array(op.input_value(1).get_node().get_data())
+        for op in graph.get_ops() if op.get_type_name() in ("Convolution", "MatMul")
+    ]  # fmt: skip
+    assert len(weights) > 4
+    for w in weights:
+        assert w.dtype == np.float32
+        assert all(len(np.unique(np.round(row, 6))) <= 7 for row in w.reshape(len(w), -1))
+    # Fewer bits, a larger error; the most bits are INT8 itself.
+    found = run(*arguments, "--weight-bits", 8, "-o", tmp_path / "eight")
+    assert found.exit_code == 0, found.stderr
+    eight = json.loads((tmp_path / "eight/result.json").read_text())
+    assert eight["agreement"]["nmse"] < 0.1 * result["agreement"]["nmse"]
+    for words, reason in (
+        (["--weight-bits", 4], "--weight-bits 4 does nothing without --mode simulated"),
+        (["--mode", "simulated", "--bias-correction", "full"], "--bias-correction full is NNCF's"),
+        (["--mode", "simulated", "--deploy-isa", "vnni"], "--deploy-isa vnni does nothing with --mode simulated"),
+    ):
+        refused = run("quantize", *MODEL, *words, "-o", tmp_path / "no")
+        assert refused.exit_code == 2
+        assert reason in refused.stderr
 
 
 def test_finetuning_is_taken_where_images_that_it_has_not_seen_say_so(data, done, tmp_path, monkeypatch) -> None:

@@ -218,17 +218,25 @@ def test_one_step_is_adams_on_the_loss_of_all_layers(made, monkeypatch) -> None:
 def test_rates_fall_along_a_cosine_and_every_image_is_augmented_once_a_round(made, monkeypatch) -> None:
     fp32, int8, images, _ = made
     monkeypatch.setattr(finetuning, "BATCH", 8)
-    seen, rates = [], []
-    monkeypatch.setattr(finetuning, "augmented", lambda x, generator: seen.append(x) or 0 * x)
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step",
-        lambda self, *a: rates.append([group["lr"] for group in self.param_groups]) or step(self, *a),
-    )  # fmt: skip
+    seen, rates, shown = [], [], []
     pair = Pair.of(fp32, int8)
-    shown = []
-    outputs = pair.teacher.outputs
-    monkeypatch.setattr(pair.teacher, "outputs", lambda x: shown.append(x) or outputs(x))
+    step, outputs = torch.optim.Adam.step, pair.teacher.outputs
+
+    def to_nothing(x, generator):
+        seen.append(x)
+        return 0 * x
+
+    def watched_step(self, *arguments):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    def watched_outputs(x):
+        shown.append(x)
+        return outputs(x)
+
+    monkeypatch.setattr(finetuning, "augmented", to_nothing)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    monkeypatch.setattr(pair.teacher, "outputs", watched_outputs)
     train(pair, stack(images), torch.Generator().manual_seed(0), 8, lambda done: None, lambda: False)
     cosine = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]
     np.testing.assert_allclose(rates, np.outer(cosine, [0.005, 0.001]), rtol=1e-6)
@@ -245,7 +253,7 @@ def test_rates_fall_along_a_cosine_and_every_image_is_augmented_once_a_round(mad
 def test_it_reduces_the_error_on_images_that_it_has_not_seen(made) -> None:
     fp32, int8, images, unseen = made
     before = [integer_weights(layer) for layer in quantized_layers(int8)]
-    done = []
+    done: list[int] = []
     tuned, steps = finetune(fp32, int8, images, steps=60, tick=done.append)
     assert steps == 60
     assert done == list(range(1, 61))

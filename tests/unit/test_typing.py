@@ -30,7 +30,7 @@ def test_mistakes_are_found() -> None:
     found = dict(mypy("wrong_script.py"))
     assert set(found) == {"6", "8", "10"}
     assert 'Unexpected keyword argument "calibration"' in found["6"]
-    assert 'Literal["default", "accuracy-aware", "weight-only"]' in found["8"].replace("'", '"')
+    assert 'Literal["default", "accuracy-aware", "weight-only", "simulated"]' in found["8"].replace("'", '"')
 
 
 def test_pyright_finds_the_same(tmp_path) -> None:
