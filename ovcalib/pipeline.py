@@ -200,9 +200,11 @@ def quantize(
                 asked, exported.graph, calibration, model.spec.task, out_of_time, progress, log, timed_on, work.resume
             )
             settings = resolve_settings(asked, exported.graph)
+        judged = asked.finetune and blind_to(calibration) is None
         quantized = quantize_graph(
             asked, settings, exported.graph, calibration, steering, model.spec.task,
             out_of_time, progress, log, steered, recipe.measurement.device,
+            probe_inputs(model.spec) if judged else (),
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
             fp32 = exported.whole(quantized.fp32)

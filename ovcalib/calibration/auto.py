@@ -87,7 +87,7 @@ def errors_on_each_other(graph: ov.Model, sets: Sequence[CalibrationSet]) -> NDA
     sets      at least two images each; the first half of a set calibrates, the other half judges
     returns   float64 [S, S], NMSE of the outputs: entry [i, j] is calibrated with set i, on images of set j
     """
-    judging = [OutputError(graph, s.subset(range(len(s) // 2, len(s)))) for s in sets]
+    judging = [OutputError(graph, s.inputs(len(s) // 2)) for s in sets]
     bounds = np.cumsum([len(output.inputs) for output in judging])[:-1]
     everything = list(chain.from_iterable(output.inputs for output in judging))
     errors = np.empty((len(sets), len(sets)))

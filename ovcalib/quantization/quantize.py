@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import Split, split
@@ -41,7 +43,8 @@ from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import NOTHING, Equalized, FineTuning, Outcome, Quantization
 
 NOT_FINETUNED = (
-    "Fine-tuning did not reduce the output error on held-out calibration images, so the model is as it was without."
+    "Fine-tuning did not reduce the output error on held-out calibration images, or increased it on images of another "
+    "source, so the model is as it was without."
 )
 
 
@@ -115,6 +118,7 @@ def quantize_graph(
     log: TextIO | None = None,
     steering_reference: Outputs | None = None,
     device: str = "CPU",
+    probe: Sequence[NDArray[np.float32]] = (),
 ) -> Quantized:
     """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one; or weights alone.
 
@@ -125,12 +129,13 @@ def quantize_graph(
     log              receives what NNCF prints
     steering_reference   outputs of FP32 on the steering images, where they are known
     device           on which operations are timed, where options ask for that
+    probe            network inputs of another source than the calibration images, which judge fine-tuning as well
     raises           ModelError, DataError, DeviceError
     """
     if options.mode == "weight-only":
         return weights_only(options, settings, fp32, calibration, progress, log)
     if options.mode == "simulated":
-        return simulated(options, settings, fp32, calibration, out_of_time, progress, log)
+        return simulated(options, settings, fp32, calibration, out_of_time, progress, log, probe)
     began = time.monotonic()
     warnings = []
     parts = split(calibration)
@@ -139,7 +144,7 @@ def quantize_graph(
         expected = expected_operations(source, calibration, settings) if options.guard else []
         kept = operations_to_guard(expected, settings)
         ignored = *settings.ignored, *(operation.name for operation in kept)
-        output = OutputError(source, parts.choices)
+        output = OutputError(source, parts.choices.inputs())
         chosen = dataclasses.replace(settings, ignored=ignored)
         selected = calibrate(chosen, auto_fields(options, settings), output, parts, progress, log)
         return Attempt(source, equalized, expected, kept, output, selected)
@@ -165,10 +170,10 @@ def quantize_graph(
     if options.finetune:
         wanted = kernels_of(options.deploy_isa)
 
-        def error(graph: ov.Model) -> float:
-            return max(best.output.on(kernels, graph) for kernels in wanted)
+        def error(output: OutputError, graph: ov.Model) -> float:
+            return max(output.on(kernels, graph) for kernels in wanted)
 
-        int8, tuning = finetuned(best.source, int8, parts, error, out_of_time, progress)
+        int8, tuning = finetuned(best.output, int8, parts, probe, error, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     outcome: Outcome = "done"
@@ -227,30 +232,41 @@ def quantize_graph(
 
 
 def finetuned(
-    fp32: ov.Model,
+    output: OutputError,
     before: ov.Model,
     parts: Split,
-    error: Callable[[ov.Model], float],
+    probe: Sequence[NDArray[np.float32]],
+    error: Callable[[OutputError, ov.Model], float],
     out_of_time: Callable[[], bool],
     progress: Progress,
 ) -> tuple[ov.Model, FineTuning]:
     """A quantized graph, or what fine-tuning makes of it where that has the smaller error.
 
-    error   of the outputs on images that neither has seen
+    A network that learns from images which look like no others, such as noise, gets better on more of them and worse on
+    photographs. So it must not get worse on images of another source either.
     """
     from ovcalib.quantization.finetuning import STEPS, finetune
 
     began = time.monotonic()
     images = parts.ranges.inputs()
     with progress.task("fine-tuning", STEPS, "a limit (`max_time`).") as tick:
-        after, steps = finetune(fp32, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
-    errors = error(before), error(after)
-    kept = errors[1] < errors[0]
-    first, second = (found if math.isfinite(found) else None for found in errors)
+        after, steps = finetune(output.fp32, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
+    first, second = error(output, before), error(output, after)
+    kept, on_probe = second < first, None
+    if probe:
+        judge = OutputError(output.fp32, probe)
+        on_probe = error(judge, before), error(judge, after)
+        kept = kept and on_probe[1] <= on_probe[0]
     record = FineTuning(
-        steps=steps, images=len(images), nmse=(first, second), kept=kept, seconds=round(time.monotonic() - began, 3)
-    )
+        steps=steps, images=len(images), nmse=(finite(first), finite(second)),
+        probe_nmse=None if on_probe is None else (finite(on_probe[0]), finite(on_probe[1])), kept=kept,
+        seconds=round(time.monotonic() - began, 3),
+    )  # fmt: skip
     return after if kept else before, record
+
+
+def finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
 def simulated(
@@ -261,6 +277,7 @@ def simulated(
     out_of_time: Callable[[], bool],
     progress: Progress,
     log: TextIO | None = None,
+    probe: Sequence[NDArray[np.float32]] = (),
 ) -> Quantized:
     """A graph that computes in float on the levels that weights and activations of fewer bits have."""
     began = time.monotonic()
@@ -269,7 +286,7 @@ def simulated(
         f"{options.weight_bits} bits of weights and {options.activation_bits} of activations are simulated: the model "
         "computes in float on their levels, and has the size and the speed of float."
     ]
-    output = OutputError(fp32, parts.choices)
+    output = OutputError(fp32, parts.choices.inputs())
     bits = Bits(options.weight_bits, options.activation_bits, options.edges)
     plain = dataclasses.replace(settings, overflow_fix="disable", rounding="nearest", bias_correction="none")
     with progress.task("calibrating", len(parts.ranges), "fewer images (`num_samples`).") as tick:
@@ -281,7 +298,7 @@ def simulated(
     )  # fmt: skip
     graph, tuning = selected.int8, None
     if options.finetune:
-        graph, tuning = finetuned(fp32, graph, parts, output.nmse, out_of_time, progress)
+        graph, tuning = finetuned(output, graph, parts, probe, OutputError.nmse, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     chosen = selected.settings
@@ -311,7 +328,7 @@ def weights_only(
     selected = calibrate(
         dataclasses.replace(settings, overflow_fix="disable"),
         auto_fields(options, settings) & {"rounding", "bias_correction"},
-        WeightError(fp32, parts.choices), parts, progress, log,
+        WeightError(fp32, parts.choices.inputs()), parts, progress, log,
     )  # fmt: skip
     graph, chosen = float_activations(selected.int8), selected.settings
     record = Quantization(

@@ -71,11 +71,13 @@ def compared_outputs(graph: ov.Model, inputs: Iterable[NDArray[np.float32]]) -> 
 
 
 class OutputError:
-    """The error of INT8 models against FP32 on images that they were not made from, see `compared_outputs`."""
+    """The error of INT8 models against FP32 on images that they were not made from, see `compared_outputs`.
 
-    def __init__(self, fp32: ov.Model, calibration: CalibrationSet) -> None:
-        self.fp32 = fp32
-        self.inputs = calibration.inputs()
+    inputs   of the network, float32 [1, C, H, W] each
+    """
+
+    def __init__(self, fp32: ov.Model, inputs: Sequence[NDArray[np.float32]]) -> None:
+        self.fp32, self.inputs = fp32, inputs
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:

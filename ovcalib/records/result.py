@@ -280,12 +280,14 @@ class FineTuning(Frozen):
     images   that it learned from
     nmse     of the outputs on held-out calibration images, before and after, on the kernels where it is larger; None
              where it is not finite
-    kept     whether the fine-tuned model has the smaller one, and was taken
+    probe_nmse   the same on fractals; None where the calibration images are fractals themselves
+    kept     whether the fine-tuned model was taken: the first error is smaller, and the other no larger
     """
 
     steps: int
     images: int
     nmse: tuple[float | None, float | None]
+    probe_nmse: tuple[float | None, float | None] | None = None
     kept: bool
     seconds: float
 

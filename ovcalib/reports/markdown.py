@@ -232,10 +232,16 @@ def finetuning_facts(found: FineTuning | None) -> list[tuple[str, str]]:
     """How long the model learned, and what that changed."""
     if found is None:
         return []
-    before, after = ("not finite" if error is None else f"{error:.2g}" for error in found.nmse)
+    errors = f"NMSE {before_and_after(found.nmse)}"
+    if found.probe_nmse is not None:
+        errors += f"; on fractals {before_and_after(found.probe_nmse)}"
     taken = "" if found.kept else ", not taken"
     how = f"{found.steps} steps on {found.images} images in {found.seconds:.0f} s"
-    return [("fine-tuning", f"{how}{taken} (NMSE {before}, then {after})")]
+    return [("fine-tuning", f"{how}{taken} ({errors})")]
+
+
+def before_and_after(errors: Sequence[float | None]) -> str:
+    return ", then ".join("not finite" if error is None else f"{error:.2g}" for error in errors)
 
 
 def kernels_error(found: KernelsError) -> str:

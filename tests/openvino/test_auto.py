@@ -122,7 +122,7 @@ def test_ranges_are_those_that_do_better_on_the_other_half(graph) -> None:
         for ranges in ("min-max", "mean-min-max")
     }  # fmt: skip
     assert by_ranges["mean-min-max"] < by_ranges["min-max"]
-    found = quantized_quickly(own.subset(range(32)), OutputError(graph, own.subset(range(32, 64))))
+    found = quantized_quickly(own.subset(range(32)), OutputError(graph, own.inputs(32, 64)))
     assert error(found) == pytest.approx(by_ranges["mean-min-max"])
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from openvino import opset13 as ops
 from ovcalib import Preprocessing
 from ovcalib.api import make_recipe
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.calibration.split import split
 from ovcalib.diagnosis.diagnose import saturation_fault
 from ovcalib.errors import DeviceError, ModelError, UsageError
 from ovcalib.evaluation.dataset import calibration_images
@@ -38,6 +40,7 @@ from ovcalib.kernels import outputs_on, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.nncf_backend import _Items, quantize_default
+from ovcalib.quantization.quantize import finetuned
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
     OutputError,
@@ -199,7 +202,7 @@ def test_float_activations_keep_the_rounded_weights(toy, toy_graph) -> None:
     images = toy.calibration(8)
     reference, found = (outputs_of(graph, images.inputs()) for graph in (toy_graph, compressed))
     assert nmse(reference, found) < nmse(reference, outputs_of(int8, images.inputs()))
-    assert WeightError(toy_graph, images).nmse(int8) == pytest.approx(nmse(reference, found), rel=1e-3)
+    assert WeightError(toy_graph, images.inputs()).nmse(int8) == pytest.approx(nmse(reference, found), rel=1e-3)
 
 
 def test_p18_p37_the_device_is_always_named() -> None:
@@ -420,7 +423,7 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph) -> None:
     add = next(op for op in harmed.get_ordered_ops() if op.get_type_name() == "Add")
     value = add.input_value(1).get_node().get_data()
     add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
-    output = OutputError(toy_graph, toy.calibration())
+    output = OutputError(toy_graph, toy.calibration().inputs())
     chosen, (corrected, plain) = select_bias_correction(QuantizedCandidate(harmed, settings, output))
     assert chosen.settings == replace(settings, bias_correction="none")
     assert corrected > 10 * plain
@@ -442,8 +445,8 @@ def test_outputs_of_a_final_softmax_are_compared_before_it(toy, toy_graph) -> No
     sharp.validate_nodes_and_infer_types()
     calibration, settings = toy.calibration(), Settings()
     plain, hidden = (quantize_default(graph, calibration, settings) for graph in (toy_graph, sharp))
-    expected = OutputError(toy_graph, calibration).nmse(plain)
-    error = OutputError(sharp, calibration)
+    expected = OutputError(toy_graph, calibration.inputs()).nmse(plain)
+    error = OutputError(sharp, calibration.inputs())
     assert error.nmse(hidden) == pytest.approx(expected, rel=1e-3)
     assert error.on("vnni", hidden) == pytest.approx(expected, rel=1e-3)
     images = calibration.inputs()
@@ -453,7 +456,7 @@ def test_outputs_of_a_final_softmax_are_compared_before_it(toy, toy_graph) -> No
 
 def maker(graph, calibration):
     """What makes the candidates of a graph."""
-    output = OutputError(graph, calibration.subset(range(max(0, len(calibration) - 32), len(calibration))))
+    output = OutputError(graph, calibration.inputs(max(0, len(calibration) - 32)))
     return lambda settings: QuantizedCandidate(quantize_default(graph, calibration, settings), settings, output)
 
 
@@ -603,7 +606,7 @@ def ops_with_their_inputs(graph):
 
 def test_choices_do_not_heed_the_saturation_of_this_cpu(saturating) -> None:
     graph, calibration = saturating
-    output = OutputError(graph, calibration)
+    output = OutputError(graph, calibration.inputs())
     int8 = quantize_default(graph, calibration, Settings(overflow_fix="disable", bias_correction="none"))
     assert output.nmse(int8) < 1e-3
     assert output.on("avx2", int8) > 0.05
@@ -624,3 +627,26 @@ def test_a_diagnosis_names_saturation(saturating) -> None:
     }
     assert "saturate on CPUs without VNNI" in found["disable"]
     assert found["enable"] is None
+
+
+@pytest.mark.parametrize(
+    ("held_out", "probe", "kept"),
+    [((2.0, 1.0), (3.0, 2.0), True), ((2.0, 1.0), (3.0, 3.0), True), ((2.0, 1.0), (3.0, 4.0), False),
+     ((2.0, 2.0), (3.0, 2.0), False), ((2.0, 1.0), None, True), ((2.0, math.inf), (3.0, 2.0), False)],
+)  # fmt: skip
+def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_graph, monkeypatch, held_out, probe, kept):
+    before, after = toy_graph.clone(), toy_graph.clone()
+    monkeypatch.setattr("ovcalib.quantization.finetuning.finetune", lambda *a, **k: (after, 7))
+    parts, other = split(toy.calibration(16)), tuple(toy.calibration(4).inputs())
+    output = OutputError(toy_graph, parts.choices.inputs())
+
+    def error(judge, graph):
+        found = held_out if judge is output else probe
+        return found[0] if graph is before else found[1]
+
+    taken, record = finetuned(output, before, parts, () if probe is None else other, error, lambda: False, Progress())
+    assert taken is (after if kept else before)
+    assert record.kept == kept
+    assert (record.steps, record.images) == (7, len(parts.ranges))
+    assert record.nmse == (held_out[0], None if math.isinf(held_out[1]) else held_out[1])
+    assert record.probe_nmse == probe
