@@ -6,11 +6,11 @@
 
 Bits are WEIGHTS/ACTIVATIONS. Ranges of weights and activations have the least squared error (`--ranges`); `--edges
 academic` leaves the first and the last layer at 8 bits, `full` quantizes them and the outputs too. `nearest` rounds
-each weight to the nearest level and corrects biases layer by layer, `compensated` rounds by
-ovcalib.quantization.rounding, and `finetuned` goes on from there by ovcalib.quantization.finetuning. All arms have the
-same number of images. Prints top-1, agreement with FP32 and the NMSE of the outputs, as mean ± standard deviation over
-seeds; finished cells are kept in the output file. Graphs compute in float32 with values on the low-bit grids, on any
-CPU.
+each weight to the nearest level and corrects biases layer by layer; `adaround` learns whether to round up or down
+(ovcalib.quantization.adaround); `compensated` rounds by ovcalib.quantization.rounding, and `finetuned` goes on from
+there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with FP32 and
+the NMSE of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file. Graphs
+compute in float32 with values on the low-bit grids, on any CPU.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from ovcalib.export.convert import export
 from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
+from ovcalib.quantization.adaround import choose_adaround
 from ovcalib.quantization.finetuning import finetune
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
+from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.model import ModelSpec
 from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "rounding")
+ROUNDINGS = ("nearest", "adaround", "compensated", "finetuned")
 
 
 def main() -> None:
@@ -51,7 +54,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
     parser.add_argument("--edges", choices=["academic", "full"], default="academic")
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
-    parser.add_argument("--rounding", nargs="+", choices=["nearest", "compensated", "finetuned"], default=["nearest"])
+    parser.add_argument(
+        "--rounding", nargs="+", choices=["nearest", "adaround", "compensated", "finetuned"], default=["nearest"]
+    )
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -116,6 +121,8 @@ def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: 
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
     if rounding == "nearest":
         return fit_weights(fp32, graph, Settings(), parts.corrections)
+    if rounding == "adaround":
+        return compensated(fp32, graph, parts.corrections.inputs(), choose_adaround)
     graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
     return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs())[0]
 

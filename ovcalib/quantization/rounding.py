@@ -19,7 +19,7 @@ images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -337,6 +337,9 @@ def choose_rounding(
     return RoundedLayer(rounding.layer.name, plain, compensated, None, False), rounding.plain, rounding.scale
 
 
+Choose = Callable[[Rounding, Moments, Moments], tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]
+
+
 def round_weights(
     fp32: ov.Model,
     int8: ov.Model,
@@ -344,6 +347,7 @@ def round_weights(
     rng: np.random.Generator,
     *,
     held_out: Sequence[NDArray[np.float32]],
+    choose: Choose = choose_rounding,
 ) -> tuple[RoundedLayer, ...]:
     """Round the weights of every quantized layer anew and correct its bias, in place.
 
@@ -351,6 +355,7 @@ def round_weights(
     images       network inputs, float32 [1, C, H, W] each, that integers and biases are solved on
     rng          chooses the positions in each image
     held_out     network inputs that tell, for each layer, whether compensation helps
+    choose       rounds one layer
     returns      the layers that were looked at, in execution order; others, if any, keep their integers
     """
     exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
@@ -368,7 +373,7 @@ def round_weights(
         graph = quantized_inputs(seeing, fp32, [rounding.layer.name for rounding in group])
         fitted, unseen = input_moments(graph, group, images, rng), input_moments(graph, group, held_out, rng)
         for rounding, own, other in zip(group, fitted, unseen, strict=True):
-            record, integers, scale = choose_rounding(rounding, own, other)
+            record, integers, scale = choose(rounding, own, other)
             rounding.write(integers, scale)
             shifts[rounding.layer.name] = bias_shift(rounding.errors(integers, scale), own).reshape(-1)
             records.append(record)
@@ -376,13 +381,16 @@ def round_weights(
     return tuple(records)
 
 
-def compensated(fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]]) -> ov.Model:
+def compensated(
+    fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]], choose: Choose = choose_rounding
+) -> ov.Model:
     """A copy of an INT8 graph with its weights rounded anew; its biases are solved from those of the float graph.
 
+    choose   rounds one layer
     images   some are held out to decide where compensation helps; a single one serves for both
     """
     copy = restore_biases(int8, fp32)
     held_out = max(1, round(HELD_OUT_SHARE * len(images)))
     fitted = images[:-held_out] or images
-    round_weights(fp32, copy, fitted, np.random.default_rng(SEED), held_out=images[-held_out:])
+    round_weights(fp32, copy, fitted, np.random.default_rng(SEED), held_out=images[-held_out:], choose=choose)
     return copy
