@@ -44,6 +44,8 @@ SHIFT = 1 / 8
 BATCH_BYTES = 2 * 2**30
 # Copies of every layer's output: of both graphs, quantized and not, and for the gradient.
 COPIES = 8
+# Share of the mean square that a variance counts at least.
+LEAST_VARIANCE = 1e-3
 SEED = 0
 
 
@@ -189,7 +191,7 @@ def train(
     batch = min(len(images), batch_size(pair))
     with torch.no_grad():
         shown = pair.teacher.outputs(images[:batch])
-    powers = [max(float(value.var(0, correction=0).mean()), 1e-12) for value in shown]
+    powers = [power_of(value) for value in shown]
     for layer, power in zip(pair.layers, powers, strict=False):
         layer.unit = math.sqrt(power)
     optimizer = torch.optim.Adam(
@@ -218,6 +220,11 @@ def train(
         schedule.step()
         tick(step + 1)
     return steps
+
+
+def power_of(values: Tensor) -> float:
+    """The variance of values [N, ...] over images; what hardly varies must not outweigh everything else."""
+    return max(float(values.var(0, correction=0).mean()), LEAST_VARIANCE * float(values.square().mean()), 1e-12)
 
 
 def batch_size(pair: Pair) -> int:

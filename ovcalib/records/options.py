@@ -235,8 +235,8 @@ class QuantizationOptions(Frozen):
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
     finetune: bool = Field(
         default=False,
-        description="Fine-tune the integer weights and the biases on the calibration images, without labels, until "
-        "every layer comes nearer to FP32; takes minutes.",
+        description="Train the integer weights and the biases on the calibration images towards what FP32 computes, "
+        "without labels; takes minutes.",
     )
     optimize_for: Literal["size", "latency"] = Field(
         default="size",

@@ -135,6 +135,14 @@ def test_the_loss_is_errors_in_units_of_variances(rng) -> None:
     assert float(loss) == pytest.approx((first + second) / 2 + output, rel=1e-5)
 
 
+def test_what_hardly_varies_counts_by_its_square(rng) -> None:
+    values = rng.normal(2, 0.5, (6, 3, 4)).astype(np.float32)
+    assert finetuning.power_of(torch.from_numpy(values)) == pytest.approx(values.var(axis=0).mean(), rel=1e-5)
+    steady = torch.full((6, 3), 2.0)
+    assert finetuning.power_of(steady) == pytest.approx(0.001 * 4)
+    assert finetuning.power_of(torch.zeros(6, 3)) == pytest.approx(1e-12)
+
+
 def test_images_are_moved_and_flipped_and_nothing_else(rng) -> None:
     images = torch.from_numpy(rng.normal(size=(40, 3, 16, 16)).astype(np.float32))
     found = augmented(images, torch.Generator().manual_seed(0))
