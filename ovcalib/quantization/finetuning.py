@@ -35,9 +35,10 @@ STEPS = 300
 BATCH = 32
 # Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, and of biases in
 # standard deviations of their layer's output.
-WEIGHT_RATE, BIAS_RATE = 0.005, 0.001
-# Weights start at least this far from the middle between two levels, in units of their scale.
-MARGIN = 0.01
+WEIGHT_RATE, BIAS_RATE = 0.005, 0.0001
+# Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
+# Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
+MARGIN = 0.1
 # Images are moved by up to this share of their sides.
 SHIFT = 1 / 8
 # Of all values that both graphs hold for the images of one step; a smaller batch where BATCH needs more.

@@ -170,10 +170,10 @@ def test_a_layer_starts_at_its_integers_as_near_to_its_float_weights_as_they_all
         units, rounding = layer.units.detach().numpy(), layer.rounding
         np.testing.assert_array_equal(layer.integers(), rounding.plain)
         exact = rounding.exact / rounding.scale[..., None]
-        near = np.abs(exact - rounding.plain) < 0.49
+        near = np.abs(exact - rounding.plain) < 0.4
         np.testing.assert_allclose(units[near], exact[near], atol=1e-4)
-        assert near.mean() > 0.9
-        assert np.abs(units - rounding.plain).max() <= 0.49 + 1e-5
+        assert near.mean() > 0.6
+        assert np.abs(units - rounding.plain).max() <= 0.4 + 1e-5
     for layer, quantized in zip(pair.layers, quantized_layers(int8), strict=True):
         integers, scale = integer_weights(quantized)
         weights, bias = layer.tensors().values()
@@ -214,7 +214,7 @@ def test_one_step_is_adams_on_the_loss_of_all_layers(made, monkeypatch) -> None:
     assert len(errors) == len(again.layers) + 1
     (sum(errors[:-1]) / len(again.layers) + errors[-1]).backward()
     for layer, start in zip(pair.layers, again.layers, strict=True):
-        for name, rate in (("units", 0.005), ("shift", 0.001)):
+        for name, rate in (("units", 0.005), ("shift", 0.0001)):
             gradient = getattr(start, name).grad
             moved = (getattr(layer, name) - getattr(start, name)).detach()
             clear = gradient.abs() > 1e-5
@@ -247,7 +247,7 @@ def test_rates_fall_along_a_cosine_and_every_image_is_augmented_once_a_round(mad
     monkeypatch.setattr(pair.teacher, "outputs", watched_outputs)
     train(pair, stack(images), torch.Generator().manual_seed(0), 8, lambda done: None, lambda: False)
     cosine = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]
-    np.testing.assert_allclose(rates, np.outer(cosine, [0.005, 0.001]), rtol=1e-6)
+    np.testing.assert_allclose(rates, np.outer(cosine, [0.005, 0.0001]), rtol=1e-6)
     assert not any(x.any() for x in shown[1:])  # those that are learned from
     for k in (0, 4):
         found = np.concatenate([x.numpy() for x in seen[k : k + 4]])
@@ -296,7 +296,8 @@ def test_what_is_written_is_what_was_trained(made) -> None:
         assert np.abs(gained).max() > 0
 
 
-def test_weights_that_have_inputs_first_are_written_as_they_lie(rng, toy) -> None:
+def test_weights_that_have_inputs_first_are_written_as_they_lie(rng, toy, monkeypatch) -> None:
+    monkeypatch.setattr(finetuning, "WEIGHT_RATE", 0.05)  # a few steps do
     x = ops.parameter([1, 3, 16, 16], np.float32, "x")
     weights = rng.normal(size=(768, 6)).astype(np.float32)
     product = ops.matmul(ops.reshape(x, ops.constant(np.array([1, 768])), False), ops.constant(weights), False, False)
