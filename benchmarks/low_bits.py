@@ -54,9 +54,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
     parser.add_argument("--edges", choices=["academic", "full"], default="academic")
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
-    parser.add_argument(
-        "--rounding", nargs="+", choices=["nearest", "adaround", "compensated", "finetuned"], default=["nearest"]
-    )
+    parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=["nearest"])
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []

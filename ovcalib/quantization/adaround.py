@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovcalib.quantization.rounding import Moments, RoundedLayer, Rounding, output_error
+from ovcalib.quantization.rounding import Moments, RoundedLayer, Rounding, output_error, output_power
 
 STEPS, RATE = 10_000, 1e-3
 # Equation 23 of the paper: the sigmoid is stretched beyond 0 and 1, so that it reaches both.
@@ -82,7 +82,7 @@ def choose_adaround(
     rounding: Rounding, fitted: Moments, unseen: Moments
 ) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
     """Learned rounding of a layer, in the place of `ovcalib.quantization.rounding.choose_rounding`."""
-    power = float(np.sum((rounding.exact @ unseen.covariance) * rounding.exact)) or 1.0
+    power = output_power(rounding, unseen)
     integers = adaround(rounding.exact, rounding.scale, fitted.covariance, rounding.limit, STEPS)
     plain, learned = (
         output_error(rounding.errors(found, rounding.scale), fitted, unseen) / power

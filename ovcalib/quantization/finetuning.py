@@ -6,8 +6,7 @@ their scale, in which a step means the same for every layer. They are rounded in
 gradients go straight through (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic
 Neurons for Conditional Computation", 2013).
 
-Both graphs get the same images, and every layer's output is compared: few made images determine the outputs of the
-network alone badly (benchmarks/results/finetuning.md).
+Both graphs get the same images, and the outputs of all layers are compared as well as those of the network.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import openvino as ov
 
+from ovcalib.evaluation.classification import finite
 from ovcalib.graph.editing import restore
 from ovcalib.graph.reading import layer_name, quantized_operations
 from ovcalib.kernels import host_kernels, kernels_of
@@ -147,10 +148,6 @@ def faster_in_float(
         nmse=(finite(most), finite(error(found.model))),
     )  # fmt: skip
     return found.model, record
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def speed_warnings(found: SpeedSearch, deploy_isa: DeployISA) -> list[str]:

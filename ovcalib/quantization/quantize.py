@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import Split, split
+from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.dataset import Images
 from ovcalib.evaluation.outputs import Outputs
 from ovcalib.graph.editing import float_activations
@@ -242,8 +242,8 @@ def finetuned(
 ) -> tuple[ov.Model, FineTuning]:
     """A quantized graph, or what fine-tuning makes of it where that has the smaller error.
 
-    A network that learns from images which look like no others, such as noise, gets better on more of them and worse on
-    photographs. So it must not get worse on images of another source either.
+    A network that learns from images which look like no others, such as noise, can get better on more of them and worse
+    on photographs. So it must not get worse on images of another source either.
     """
     from ovcalib.quantization.finetuning import STEPS, finetune
 
@@ -263,10 +263,6 @@ def finetuned(
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     return after if kept else before, record
-
-
-def finite(error: float) -> float | None:
-    return error if math.isfinite(error) else None
 
 
 def simulated(

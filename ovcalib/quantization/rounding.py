@@ -229,7 +229,7 @@ class Rounding:
 
     def write(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> None:
         shape = list(self.layer.op.input_value(1).get_shape())
-        own = integers[0].T if _is_turned(self.layer) else integers.reshape(shape)
+        own = integers[0].T if self.turned else integers.reshape(shape)
         set_integer_weights(self.layer, own, scale if self.by_channel else scale.reshape(-1)[:1])
 
     @property
@@ -308,11 +308,16 @@ class RoundedLayer:
         return self.damping is not None
 
 
+def output_power(rounding: Rounding, seen: Moments) -> float:
+    """The variance of a layer's output, summed over channels; 1 for a layer whose output never changes."""
+    return float(np.sum((rounding.exact @ seen.covariance) * rounding.exact)) or 1.0
+
+
 def choose_rounding(
     rounding: Rounding, fitted: Moments, unseen: Moments
 ) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
     """Plain or compensated rounding, whichever is better on inputs that were not fitted: integers and scales."""
-    power = float(np.sum((rounding.exact @ unseen.covariance) * rounding.exact)) or 1.0
+    power = output_power(rounding, unseen)
 
     def error(integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
         return output_error(rounding.errors(integers, scale), fitted, unseen) / power

@@ -8,7 +8,6 @@ estimator of activations, half or full range of the weights, and bias correction
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError
+from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
@@ -104,7 +104,7 @@ class WeightError(OutputError):
 
 
 def kernels_error(kernels: Kernels, error: float) -> KernelsError:
-    return KernelsError(kernels=kernels, nmse=error if math.isfinite(error) else None, emulated=is_emulated(kernels))
+    return KernelsError(kernels=kernels, nmse=finite(error), emulated=is_emulated(kernels))
 
 
 @dataclasses.dataclass(frozen=True)
