@@ -44,6 +44,14 @@ def cpuinfo(monkeypatch):
         (None, None, set(), False),
     ],
 )
-def test_the_first_processor_is_read(cpuinfo, text, vendor, flags, fast) -> None:
+def test_the_first_processor_is_read(cpuinfo, monkeypatch, text, vendor, flags, fast) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     cpuinfo(text)
     assert (machine.cpu_vendor(), machine.cpu_flags(), machine.has_fast_bfloat16()) == (vendor, flags, fast)
+
+
+@pytest.mark.parametrize(("limit", "fast"), [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True)])
+def test_bfloat16_is_not_fast_where_it_would_be_emulated(cpuinfo, monkeypatch, limit, fast) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    cpuinfo(AMD)
+    assert machine.has_fast_bfloat16() is fast
