@@ -198,6 +198,7 @@ def widen_channel_ranges(quantized: ov.Model, factor: float) -> None:
 
     The levels' zero stays where it is.
     """
+    factors = {}
     for fq in activation_quantizers(quantized):
         low, high = _range(fq)
         if high.size == 1:
@@ -207,7 +208,19 @@ def widen_channel_ranges(quantized: ov.Model, factor: float) -> None:
         if source.get_type_name() == "Clamp" and not low.any():
             bound = np.float32(source.get_attributes()["max"])
             wider = np.clip(np.divide(bound, high, out=wider.copy(), where=high > 0), 1, factor)
-        _set_range(fq, low * wider, high * wider)
+        factors[fq.get_friendly_name()] = wider
+    scale_ranges(quantized, factors)
+
+
+def scale_ranges(quantized: ov.Model, factors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Let quantizers of activations span so many times as much, in place; the level of 0 stays.
+
+    factors   by friendly name, as many as the range has ends of one side
+    """
+    for fq in activation_quantizers(quantized):
+        if (factor := factors.get(fq.get_friendly_name())) is not None:
+            low, high = _range(fq)
+            _set_range(fq, low * factor.reshape(low.shape), high * factor.reshape(high.shape))
 
 
 def set_levels(fq: ov.Node, levels: int, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
@@ -235,7 +248,7 @@ def quantize_outputs(graph: ov.Model, levels: int) -> list[ov.Node]:
 def _set_range(fq: ov.Node, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
     """Let a quantizer take and give low..high."""
     for i, ends in enumerate((low, high, low, high), start=1):
-        fq.input(i).replace_source_output(ov.op.Constant(ends).output(0))
+        fq.input(i).replace_source_output(ops.constant(ends).output(0))
 
 
 def _restore_in_place(graph: ov.Model, original: ov.Model, names: Iterable[str]) -> None:

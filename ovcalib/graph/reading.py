@@ -245,6 +245,19 @@ def activation_quantizers(graph: ov.Model) -> list[ov.Node]:
     return [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize" and op.get_name() in names]
 
 
+def quantizers_by_range(graph: ov.Model) -> list[list[ov.Node]]:
+    """Quantizers of activations with the same range together, such as those of the inputs of a concatenation.
+
+    Those of the network's input, whose range is that of pixels, and those without a range are left out.
+    """
+    found: dict[tuple[bytes, bytes], list[ov.Node]] = {}
+    for fq in activation_quantizers(graph):
+        low, high = _range(fq)
+        if (low < high).all() and _node(fq.input_value(0)).get_type_name() != "Parameter":
+            found.setdefault((low.tobytes(), high.tobytes()), []).append(fq)
+    return list(found.values())
+
+
 def integer_weights(layer: Layer) -> tuple[NDArray[np.int8], NDArray[np.float64]] | None:
     """The weights of a layer as integers, and their scale for each output channel; None for any other form.
 

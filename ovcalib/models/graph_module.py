@@ -101,8 +101,8 @@ class GraphModule(nn.Module):
     Convolutions and BatchNorm are layers of torch, with the names that they have in the graph, so that whatever looks
     for layers finds them. All other operations are functions.
 
-    tensors   where the module holds the weights of convolutions and the constants that other operations read: keys of
-              its state by the name of the constant's node
+    tensors   keys of the module's state: of weights of convolutions and of constants that other operations read, by
+              the name of the constant's node, and of the steps of quantizers, by theirs
     forward   float32 [N, C, H, W] -> all outputs, [N, ...] each
     raises    ModelError for an operation that is not known
     """
@@ -137,6 +137,8 @@ class GraphModule(nn.Module):
                 if kind in CONVOLUTIONS:
                     (weight,) = (key for key, _ in call.named_parameters(f"layers.{layer}"))
                     self.tensors[op.input_value(1).get_node().get_name()] = weight
+                elif isinstance(call, Quantizer):
+                    self.tensors[op.get_name()] = f"layers.{layer}.step"
                 call = functools.partial(_run_layer, layer)
             reads = [place(value) for value in _signals(op)]
             self.steps.append((call, reads, [place(port) for port in op.outputs()]))
@@ -203,6 +205,8 @@ def _call(op: ov.Node, name: str) -> Callable[..., Any]:
     try:
         if kind in CONVOLUTIONS or kind == "BatchNormInference":
             return _layer(op)
+        if kind == "FakeQuantize":
+            return Quantizer.of(op)
         if kind in _ELEMENTWISE:
             return functools.partial(_function, _ELEMENTWISE[kind])
         if kind in _WITH_ATTRIBUTES:
@@ -216,6 +220,44 @@ def _call(op: ov.Node, name: str) -> Callable[..., Any]:
 
 def _tensor(value: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.array(value, np.float32))
+
+
+class Quantizer(nn.Module):
+    """FakeQuantize, with gradients for its input and for the size of its steps.
+
+    Rounding counts as the identity in the backward pass. So the gradient of the input passes between the ends of the
+    range, and a step has that of LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020, equation 3).
+
+    step   [1], or broadcastable to what is quantized where every channel has a range of its own
+    zero   the level of 0, as step
+    top    the last level; the first is 0
+    """
+
+    step: Tensor
+    zero: Tensor
+
+    def __init__(self, step: Tensor, zero: Tensor, top: int) -> None:
+        super().__init__()
+        self.register_buffer("step", step)
+        self.register_buffer("zero", zero)
+        self.top = top
+
+    @staticmethod
+    def of(op: ov.Node) -> Quantizer:
+        low, high, low_out, high_out = (_tensor(value) for value in _constants(op))
+        if not (torch.equal(low, low_out) and torch.equal(high, high_out)):
+            raise ModelError(f"{op.get_friendly_name()} gives another range than it takes")
+        top = int(op.get_attributes()["levels"]) - 1
+        step = ((high - low) / top).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = torch.round(-low / step).clamp(0, top)
+        if step.numel() == 1:  # whatever rank the graph writes it with
+            return Quantizer(step.reshape(1), zero.reshape(1), top)
+        return Quantizer(step, zero, top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = (x / self.step + self.zero).clamp(0, self.top)
+        rounded = levels + (levels.round() - levels).detach()
+        return (rounded - self.zero) * self.step
 
 
 class _Cropped(nn.Module):
@@ -435,27 +477,6 @@ def _prelu(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x > 0, x, slope * x)
 
 
-def _quantizer(op: ov.Node) -> Callable[..., Any]:
-    """FakeQuantize by torch's operator, which lets gradients through between the ends of the range alone."""
-    low, high, low_out, high_out = (_tensor(value) for value in _constants(op))
-    if not (torch.equal(low, low_out) and torch.equal(high, high_out)):
-        raise ModelError(f"{op.get_friendly_name()} gives another range than it takes")
-    top = int(op.get_attributes()["levels"]) - 1
-    step = ((high - low) / top).flatten().clamp_min(torch.finfo(torch.float32).tiny)
-    zero = torch.round(-low.flatten() / step).clamp(0, top).to(torch.int32)
-    # The axis of the channels, from the end; None for one range.
-    axis = next((side - low.ndim for side, size in enumerate(low.shape) if size > 1), None)
-    return functools.partial(_quantize, step, zero, top, axis)
-
-
-def _quantize(step: Tensor, zero: Tensor, top: int, axis: int | None, x: Tensor) -> Tensor:
-    if axis is None:
-        quantized: Tensor = torch.fake_quantize_per_tensor_affine(x, step, zero, 0, top)
-    else:
-        quantized = torch.fake_quantize_per_channel_affine(x, step, zero, x.ndim + axis, 0, top)
-    return quantized
-
-
 def _normalize(op: ov.Node) -> Callable[..., Any]:
     """Values without their mean and, but for an option, over their standard deviation: the heart of LayerNorm."""
     attributes, axes = op.get_attributes(), [int(axis) for axis in _constants(op)[0].reshape(-1)]
@@ -505,7 +526,7 @@ _WITH_ATTRIBUTES: dict[str, Callable[[ov.Node], Callable[..., Any]]] = {
     "Concat": lambda op: functools.partial(_concatenate, int(op.get_attributes()["axis"])),
     "Convert": lambda op: _same, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
     "Elu": lambda op: functools.partial(F.elu, alpha=float(op.get_attributes()["alpha"])),
-    "FakeQuantize": _quantizer, "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice,
+    "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice,
     "ScaledDotProductAttention": _attention, "Softmax": _softmax,
     "Gelu": lambda op: functools.partial(
         F.gelu, approximate="tanh" if op.get_attributes()["approximation_mode"].lower() == "tanh" else "none"

@@ -1,10 +1,11 @@
 """Fine-tuning of a quantized graph: it learns from the float one what it should compute, without labels.
 
 The graph itself is trained, operation by operation in torch, so what is learned is what runs: integers on the scales
-that quantization chose, within their limits, and biases. Ranges of activations stay. Weights are trained in units of
+that quantization chose, within their limits, biases, and the ranges of activations. Weights are trained in units of
 their scale, in which a step means the same for every layer. They are rounded in the forward pass; in the backward pass
 gradients go straight through (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic
-Neurons for Conditional Computation", 2013).
+Neurons for Conditional Computation", 2013). Ranges grow and shrink by a factor, so the level of 0 stays, and have the
+gradient of LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020).
 
 Both graphs get the same images, and the outputs of all layers are compared as well as those of the network.
 """
@@ -24,17 +25,24 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ovcalib.errors import ModelError
-from ovcalib.graph.editing import add_to_biases, before_softmax, fold_weights
-from ovcalib.graph.reading import Layer, float_operations, is_constant, quantizable_operations, quantized_layers
+from ovcalib.graph.editing import add_to_biases, before_softmax, fold_weights, scale_ranges
+from ovcalib.graph.reading import (
+    Layer,
+    float_operations,
+    is_constant,
+    quantizable_operations,
+    quantized_layers,
+    quantizers_by_range,
+)
 from ovcalib.models.graph_module import GraphModule, check_module
 from ovcalib.quantization.rounding import Rounding
 from ovcalib.runtime import size_of
 
 STEPS = 300
 BATCH = 32
-# Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, and of biases in
-# standard deviations of their layer's output.
-WEIGHT_RATE, BIAS_RATE = 0.005, 0.0001
+# Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of biases in
+# standard deviations of their layer's output, and of the logarithm of ranges.
+WEIGHT_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.0001, 0.01
 # Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
 # Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
 MARGIN = 0.1
@@ -120,6 +128,27 @@ class TrainedLayer:
         return (self.unit * self.shift).detach().numpy().astype(np.float64)
 
 
+class TrainedRange:
+    """The range of an activation, or of several that quantization gave the same one.
+
+    growth   float32, logarithm of the factor for each of the range's ends: [1], or as many as there are channels
+    """
+
+    def __init__(self, names: Sequence[str], keys: Sequence[str], module: GraphModule) -> None:
+        """names, keys   of its quantizers, and of their steps in the module's state"""
+        self.names, self.keys = tuple(names), tuple(keys)
+        self.before = module.state_dict()[keys[0]].clone()
+        self.growth = torch.zeros_like(self.before).requires_grad_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its quantizers compute with, by the keys of the module's state."""
+        return dict.fromkeys(self.keys, self.before * self.growth.exp())
+
+    def factors(self) -> dict[str, NDArray[np.float32]]:
+        """How many times as wide the range is, by the name of the quantizer."""
+        return dict.fromkeys(self.names, self.growth.detach().exp().numpy())
+
+
 @dataclass(frozen=True)
 class Pair:
     """Both graphs as torch modules, whose outputs are those of the trained layers and then the network's own."""
@@ -127,6 +156,7 @@ class Pair:
     teacher: GraphModule
     student: GraphModule
     layers: tuple[TrainedLayer, ...]
+    ranges: tuple[TrainedRange, ...]
     heads: int
 
     @staticmethod
@@ -150,7 +180,21 @@ class Pair:
             (bias,) = (value for value in layer.add.input_values() if is_constant(value))
             weights, shift = (student.tensors[v.get_node().get_name()] for v in (layer.op.input_value(1), bias))
             trained.append(TrainedLayer(rounding, (weights, shift), student))
-        return Pair(as_module(before_softmax(fp32).clone(), names), student, tuple(trained), len(fp32.outputs))
+        ranges = tuple(
+            TrainedRange(
+                [fq.get_friendly_name() for fq in quantizers],
+                [student.tensors[fq.get_name()] for fq in quantizers],
+                student,
+            )
+            for quantizers in quantizers_by_range(quantized)
+        )
+        teacher = as_module(before_softmax(fp32).clone(), names)
+        return Pair(teacher, student, tuple(trained), ranges, len(fp32.outputs))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the student computes with, by the keys of its state."""
+        trained: tuple[TrainedLayer | TrainedRange, ...] = (*self.layers, *self.ranges)
+        return {key: value for part in trained for key, value in part.tensors().items()}
 
 
 def as_module(graph: ov.Model, names: Sequence[str] = (), model: str = "the model") -> GraphModule:
@@ -187,7 +231,7 @@ def train(
     tick: Callable[[int], None],
     out_of_time: Callable[[], bool],
 ) -> int:
-    """Train the layers of a pair in place; returns the steps that were made."""
+    """Train the layers and ranges of a pair in place; returns the steps that were made."""
     batch = min(len(images), batch_size(pair))
     with torch.no_grad():
         shown = pair.teacher.outputs(images[:batch])
@@ -198,6 +242,7 @@ def train(
         [
             {"params": [layer.units for layer in pair.layers], "lr": WEIGHT_RATE},
             {"params": [layer.shift for layer in pair.layers], "lr": BIAS_RATE},
+            {"params": [one.growth for one in pair.ranges], "lr": RANGE_RATE},
         ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -211,8 +256,7 @@ def train(
         x = augmented(images[chosen], generator)
         with torch.no_grad():
             wanted = pair.teacher.outputs(x)
-        tensors = {key: value for layer in pair.layers for key, value in layer.tensors().items()}
-        found = functional_call(pair.student, tensors, (x,))
+        found = functional_call(pair.student, pair.tensors(), (x,))
         loss = distillation_loss(found, wanted, powers, pair.heads)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -242,7 +286,7 @@ def finetune(
     tick: Callable[[int], None] = lambda done: None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[ov.Model, int]:
-    """A copy of a quantized graph with other integers and biases, and the steps that it was trained for.
+    """A copy of a quantized graph with other integers, biases and ranges, and the steps that it was trained for.
 
     fp32, int8   the same network before and after quantization, batch 1
     images       network inputs, float32 [1, C, H, W] each
@@ -259,4 +303,5 @@ def finetune(
         own = trained.rounding
         replace(own, layer=layers[own.layer.name]).write(trained.integers(), own.scale)
     add_to_biases(copy, {trained.rounding.layer.name: trained.bias_shift() for trained in pair.layers})
+    scale_ranges(copy, {name: factor for one in pair.ranges for name, factor in one.factors().items()})
     return copy, made

@@ -8,7 +8,7 @@ groups.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -330,6 +330,18 @@ BIT_FIELDS = ("weight_bits", "activation_bits", "edges")
 SIMULATED_FIELDS = (
     *WEIGHT_FIELDS, *BIT_FIELDS, "preset", "activation_ranges", "model_type", "finetune", "max_time",
 )  # fmt: skip
+
+
+def fields_of(mode: Mode, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a recipe that count with a mode; others, such as its model, count with every one."""
+    kept = dict(fields)
+    for name in QuantizationOptions.model_fields.keys() & kept.keys():
+        counts = {"weight-only": name in WEIGHT_FIELDS, "simulated": name in SIMULATED_FIELDS}.get(mode, True)
+        steers = name in STEERING_FIELDS and mode != "accuracy-aware"
+        bounds = name == "max_time" and (fields.get("search") or fields.get("finetune"))
+        if not counts or (steers and not bounds) or (name in BIT_FIELDS and mode != "simulated"):
+            del kept[name]
+    return kept
 
 
 class EvaluationOptions(Frozen):

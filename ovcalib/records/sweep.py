@@ -11,7 +11,16 @@ from pydantic import Field, field_validator, model_validator
 
 from ovcalib.errors import UsageError
 from ovcalib.records.base import MAX_WHOLE, Frozen, checked
-from ovcalib.records.options import MAX_IMAGES, MAX_SECONDS, ChannelOrder, Interpolation, Shape, TextValues
+from ovcalib.records.options import (
+    MAX_IMAGES,
+    MAX_SECONDS,
+    ChannelOrder,
+    Interpolation,
+    Mode,
+    Shape,
+    TextValues,
+    fields_of,
+)
 from ovcalib.records.recipe import STAGE_OF, flat_fields, make_recipe
 
 # Recipes of all cells are made before the first one runs: seconds, and a page of megabytes.
@@ -81,16 +90,16 @@ class SweepRecipe(Frozen):
 
     models, sources, modes, seeds   every combination is a cell
     eval, limit                     images on which every cell is proven, as in a recipe
-    common                          other fields of a recipe, the same for every cell; those of the accuracy-aware
-                                    algorithm do not reach cells of the default one
-    benchmark_time                  seconds of latency measurement of each model, one cell after the other when all are
-                                    done; 0 leaves it out
+    common                          other fields of a recipe, the same for every cell that they count for: those of the
+                                    accuracy-aware algorithm do not reach cells of the default one
+    benchmark_time                  seconds of latency measurement of each model but simulated ones, one cell after the
+                                    other when all are done; 0 leaves it out
     devices                         on which that is measured; None: CPU
     """
 
     models: tuple[SweepModel, ...] = Field(min_length=1)
     sources: tuple[SweepSource, ...] = Field(min_length=1)
-    modes: tuple[Literal["default", "accuracy-aware"], ...] = Field(default=("default",), min_length=1)
+    modes: tuple[Mode, ...] = Field(default=("default",), min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0, le=MAX_WHOLE)], ...] = Field(default=(0,), min_length=1)
     eval: str | None = None
     limit: int | None = Field(default=None, ge=1, le=MAX_WHOLE)
@@ -133,9 +142,11 @@ class SweepRecipe(Frozen):
                 raise ValueError(f"'common' has the field {field!r}, which a sweep sets by cell")
         if common.get("keep_images") is False:
             raise ValueError("'common': cells share calibration sets, so a sweep cannot have `keep_images=False`")
-        mode = "accuracy-aware" if "accuracy-aware" in self.modes else "default"
+        counting = {mode: fields_of(mode, common) for mode in self.modes}
+        unused = {name: common[name] for name in common if not any(name in fields for fields in counting.values())}
         try:
-            make_recipe(model="any", mode=mode, **common)
+            for mode, fields in counting.items():
+                make_recipe(model="any", mode=mode, **fields, **unused)
         except UsageError as error:
             raise ValueError(f"'common': {error}") from error
         return self

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovcalib import __version__
 from ovcalib.calibration import SOURCES
-from ovcalib.records.options import STEERING_FIELDS
+from ovcalib.records.options import fields_of
 from ovcalib.records.read import read_recipe
 from ovcalib.records.recipe import Recipe, flat_fields, make_recipe
 from ovcalib.records.sweep import SweepRecipe, make_sweep_recipe
@@ -25,9 +25,6 @@ SET_FIELDS = (
     "model", "weights", "input_shape", "mean", "std", "short_side", "crop_share", "interpolation", "channel_order",
     "trust_remote_code", "calib", "num_samples", "seed", "options", "download",
 )  # fmt: skip
-
-# What does not change the INT8 model of the default algorithm: cells of it stay where only these differ.
-NOT_OF_DEFAULT = {*STEERING_FIELDS, "max_drop"}
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,15 @@ def plan(sweep: SweepRecipe) -> list[Cell]:
 
     cells = []
     for model, source, mode, seed in product(sweep.models, sweep.sources, sweep.modes, sweep.seeds):
-        common = flat_fields(sweep.common)
-        if mode == "default":
-            common = {name: value for name, value in common.items() if name not in STEERING_FIELDS}
         recipe = make_recipe(
-            **common, **model.model_dump(exclude={"name", "command"}), **source.model_dump(exclude={"name"}),
-            mode=mode, seed=seed, eval=sweep.eval, limit=sweep.limit, benchmark_time=0,
+            **fields_of(mode, flat_fields(sweep.common)), **model.model_dump(exclude={"name", "command"}),
+            **source.model_dump(exclude={"name"}), mode=mode, seed=seed, eval=sweep.eval, limit=sweep.limit,
+            benchmark_time=0,
         )  # fmt: skip
-        fields = recipe.flat()
-        if mode == "default":
-            fields = {name: value for name, value in fields.items() if name not in NOT_OF_DEFAULT}
+        # Cells stay where only what does not change their model differs.
+        fields = fields_of(mode, recipe.flat())
+        if mode != "accuracy-aware":
+            del fields["max_drop"]
         key, set_key = key_of(fields), key_of({name: fields[name] for name in SET_FIELDS})
         cells.append(Cell(model.label, source.label, mode, seed, recipe, key, set_key, model.command))
     return cells

@@ -242,7 +242,7 @@ def _measure(recipe: SweepRecipe, folder: Path, sweep: Sweep, progress: Progress
     from ovcalib.measurement.benchmark import benchmark
 
     options = BenchmarkOptions(device=recipe.timed_devices, hint=("latency",), seconds=recipe.benchmark_time)
-    cells = [folder / "cells" / cell.key for cell in sweep.cells if cell.state == "done"]
+    cells = [folder / "cells" / c.key for c in sweep.cells if c.state == "done" and c.mode != "simulated"]
     left = [cell for cell in cells if not (cell / "benchmark.json").is_file()]
     with progress.task("sweep: latency", len(left)) as tick:
         for i, cell in enumerate(left):

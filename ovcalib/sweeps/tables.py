@@ -148,7 +148,15 @@ def metrics_of(sweep: Sweep, mode: str) -> list[Metric]:
     chosen += [AGREEMENT, NMSE]
     if mode == "accuracy-aware":
         chosen += [REVERTED, SECONDS]
-    return chosen + [speedup(device) for device in sweep.recipe.timed_devices]
+    if mode != "simulated":  # whose latency is that of float
+        chosen += [speedup(device) for device in sweep.recipe.timed_devices]
+    return chosen
+
+
+def described(sweep: Sweep, mode: str, results: Mapping[str, Result]) -> str:
+    """The name of a mode, with the bits that it simulates."""
+    done = (results[cell.key] for cell in sweep.cells if cell.mode == mode and cell.key in results)
+    return next((r.quantization.precision for r in done if mode == "simulated"), mode)
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -258,7 +266,7 @@ def markdown_report(sweep: Sweep, results: Results, benchmarks: Benchmarks) -> s
     protocols = sorted({r.accuracy.protocol for r in results.values() if r.accuracy})
     lines += [f"\nAccuracy was measured on {escape_markdown(protocol)}." for protocol in protocols]
     for mode in sweep.recipe.modes:
-        lines += ["", f"## Mode {mode}"]
+        lines += ["", f"## Mode {described(sweep, mode, results)}"]
         for metric in metrics_of(sweep, mode):
             lines += ["", f"### {metric.title}", "", metric_table(sweep, mode, metric, results, benchmarks).markdown()]
     if sweep.failed:
@@ -272,7 +280,9 @@ def write_page(folder: Path, sweep: Sweep, results: Results, benchmarks: Benchma
     cells = [cell for cell in sweep.cells if cell.key in results]
     names = [f"{c.model}, {c.source}, {c.mode}, seed {c.seed}" for c in cells]
     sections = [
-        metric_table(sweep, mode, metric, results, benchmarks).section(f"{metric.title} ({mode})")
+        metric_table(sweep, mode, metric, results, benchmarks).section(
+            f"{metric.title} ({described(sweep, mode, results)})"
+        )
         for mode in sweep.recipe.modes
         for metric in metrics_of(sweep, mode)
     ]

@@ -198,6 +198,24 @@ def test_modes_share_sets_and_a_larger_recipe_keeps_what_is_there(reference, dat
     assert "Operations reverted to float" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_simulated_cells_name_their_bits_and_are_not_timed(data, inline, tmp_path) -> None:
+    recipe = make_sweep_recipe(
+        content(
+            data, modes=["weight-only", "simulated"], seeds=[0], sources=[{"calib": "noise", "num_samples": 8}],
+            common={"weight_bits": 4}, benchmark_time=0.05,
+        )
+    )  # fmt: skip
+    found = sweeps.run_sweep(recipe, tmp_path / "out")
+    assert not found.failed
+    timed = {c.mode: (tmp_path / "out" / "cells" / c.key / "benchmark.json").is_file() for c in found.cells}
+    assert timed == {"weight-only": True, "simulated": False}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("Speed-up on CPU") == 1
+    assert "## Mode weight-only\n" in report
+    assert "## Mode simulated W4A8\n" in report
+    assert "(simulated W4A8)" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_failing_cell_is_reported_and_only_it_is_tried_again(data, inline, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     toy = content(data)["models"][0]

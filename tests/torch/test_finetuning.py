@@ -13,12 +13,20 @@ from ovcalib.errors import ModelError
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.export.to_onnx import to_onnx
 from ovcalib.graph.files import read_graph
-from ovcalib.graph.reading import constant_value, integer_weights, is_constant, quantized_layers
+from ovcalib.graph.reading import (
+    activation_quantizers,
+    constant_value,
+    integer_weights,
+    is_constant,
+    quantized_layers,
+    quantizers_by_range,
+)
 from ovcalib.kernels import without_saturation
 from ovcalib.models.graph_module import GraphModule, check_module
 from ovcalib.quantization import finetuning
 from ovcalib.quantization.finetuning import (
     Pair,
+    TrainedRange,
     as_module,
     augmented,
     distillation_loss,
@@ -67,6 +75,10 @@ def made(toy, tmp_path_factory):
 def bias_of(layer):
     (value,) = (value for value in layer.add.input_values() if is_constant(value))
     return constant_value(value).reshape(-1)
+
+
+def ends_of(quantizer):
+    return [constant_value(quantizer.input_value(i)) for i in (1, 2)]
 
 
 def stack(images):
@@ -196,6 +208,55 @@ def test_gradients_go_straight_through_and_end_at_the_limit(made) -> None:
     torch.testing.assert_close(layer.shift.grad, torch.full_like(layer.shift, layer.unit))
 
 
+def test_a_range_grows_as_lsq_has_it(rng) -> None:
+    """The gradient of a step is that of a level for values beyond the range, and of the rounding error for others."""
+    x = ops.parameter([1, 2, 5, 5], np.float32)
+    high = np.array([1.5, 0.7], np.float32).reshape(1, 2, 1, 1)
+    low = (-high / 7 * 8).astype(np.float32)
+    graph = ov.Model([ops.fake_quantize(x, *map(ops.constant, (low, high, low, high)), 16)], [x], "quantizer")
+    module = GraphModule(graph, "quantizer")
+    (key,) = (key for key in module.state_dict() if key.endswith("step"))
+    image, slope = (rng.normal(size=(3, 2, 5, 5)).astype(np.float32) for _ in range(2))
+    step = module.state_dict()[key].clone().requires_grad_()
+    values = torch.from_numpy(image).requires_grad_()
+    found = torch.func.functional_call(module, {key: step}, (values,))
+    (found * torch.from_numpy(slope)).sum().backward()
+    expected, passes = np.zeros(2), np.zeros(image.shape)
+    for (n, c, i, j), value in np.ndenumerate(image):
+        size = high[0, c, 0, 0] / 7
+        units = value / size
+        inside = -8 <= units <= 7
+        level = np.clip(np.rint(units), -8, 7)
+        expected[c] += slope[n, c, i, j] * (level - units * inside)
+        passes[n, c, i, j] = inside
+    np.testing.assert_allclose(step.grad.reshape(-1), expected, rtol=1e-4)
+    np.testing.assert_allclose(values.grad, slope * passes, rtol=1e-5)
+    assert 0 < passes.mean() < 1
+
+
+def test_quantizers_of_one_range_keep_one_and_that_of_pixels_stays(rng) -> None:
+    x = ops.parameter([1, 3, 8, 8], np.float32)
+
+    def quantizer(value, high):
+        return ops.fake_quantize(value, *(ops.constant(np.float32(end)) for end in (0, high, 0, high)), 256)
+
+    seen = quantizer(x, 3.0)
+    joined = ops.concat([quantizer(ops.relu(seen), 2.0), quantizer(ops.sigmoid(seen), 2.0)], 1)
+    wide, empty = quantizer(ops.tanh(joined), 1.0), quantizer(ops.tanh(seen), 0.0)
+    graph = ov.Model([ops.reduce_mean(wide, ops.constant(np.array([2, 3]))), empty], [x], "ranges")
+    names = [[fq.get_friendly_name() for fq in group] for group in quantizers_by_range(graph)]
+    concatenated = [value.get_node().get_friendly_name() for value in joined.input_values()]
+    assert sorted(map(sorted, names)) == sorted([sorted(concatenated), [wide.get_friendly_name()]])
+    module = GraphModule(graph, "ranges")
+    keys = [module.tensors[value.get_node().get_name()] for value in joined.input_values()]
+    one = TrainedRange(concatenated, keys, module)
+    with torch.no_grad():
+        one.growth.add_(np.log(1.5))
+    steps = {key: float(value.detach()) for key, value in one.tensors().items()}
+    assert steps == pytest.approx(dict.fromkeys(keys, 3 / 255))
+    assert one.factors() == dict.fromkeys(concatenated, pytest.approx(1.5))
+
+
 def test_one_step_is_adams_on_the_loss_of_all_layers(made, monkeypatch) -> None:
     """Adam's first step moves by its rate against the sign of the gradient."""
     fp32, int8, images, _ = made
@@ -208,8 +269,7 @@ def test_one_step_is_adams_on_the_loss_of_all_layers(made, monkeypatch) -> None:
     power = [float(value.numpy().var(axis=0).mean()) for value in wanted]
     for layer, of_output in zip(again.layers, power, strict=False):
         layer.unit = of_output**0.5
-    tensors = {key: value for layer in again.layers for key, value in layer.tensors().items()}
-    found = torch.func.functional_call(again.student, tensors, (x,))
+    found = torch.func.functional_call(again.student, again.tensors(), (x,))
     errors = [((a - b) ** 2).mean() / of_output for a, b, of_output in zip(found, wanted, power, strict=True)]
     assert len(errors) == len(again.layers) + 1
     (sum(errors[:-1]) / len(again.layers) + errors[-1]).backward()
@@ -221,6 +281,8 @@ def test_one_step_is_adams_on_the_loss_of_all_layers(made, monkeypatch) -> None:
             assert clear.float().mean() > 0.8
             torch.testing.assert_close(moved[clear], -rate * gradient[clear].sign(), rtol=0.02, atol=1e-6)
         assert layer.unit == pytest.approx(start.unit)
+    for one, same in zip(pair.ranges, again.ranges, strict=True):
+        torch.testing.assert_close(one.growth.detach(), -0.01 * same.growth.grad.sign(), rtol=0.02, atol=1e-6)
 
 
 def test_rates_fall_along_a_cosine_and_every_image_is_augmented_once_a_round(made, monkeypatch) -> None:
@@ -247,7 +309,7 @@ def test_rates_fall_along_a_cosine_and_every_image_is_augmented_once_a_round(mad
     monkeypatch.setattr(pair.teacher, "outputs", watched_outputs)
     train(pair, stack(images), torch.Generator().manual_seed(0), 8, lambda done: None, lambda: False)
     cosine = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]
-    np.testing.assert_allclose(rates, np.outer(cosine, [0.005, 0.0001]), rtol=1e-6)
+    np.testing.assert_allclose(rates, np.outer(cosine, [0.005, 0.0001, 0.01]), rtol=1e-6)
     assert not any(x.any() for x in shown[1:])  # those that are learned from
     for k in (0, 4):
         found = np.concatenate([x.numpy() for x in seen[k : k + 4]])
@@ -283,9 +345,8 @@ def test_what_is_written_is_what_was_trained(made) -> None:
     fp32, int8, images, unseen = made
     pair = Pair.of(fp32, int8)
     train(pair, stack(images), torch.Generator().manual_seed(finetuning.SEED), 5, lambda done: None, lambda: False)
-    tensors = {key: value for layer in pair.layers for key, value in layer.tensors().items()}
     with torch.no_grad():
-        found = torch.func.functional_call(pair.student, tensors, (stack(unseen),))[-1].numpy()
+        found = torch.func.functional_call(pair.student, pair.tensors(), (stack(unseen),))[-1].numpy()
     tuned, _ = finetune(fp32, int8, images, steps=5)
     written = outputs_of(without_saturation(tuned), unseen)
     assert nmse(written, found) < 1e-3
@@ -294,6 +355,12 @@ def test_what_is_written_is_what_was_trained(made) -> None:
         gained = bias_of(after) - (0 if before.add is None else bias_of(before))
         np.testing.assert_allclose(gained, layer.unit * layer.shift.detach().numpy(), atol=1e-5)
         assert np.abs(gained).max() > 0
+    own = {name: factor for one in pair.ranges for name, factor in one.factors().items()}
+    for before, after in zip(activation_quantizers(int8), activation_quantizers(tuned), strict=True):
+        ends = [np.stack(ends_of(fq)) for fq in (before, after)]
+        factor = own.pop(before.get_friendly_name(), np.float32(1))
+        np.testing.assert_allclose(ends[1], ends[0] * factor, rtol=1e-6)
+    assert not own
 
 
 def test_weights_that_have_inputs_first_are_written_as_they_lie(rng, toy, monkeypatch) -> None:

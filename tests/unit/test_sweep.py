@@ -46,13 +46,15 @@ def recipe(**changes):
         ({"sources": ["noise", {"calib": "noise", "name": "b"}]}, ["'noise' and 'b' are the same"]),
         ({"models": ["a", {"model": "a", "name": "b", "command": "train b"}]}, ["'a' and 'b' are the same"]),
         ({"sources": [{"calib": "noise", "num_samples": 0}]}, ["sources[0].num_samples=0", "greater than or equal to 1"]),
-        ({"modes": ["fast"]}, ["modes[0]='fast'", "'default' or 'accuracy-aware'"]),
+        ({"modes": ["fast"]}, ["modes[0]='fast'", "'default', 'accuracy-aware', 'weight-only' or 'simulated'"]),
         ({"seeds": [-1]}, ["seeds[0]=-1", "greater than or equal to 0"]),
         ({"seeds": [1, 1]}, ["seeds", "1 is there twice"]),
         ({"common": {"seed": 3}}, ["common", "'seed', which a sweep sets by cell"]),
         ({"common": {"max_dorp": 3}}, ["common", "max_dorp"]),
         ({"common": {"max_drop": 3}}, ["common", "max_drop", "less than or equal to 1"]),
         ({"common": {"metric": "top1"}}, ["common", "`metric=top1` does nothing without `mode=accuracy-aware`"]),
+        ({"modes": ["default", "weight-only"], "common": {"edges": "full"}}, ["`edges=full` does nothing without"]),
+        ({"modes": ["weight-only"], "common": {"preset": "mixed"}}, ["`preset=mixed` does nothing with"]),
         ({"devices": ["CPU"]}, ["'benchmark_time'"]),
     ],
 )  # fmt: skip
@@ -74,6 +76,31 @@ def test_the_accuracy_aware_algorithm_alone_gets_its_fields() -> None:
     assert {(cell.mode, cell.recipe.quantization.metric) for cell in cells} == {
         ("default", None), ("accuracy-aware", "agreement"),
     }  # fmt: skip
+
+
+def test_every_mode_gets_the_common_fields_that_count_for_it() -> None:
+    common = {
+        "deploy_isa": "vnni", "rounding": "nearest", "weight_bits": 4, "finetune": True, "max_time": 60, "max_drop": 0.1,
+        "max_iterations": 2,
+    }  # fmt: skip
+    cells = plan(recipe(modes=["default", "accuracy-aware", "weight-only", "simulated"], common=common))
+    names = ("deploy_isa", "rounding", "weight_bits", "finetune", "max_time", "max_drop", "max_iterations")
+    found = {cell.mode: tuple(getattr(cell.recipe.quantization, name) for name in names) for cell in cells}
+    assert found == {
+        "default": ("vnni", "nearest", 8, True, 60, 0.1, None),
+        "accuracy-aware": ("vnni", "nearest", 8, True, 60, 0.1, 2),
+        "weight-only": ("any", "nearest", 8, False, None, 0.1, None),
+        "simulated": ("any", "nearest", 4, True, 60, 0.1, None),
+    }
+    assert len({cell.key for cell in cells}) == len(cells)
+
+
+def test_bits_that_a_mode_does_not_take_leave_its_cells_as_they_are() -> None:
+    modes = ["default", "simulated"]
+    keys = [
+        {(cell.mode, cell.key) for cell in plan(recipe(modes=modes, common={"weight_bits": bits}))} for bits in (4, 5)
+    ]
+    assert {mode for mode, _ in keys[0] & keys[1]} == {"default"}
 
 
 def test_latency_is_measured_on_devices_where_time_is_given_for_it() -> None:
