@@ -42,9 +42,11 @@ from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.model import ModelSpec
+from ovcalib.records.options import QuantizationOptions
 from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "rounding")
+STEPS = QuantizationOptions().finetune_steps
 ROUNDINGS = ("nearest", "adaround", "compensated", "finetuned")
 
 
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--edges", choices=["academic", "full"], default="academic")
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
     parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=["nearest"])
+    parser.add_argument("--finetune-steps", type=int, default=STEPS)
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -73,7 +76,8 @@ def main() -> None:
             int8 = int8_of(fp32, made)
             for _, _, bits, rounding in wanted:
                 weights, activations = map(int, bits.split("/"))
-                graph = quantized(fp32, int8, made, Bits(weights, activations, args.edges, args.ranges), rounding)
+                grid = Bits(weights, activations, args.edges, args.ranges)
+                graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits, "rounding": rounding,
@@ -113,8 +117,8 @@ def int8_of(fp32: Any, made: CalibrationSet) -> Any:
     return quantize_default(fp32, split(made).ranges, Settings(overflow_fix="disable", bias_correction="none"))
 
 
-def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str) -> Any:
-    """The simulated graph of one cell."""
+def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str, steps: int = STEPS) -> Any:
+    """The simulated graph of one cell; steps of fine-tuning."""
     parts = split(made)
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
     if rounding == "nearest":
@@ -122,7 +126,7 @@ def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: 
     if rounding == "adaround":
         return compensated(fp32, graph, parts.corrections.inputs(), choose_adaround)
     graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
-    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs())[0]
+    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs(), steps)[0]
 
 
 def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:

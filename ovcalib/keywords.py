@@ -44,6 +44,7 @@ class QuantizeKeywords(LoadKeywords, total=False):
     guard: bool
     equalize: Literal["auto", "on", "off"]
     finetune: bool
+    finetune_steps: int
     optimize_for: Literal["size", "latency"]
     model_type: Literal["auto", "cnn", "transformer"]
     ignore: Sequence[str]

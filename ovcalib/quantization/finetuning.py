@@ -38,7 +38,6 @@ from ovcalib.models.graph_module import GraphModule, check_module
 from ovcalib.quantization.rounding import Rounding
 from ovcalib.runtime import size_of
 
-STEPS = 300
 BATCH = 32
 # Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of biases in
 # standard deviations of their layer's output, and of the logarithm of ranges.
@@ -281,8 +280,8 @@ def finetune(
     fp32: ov.Model,
     int8: ov.Model,
     images: Sequence[NDArray[np.float32]],
+    steps: int,
     *,
-    steps: int = STEPS,
     tick: Callable[[int], None] = lambda done: None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[ov.Model, int]:

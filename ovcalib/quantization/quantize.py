@@ -173,7 +173,8 @@ def quantize_graph(
         def error(output: OutputError, graph: ov.Model) -> float:
             return max(output.on(kernels, graph) for kernels in wanted)
 
-        int8, tuning = finetuned(best.output, int8, parts, probe, error, out_of_time, progress)
+        steps = options.finetune_steps
+        int8, tuning = finetuned(best.output, int8, parts, steps, probe, error, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     outcome: Outcome = "done"
@@ -235,6 +236,7 @@ def finetuned(
     output: OutputError,
     before: ov.Model,
     parts: Split,
+    steps: int,
     probe: Sequence[NDArray[np.float32]],
     error: Callable[[OutputError, ov.Model], float],
     out_of_time: Callable[[], bool],
@@ -245,12 +247,12 @@ def finetuned(
     A network that learns from images which look like no others, such as noise, can get better on more of them and worse
     on photographs. So it must not get worse on images of another source either.
     """
-    from ovcalib.quantization.finetuning import STEPS, finetune
+    from ovcalib.quantization.finetuning import finetune
 
     began = time.monotonic()
     images = parts.ranges.inputs()
-    with progress.task("fine-tuning", STEPS, "a limit (`max_time`).") as tick:
-        after, steps = finetune(output.fp32, before, images, steps=STEPS, tick=tick, out_of_time=out_of_time)
+    with progress.task("fine-tuning", steps, "a limit (`max_time`).") as tick:
+        after, made = finetune(output.fp32, before, images, steps, tick=tick, out_of_time=out_of_time)
     first, second = error(output, before), error(output, after)
     kept, on_probe = second < first, None
     if probe:
@@ -258,7 +260,7 @@ def finetuned(
         on_probe = error(judge, before), error(judge, after)
         kept = kept and on_probe[1] <= on_probe[0]
     record = FineTuning(
-        steps=steps, images=len(images), nmse=(finite(first), finite(second)),
+        steps=made, images=len(images), nmse=(finite(first), finite(second)),
         probe_nmse=None if on_probe is None else (finite(on_probe[0]), finite(on_probe[1])), kept=kept,
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
@@ -294,7 +296,8 @@ def simulated(
     )  # fmt: skip
     graph, tuning = selected.int8, None
     if options.finetune:
-        graph, tuning = finetuned(output, graph, parts, probe, OutputError.nmse, out_of_time, progress)
+        steps = options.finetune_steps
+        graph, tuning = finetuned(output, graph, parts, steps, probe, OutputError.nmse, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     chosen = selected.settings

@@ -235,8 +235,11 @@ class QuantizationOptions(Frozen):
     ] = Field(default="auto", description="Cross-layer equalization of channels before quantizing.")
     finetune: bool = Field(
         default=False,
-        description="Train the integer weights and the biases on the calibration images towards what FP32 computes, "
-        "without labels; takes minutes.",
+        description="Train integer weights, biases and activation ranges on the calibration images towards what FP32 "
+        "computes, without labels; takes minutes.",
+    )
+    finetune_steps: Annotated[int, Shown(metavar="N")] = Field(
+        default=300, ge=1, le=MAX_WHOLE, description="Steps of `finetune`, of at most 32 images each."
     )
     optimize_for: Literal["size", "latency"] = Field(
         default="size",
@@ -315,6 +318,12 @@ class QuantizationOptions(Frozen):
             raise ValueError(f"`bias_correction={self.bias_correction}` is NNCF's, which knows no `mode=simulated`")
         return self
 
+    @model_validator(mode="after")
+    def _steps_are_of_fine_tuning(self) -> QuantizationOptions:
+        if not self.finetune and self.beyond(type(self).model_fields.keys() - {"finetune_steps"}):
+            raise ValueError(f"`finetune_steps={self.finetune_steps}` does nothing without `finetune=True`")
+        return self
+
     def beyond(self, names: Collection[str]) -> str | None:
         """The name of an option that is given and is none of `names`."""
         fields = {name: field for name, field in type(self).model_fields.items() if name not in names}
@@ -328,7 +337,8 @@ WEIGHT_FIELDS = ("mode", "ignore", "rounding", "bias_correction", "max_drop")
 # Those that only simulated bits take, and all that count for them.
 BIT_FIELDS = ("weight_bits", "activation_bits", "edges")
 SIMULATED_FIELDS = (
-    *WEIGHT_FIELDS, *BIT_FIELDS, "preset", "activation_ranges", "model_type", "finetune", "max_time",
+    *WEIGHT_FIELDS, *BIT_FIELDS, "preset", "activation_ranges", "model_type", "finetune", "finetune_steps",
+    "max_time",
 )  # fmt: skip
 
 

@@ -201,9 +201,8 @@ def test_fewer_bits_are_simulated_and_called_so(data, tmp_path) -> None:
 def test_finetuning_is_taken_where_images_that_it_has_not_seen_say_so(data, done, tmp_path, monkeypatch) -> None:
     from ovcalib.quantization import finetuning
 
-    monkeypatch.setattr(finetuning, "STEPS", 12)
     arguments = ["quantize", *MODEL, "--weights", data / "toy.pt", "--calib", f"real:{data / 'calib'}",
-                 "--num-samples", 60, "--finetune", *FAST]  # fmt: skip
+                 "--num-samples", 60, "--finetune", "--finetune-steps", 12, *FAST]  # fmt: skip
     found = run(*arguments, "--max-time", 1000, "-o", tmp_path / "good")
     assert found.exit_code == 0, found.stderr
     made = json.loads((tmp_path / "good/result.json").read_text())["quantization"]
@@ -223,6 +222,9 @@ def test_finetuning_is_taken_where_images_that_it_has_not_seen_say_so(data, done
     refused = run(*arguments, "--mode", "weight-only", "-o", tmp_path / "no")
     assert refused.exit_code == 2
     assert "--finetune does nothing with --mode weight-only" in refused.stderr
+    refused = run("quantize", *MODEL, "--finetune-steps", 9, "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--finetune-steps 9 does nothing without --finetune" in refused.stderr
 
 
 def test_the_calibration_set_can_steer(data, tmp_path, toy) -> None:

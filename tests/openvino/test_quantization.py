@@ -636,7 +636,8 @@ def test_a_diagnosis_names_saturation(saturating) -> None:
 )  # fmt: skip
 def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_graph, monkeypatch, held_out, probe, kept):
     before, after = toy_graph.clone(), toy_graph.clone()
-    monkeypatch.setattr("ovcalib.quantization.finetuning.finetune", lambda *a, **k: (after, 7))
+    made = lambda fp32, int8, images, steps, **k: (after, steps - 2)  # noqa: E731
+    monkeypatch.setattr("ovcalib.quantization.finetuning.finetune", made)
     parts, other = split(toy.calibration(16)), tuple(toy.calibration(4).inputs())
     output = OutputError(toy_graph, parts.choices.inputs())
 
@@ -644,7 +645,8 @@ def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_grap
         found = held_out if judge is output else probe
         return found[0] if graph is before else found[1]
 
-    taken, record = finetuned(output, before, parts, () if probe is None else other, error, lambda: False, Progress())
+    seen = () if probe is None else other
+    taken, record = finetuned(output, before, parts, 9, seen, error, lambda: False, Progress())
     assert taken is (after if kept else before)
     assert record.kept == kept
     assert (record.steps, record.images) == (7, len(parts.ranges))

@@ -396,7 +396,7 @@ def test_a_small_memory_makes_small_batches(made, monkeypatch) -> None:
 def test_time_that_is_up_ends_it(made) -> None:
     fp32, int8, images, _ = made
     asked = iter([False, False, True])
-    tuned, steps = finetune(fp32, int8, images, out_of_time=lambda: next(asked))
+    tuned, steps = finetune(fp32, int8, images, 300, out_of_time=lambda: next(asked))
     assert steps == 2
     assert len(quantized_layers(tuned)) == len(quantized_layers(int8))
 
@@ -411,4 +411,4 @@ def test_what_torch_does_not_know_is_refused_before_anything_else(made) -> None:
     ):
         refuse_unknown_operations(graph, "odd")
     with pytest.raises(ModelError, match="No layer computes in INT8"):
-        finetune(fp32, fp32, images)
+        finetune(fp32, fp32, images, 1)
