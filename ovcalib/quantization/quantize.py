@@ -173,9 +173,17 @@ def quantize_graph(
         def error(output: OutputError, graph: ov.Model) -> float:
             return max(output.on(kernels, graph) for kernels in wanted)
 
+        start = best.selected
+        if options.overflow_fix == "auto" and "avx2" in wanted and settings.overflow_fix != "enable":
+            # Narrower ranges of activations, which are learned, saturate sooner. Learning gives back what half the
+            # range of weights costs (benchmarks/results/finetuning.md).
+            halved = dataclasses.replace(settings, overflow_fix="enable")
+            start = calibrate(halved, frozenset(), best.output, parts, progress, log)
         steps = options.finetune_steps
-        int8, tuning = finetuned(best.output, int8, parts, steps, probe, error, out_of_time, progress)
-        if not tuning.kept:
+        int8, tuning = finetuned(best.output, int8, start.int8, parts, steps, probe, error, out_of_time, progress)
+        if tuning.kept:
+            settings = start.settings
+        else:
             warnings.append(NOT_FINETUNED)
     outcome: Outcome = "done"
     reverted: tuple[str, ...] = ()
@@ -235,6 +243,7 @@ def quantize_graph(
 def finetuned(
     output: OutputError,
     before: ov.Model,
+    start: ov.Model,
     parts: Split,
     steps: int,
     probe: Sequence[NDArray[np.float32]],
@@ -242,7 +251,7 @@ def finetuned(
     out_of_time: Callable[[], bool],
     progress: Progress,
 ) -> tuple[ov.Model, FineTuning]:
-    """A quantized graph, or what fine-tuning makes of it where that has the smaller error.
+    """A quantized graph, or what fine-tuning makes of `start` where that has the smaller error.
 
     A network that learns from images which look like no others, such as noise, can get better on more of them and worse
     on photographs. So it must not get worse on images of another source either.
@@ -252,7 +261,7 @@ def finetuned(
     began = time.monotonic()
     images = parts.ranges.inputs()
     with progress.task("fine-tuning", steps, "a limit (`max_time`).") as tick:
-        after, made = finetune(output.fp32, before, images, steps, tick=tick, out_of_time=out_of_time)
+        after, made = finetune(output.fp32, start, images, steps, tick=tick, out_of_time=out_of_time)
     first, second = error(output, before), error(output, after)
     kept, on_probe = second < first, None
     if probe:
@@ -297,7 +306,7 @@ def simulated(
     graph, tuning = selected.int8, None
     if options.finetune:
         steps = options.finetune_steps
-        graph, tuning = finetuned(output, graph, parts, steps, probe, OutputError.nmse, out_of_time, progress)
+        graph, tuning = finetuned(output, graph, graph, parts, steps, probe, OutputError.nmse, out_of_time, progress)
         if not tuning.kept:
             warnings.append(NOT_FINETUNED)
     chosen = selected.settings

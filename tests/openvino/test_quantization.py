@@ -40,7 +40,7 @@ from ovcalib.kernels import outputs_on, without_saturation
 from ovcalib.progress import Progress
 from ovcalib.quantization.accuracy_aware import restore_to_goal
 from ovcalib.quantization.nncf_backend import _Items, quantize_default
-from ovcalib.quantization.quantize import finetuned
+from ovcalib.quantization.quantize import finetuned, quantize_graph
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
     OutputError,
@@ -53,6 +53,7 @@ from ovcalib.quantization.selection import (
 from ovcalib.quantization.settings import Settings, auto_fields, has_attention, resolve_overflow_fix, resolve_settings
 from ovcalib.records.calibration import Provenance
 from ovcalib.records.options import QuantizationOptions
+from ovcalib.records.result import FineTuning
 from ovcalib.runtime import Inference, check_device, outputs_of
 
 
@@ -630,13 +631,45 @@ def test_a_diagnosis_names_saturation(saturating) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "largest"),
+    [({"deploy_isa": "any"}, 63), ({"deploy_isa": "vnni"}, 127), ({"overflow_fix": "disable"}, 127)],
+)  # fmt: skip
+@pytest.mark.parametrize("kept", [True, False])
+def test_finetuning_starts_from_sums_that_cannot_saturate(toy, toy_graph, monkeypatch, asked, largest, kept) -> None:
+    options = QuantizationOptions(finetune=True, guard=False, **asked)
+    seen = []
+
+    def watched(output, before, start, *_):
+        seen.extend([before, start])
+        return start if kept else before, FineTuning(
+            steps=1, images=1, nmse=(1, 1), probe_nmse=None, kept=kept, seconds=0
+        )
+
+    monkeypatch.setattr("ovcalib.quantization.quantize.finetuned", watched)
+    made = quantize_graph(
+        options, resolve_settings(options, toy_graph), toy_graph, toy.calibration(), None, "classification",
+        lambda: False, Progress(),
+    )  # fmt: skip
+
+    def integers(graph):
+        layer = next(layer for layer in quantized_layers(graph)[1:] if layer.op.get_type_name() == "Convolution")
+        return int(np.abs(integer_weights(layer)[0].astype(int)).max())
+
+    assert [integers(graph) for graph in seen] == [127, largest]
+    assert made.int8 is seen[1 if kept else 0]
+    fix = {"any": "first-layer", "vnni": "disable"}[options.deploy_isa] if options.overflow_fix == "auto" else "disable"
+    assert made.record.overflow_fix == ("enable" if kept and largest == 63 else fix)
+
+
+@pytest.mark.parametrize(
     ("held_out", "probe", "kept"),
     [((2.0, 1.0), (3.0, 2.0), True), ((2.0, 1.0), (3.0, 3.0), True), ((2.0, 1.0), (3.0, 4.0), False),
      ((2.0, 2.0), (3.0, 2.0), False), ((2.0, 1.0), None, True), ((2.0, math.inf), (3.0, 2.0), False)],
 )  # fmt: skip
 def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_graph, monkeypatch, held_out, probe, kept):
     before, after = toy_graph.clone(), toy_graph.clone()
-    made = lambda fp32, int8, images, steps, **k: (after, steps - 2)  # noqa: E731
+    start = toy_graph.clone()
+    made = lambda fp32, int8, images, steps, **k: (after, steps - 2 if int8 is start else 0)  # noqa: E731
     monkeypatch.setattr("ovcalib.quantization.finetuning.finetune", made)
     parts, other = split(toy.calibration(16)), tuple(toy.calibration(4).inputs())
     output = OutputError(toy_graph, parts.choices.inputs())
@@ -646,7 +679,7 @@ def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_grap
         return found[0] if graph is before else found[1]
 
     seen = () if probe is None else other
-    taken, record = finetuned(output, before, parts, 9, seen, error, lambda: False, Progress())
+    taken, record = finetuned(output, before, start, parts, 9, seen, error, lambda: False, Progress())
     assert taken is (after if kept else before)
     assert record.kept == kept
     assert (record.steps, record.images) == (7, len(parts.ranges))
