@@ -446,6 +446,20 @@ def _take(indices: Tensor, axis: int, after: Sequence[int], x: Tensor) -> Tensor
     return _to_shape(math.prod(after), after, taken) if len(shape) > len(after) else taken.reshape(shape)
 
 
+def _shuffle(op: ov.Node) -> Callable[..., Any]:
+    """Groups of a dimension become the inner part of it, as in ShuffleNet."""
+    axis, groups = int(op.get_attributes()["axis"]), int(op.get_attributes()["group"])
+    axis %= len(op.output(0).get_shape())
+    if axis == 0:
+        raise ModelError(f"{op.get_friendly_name()} shuffles images")
+    return functools.partial(_shuffled, axis, groups)
+
+
+def _shuffled(axis: int, groups: int, x: Tensor) -> Tensor:
+    grouped = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    return grouped.transpose(axis, axis + 1).reshape(x.shape)
+
+
 def _hard_sigmoid(op: ov.Node) -> Callable[..., Any]:
     alpha, beta = (float(value) for value in _constants(op))
     return functools.partial(_clipped_line, alpha, beta)
@@ -527,7 +541,7 @@ _WITH_ATTRIBUTES: dict[str, Callable[[ov.Node], Callable[..., Any]]] = {
     "Convert": lambda op: _same, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
     "Elu": lambda op: functools.partial(F.elu, alpha=float(op.get_attributes()["alpha"])),
     "Gather": _gather, "HardSigmoid": _hard_sigmoid, "Pad": _pad, "Slice": _slice,
-    "ScaledDotProductAttention": _attention, "Softmax": _softmax,
+    "ScaledDotProductAttention": _attention, "ShuffleChannels": _shuffle, "Softmax": _softmax,
     "Gelu": lambda op: functools.partial(
         F.gelu, approximate="tanh" if op.get_attributes()["approximation_mode"].lower() == "tanh" else "none"
     ),
