@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "network": lambda: timed(network), "ours": lambda: engine_seconds(args, "auto"),
         "ours-fp32": lambda: engine_seconds(args, "fp32"), "hooks": lambda: timed(hooks),
     }  # fmt: skip
-    if machine.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+    if machine.has_bfloat16():
         ways["ours-bf16"] = lambda: engine_seconds(args, "bf16")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.turns + 1):  # the first is warm-up

@@ -61,15 +61,19 @@ def isa() -> str | None:
     return next((name for flag, name in ISA_FLAGS.items() if flag in cpu_flags()), None)
 
 
+def has_bfloat16() -> bool:
+    """Whether torch computes in bfloat16 here, and does not emulate it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"}) and limit not in ISA_WITHOUT_BFLOAT16
+
+
 def has_fast_bfloat16() -> bool:
     """Whether networks take less time in bfloat16 than in float32.
 
     They do on an AMD EPYC with AVX512-BF16, but not on an Intel Xeon that has it without AMX, see
     benchmarks/results/calibration.md. With AMX this was not measured.
     """
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BFLOAT16:
-        return False
-    return "amx_bf16" in cpu_flags() or ("avx512_bf16" in cpu_flags() and cpu_vendor() == "AuthenticAMD")
+    return has_bfloat16() and ("amx_bf16" in cpu_flags() or cpu_vendor() == "AuthenticAMD")
 
 
 def available_cpus() -> int:
