@@ -19,7 +19,7 @@ ISA_FLAGS = {
     "asimddp": "NEON-DOTPROD",
     "asimd": "NEON",
 }
-# Values of ONEDNN_MAX_CPU_ISA with which torch emulates bfloat16, at ten times the time of float32.
+# Values of ONEDNN_MAX_CPU_ISA with which torch emulates bfloat16, which is slower than float32.
 ISA_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 PACKAGES = ("openvino", "nncf", "torch", "torchvision", "onnx", "onnxruntime", "datumaro", "numpy")
 

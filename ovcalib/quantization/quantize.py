@@ -42,11 +42,6 @@ from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import NOTHING, Equalized, FineTuning, Outcome, Quantization
 
-NOT_FINETUNED = (
-    "Fine-tuning did not reduce the output error on held-out calibration images, or increased it on images of another "
-    "source, so the model is as it was without."
-)
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -181,10 +176,8 @@ def quantize_graph(
             start = calibrate(halved, frozenset(), best.output, parts, progress, log)
         steps = options.finetune_steps
         int8, tuning = finetuned(best.output, int8, start.int8, parts, steps, probe, error, out_of_time, progress)
-        if tuning.kept:
-            settings = start.settings
-        else:
-            warnings.append(NOT_FINETUNED)
+        settings = start.settings if tuning.kept else settings
+        warnings += tuning_warnings(tuning)
     outcome: Outcome = "done"
     reverted: tuple[str, ...] = ()
     restored = None
@@ -276,6 +269,16 @@ def finetuned(
     return after if kept else before, record
 
 
+def tuning_warnings(tuning: FineTuning) -> list[str]:
+    """What a user should know of fine-tuning that was asked for."""
+    if tuning.kept:
+        return []
+    return [
+        "Fine-tuning did not reduce the output error on held-out calibration images, or increased it on images of "
+        "another source, so the model is as it was without."
+    ]
+
+
 def simulated(
     options: QuantizationOptions,
     settings: Settings,
@@ -307,8 +310,7 @@ def simulated(
     if options.finetune:
         steps = options.finetune_steps
         graph, tuning = finetuned(output, graph, graph, parts, steps, probe, OutputError.nmse, out_of_time, progress)
-        if not tuning.kept:
-            warnings.append(NOT_FINETUNED)
+        warnings += tuning_warnings(tuning)
     chosen = selected.settings
     record = Quantization(
         mode=options.mode, weight_bits=bits.weights, activation_bits=bits.activations, edges=bits.edges,

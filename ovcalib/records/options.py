@@ -301,8 +301,7 @@ class QuantizationOptions(Frozen):
 
     @model_validator(mode="after")
     def _some_modes_need_nothing_else(self) -> QuantizationOptions:
-        fields = {"weight-only": WEIGHT_FIELDS, "simulated": SIMULATED_FIELDS}.get(self.mode)
-        if fields is not None and (name := self.beyond(fields)):
+        if name := self.beyond(ALL_FIELDS.get(self.mode, type(self).model_fields)):
             raise ValueError(f"`{name}={getattr(self, name)}` does nothing with `mode={self.mode}`")
         return self
 
@@ -340,13 +339,15 @@ SIMULATED_FIELDS = (
     *WEIGHT_FIELDS, *BIT_FIELDS, "preset", "activation_ranges", "model_type", "finetune", "finetune_steps",
     "max_time",
 )  # fmt: skip
+# All fields that count with a mode, where most do not.
+ALL_FIELDS = {"weight-only": WEIGHT_FIELDS, "simulated": SIMULATED_FIELDS}
 
 
-def fields_of(mode: Mode, fields: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(mode: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Those fields of a recipe that count with a mode; others, such as its model, count with every one."""
     kept = dict(fields)
     for name in QuantizationOptions.model_fields.keys() & kept.keys():
-        counts = {"weight-only": name in WEIGHT_FIELDS, "simulated": name in SIMULATED_FIELDS}.get(mode, True)
+        counts = name in ALL_FIELDS.get(mode, QuantizationOptions.model_fields)
         steers = name in STEERING_FIELDS and mode != "accuracy-aware"
         bounds = name == "max_time" and (fields.get("search") or fields.get("finetune"))
         if not counts or (steers and not bounds) or (name in BIT_FIELDS and mode != "simulated"):

@@ -16,7 +16,7 @@ from ovcalib.errors import UsageError, brief, excerpt
 from ovcalib.records.base import path as path_of
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.diagnosis import Diagnosis
-from ovcalib.records.options import STEERING_FIELDS
+from ovcalib.records.options import STEERING_FIELDS, fields_of
 from ovcalib.records.result import Result
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -148,9 +148,8 @@ def read_record(path: Path) -> Record:
 
 def without_idle_fields(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without the fields that its algorithm does not take, which earlier versions wrote."""
-    if recipe.get("mode", "accuracy-aware") != "accuracy-aware":
-        return {name: value for name, value in recipe.items() if name not in STEERING_FIELDS}
-    return recipe
+    counting = fields_of(str(recipe.get("mode", "accuracy-aware")), recipe)
+    return {name: value for name, value in recipe.items() if name in counting or name not in STEERING_FIELDS}
 
 
 def refuse_other_machines(results: Sequence[Source]) -> None:

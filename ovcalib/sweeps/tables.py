@@ -15,6 +15,7 @@ from ovcalib.evaluation.metrics import t95, wilson_interval
 from ovcalib.records.benchmark import Benchmark
 from ovcalib.records.result import Result
 from ovcalib.reports.comparison import Section, write_comparison
+from ovcalib.reports.markdown import mode as mode_of
 from ovcalib.reports.tables import Table, escape_markdown
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def metrics_of(sweep: Sweep, mode: str) -> list[Metric]:
 def described(sweep: Sweep, mode: str, results: Mapping[str, Result]) -> str:
     """The name of a mode, with the bits that it simulates."""
     done = (results[cell.key] for cell in sweep.cells if cell.mode == mode and cell.key in results)
-    return next((r.quantization.precision for r in done if mode == "simulated"), mode)
+    return next((mode_of(result.quantization) for result in done), mode)
 
 
 # Tables ---------------------------------------------------------------------------------------

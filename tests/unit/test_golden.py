@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from ovcalib.records.read import read_recipe, read_record
 from ovcalib.records.recipe import make_recipe
 from ovcalib.records.result import Result
@@ -27,6 +29,21 @@ def test_a_flat_recipe_is_the_nested_one() -> None:
         "--no-guard --ignore 'layer1.*' --metric agreement --max-drop 0.02 --validate calibration "
         "--eval imagefolder:photos --limit 10 --benchmark-time 0.0"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [
+        ("mode: default\nmax_time: 60\nmetric: top1", {"mode": "default"}),
+        ("mode: default\nfinetune: true\nmax_time: 60", {"mode": "default", "finetune": True, "max_time": 60}),
+        ("mode: [default]\nmax_time: 60", {"mode": ["default"]}),
+        ("max_time: 60\nmetric: top1", {"max_time": 60, "metric": "top1"}),
+        ("mode: weight-only\npreset: mixed", {"mode": "weight-only", "preset": "mixed"}),  # refused, not left out
+    ],
+)
+def test_idle_fields_are_left_out_but_not_the_time_that_bounds_fine_tuning(tmp_path, fields, read) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: any\n{fields}\n")
+    assert read_recipe(tmp_path / "recipe.yaml") == {"model": "any", **read}
 
 
 def test_a_result_with_a_flat_recipe_and_idle_fields_is_read(tmp_path) -> None:

@@ -247,7 +247,7 @@ def result(drop, agreement=0.9, nmse=0.1):
         model=SimpleNamespace(weights=SimpleNamespace(origin="file"), sha256="0" * 64),
         calibration=SimpleNamespace(num_samples=300), environment=SimpleNamespace(cpu="A CPU", isa="AVX2", versions={}),
         accuracy=accuracy, agreement=SimpleNamespace(top1=agreement, count=1000, nmse=nmse),
-        quantization=SimpleNamespace(reverted=(), seconds=1.0),
+        quantization=SimpleNamespace(mode="default", reverted=(), seconds=1.0),
     )  # fmt: skip
 
 
