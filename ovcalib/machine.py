@@ -63,8 +63,12 @@ def isa() -> str | None:
 
 def has_bfloat16() -> bool:
     """Whether torch computes in bfloat16 here, and does not emulate it."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"}) and limit not in ISA_WITHOUT_BFLOAT16
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"}) and not bfloat16_is_withheld()
+
+
+def bfloat16_is_withheld() -> bool:
+    """Whether ONEDNN_MAX_CPU_ISA keeps oneDNN from instructions for bfloat16 that the CPU may have."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BFLOAT16
 
 
 def has_fast_bfloat16() -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from ovcalib import machine
 from ovcalib.errors import DeviceError, ModelError, UnknownNameError
 
 # Precision in which accuracy is measured. By default, a device may run the float parts of a model in 16 bits.
@@ -168,9 +169,20 @@ def compile_graph(graph: ov.Model, device: str, config: Mapping[str, Any]) -> ov
     """
     check_device(device)
     try:
-        return core().compile_model(graph, device, dict(config))
+        return core().compile_model(graph, device, with_precision(device, config))
     except RuntimeError as error:
         raise ModelError(f"{device} cannot compile the model: {str(error).strip().splitlines()[-1]}") from error
+
+
+def with_precision(device: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Properties with a precision that the CPU can compute in, where none is given.
+
+    OpenVINO (2026.4) takes bfloat16 by the flags of the CPU alone, and cannot compile where ONEDNN_MAX_CPU_ISA
+    withholds it.
+    """
+    if device == "CPU" and machine.bfloat16_is_withheld():
+        return {"INFERENCE_PRECISION_HINT": "f32", **config}
+    return dict(config)
 
 
 def check_device(device: str) -> None:

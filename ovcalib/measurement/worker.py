@@ -19,7 +19,7 @@ import openvino as ov
 
 from ovcalib.errors import ModelError, OvcalibError
 from ovcalib.measurement.counters import executed_times, random_input
-from ovcalib.runtime import check_device
+from ovcalib.runtime import check_device, with_precision
 
 # The latency has settled when the medians of two windows in a row differ by less than this share.
 STEADY_SHARE = 0.05
@@ -60,7 +60,7 @@ class Session:
         requests: int | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.device, self.config, self.clock = device, config, clock
+        self.device, self.config, self.clock = device, with_precision(device, config), clock
         self.core = ov.Core()
         check_device(device)
         self.baseline = memory_bytes()
@@ -69,7 +69,7 @@ class Session:
         set_batch(self.graph, batch)
         read = clock()
         try:
-            self.compiled = self.core.compile_model(self.graph, device, config)
+            self.compiled = self.core.compile_model(self.graph, device, self.config)
         except RuntimeError as error:
             raise ModelError(f"{device} cannot compile {path}: {str(error).strip().splitlines()[-1]}") from error
         compiled = clock()

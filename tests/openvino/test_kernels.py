@@ -1,5 +1,6 @@
 """INT8 arithmetic: integer sums computed here, against graphs on this CPU's kernels, on others, and emulated."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from openvino import opset13 as ops
 from ovcalib import kernels, machine
 from ovcalib.errors import DeviceError
 from ovcalib.evaluation.metrics import nmse
+from ovcalib.graph.files import write_ir
 from ovcalib.kernels import (
     AVX2Process,
     host_kernels,
@@ -231,3 +233,17 @@ def test_accuracy_is_measured_on_the_kernels_of_the_machine_that_was_named(monke
     assert kernels_of(isa) == wanted
     assert proof_kernels(isa) == (host if isa == "any" else wanted[0])
     assert kernels_of("host") == (host,)
+
+
+@needs_avx2
+def test_a_cpu_that_takes_bfloat16_benchmarks_with_the_kernels_of_another(toy_graph, tmp_path) -> None:
+    write_ir(toy_graph, tmp_path / "model.xml")
+    load = {
+        "command": "load", "path": str(tmp_path / "model.xml"), "device": "CPU", "config": {}, "batch": 1,
+        "api": "sync", "requests": None,
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "ovcalib.measurement.worker"], input=json.dumps(load) + "\n", text=True,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert json.loads(run.stdout)["effective"]["INFERENCE_PRECISION_HINT"] == "f32"

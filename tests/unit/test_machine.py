@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ovcalib import machine
+from ovcalib.runtime import with_precision
 
 AMD = (
     "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n"
@@ -55,3 +56,13 @@ def test_bfloat16_is_not_fast_where_it_would_be_emulated(cpuinfo, monkeypatch, l
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     cpuinfo(AMD)
     assert machine.has_fast_bfloat16() is fast
+
+
+def test_where_bfloat16_is_withheld_the_cpu_is_asked_for_float32(monkeypatch) -> None:
+    given = {"PERFORMANCE_HINT": "LATENCY"}
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert with_precision("CPU", given) == {"INFERENCE_PRECISION_HINT": "f32", **given}
+    assert with_precision("CPU", {"INFERENCE_PRECISION_HINT": "bf16"}) == {"INFERENCE_PRECISION_HINT": "bf16"}
+    assert with_precision("GPU", given) == given
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert with_precision("CPU", given) == given
