@@ -34,6 +34,7 @@ from ovcalib.quantization.selection import (
     WeightError,
     expected_operations,
     guard_warning,
+    halved,
     operations_to_guard,
     select_settings,
 )
@@ -172,8 +173,7 @@ def quantize_graph(
         if options.overflow_fix == "auto" and "avx2" in wanted and settings.overflow_fix != "enable":
             # Narrower ranges of activations, which are learned, saturate sooner. Learning gives back what half the
             # range of weights costs (benchmarks/results/finetuning.md).
-            halved = dataclasses.replace(settings, overflow_fix="enable")
-            start = calibrate(halved, frozenset(), best.output, parts, progress, log)
+            start = calibrate(halved(settings), frozenset(), best.output, parts, progress, log)
         steps = options.finetune_steps
         int8, tuning = finetuned(best.output, int8, start.int8, parts, steps, probe, error, out_of_time, progress)
         settings = start.settings if tuning.kept else settings

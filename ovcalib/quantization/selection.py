@@ -21,7 +21,7 @@ from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
-from ovcalib.kernels import SATURATED_NMSE, is_emulated, outputs_on, without_saturation
+from ovcalib.kernels import is_emulated, outputs_on, without_saturation
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
@@ -33,6 +33,9 @@ GUARD_IMAGES = 8
 # Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
+# Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
+# without, see ovcalib.kernels.
+SATURATED_SHARE = 0.1
 # Operations that a warning names.
 NAMED_OPERATIONS = 4
 
@@ -125,6 +128,15 @@ class QuantizedCandidate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fitted:
+    """An INT8 model after rounding and bias correction were settled, and the errors that they were chosen by."""
+
+    best: QuantizedCandidate
+    rounding_nmse: tuple[float, float] | None
+    bias_nmse: tuple[float, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Saturation:
     """NMSE of the outputs of an INT8 model.
 
@@ -139,8 +151,8 @@ class Saturation:
 
     @property
     def avoided(self) -> bool:
-        """Half the range has the smaller error on AVX2."""
-        return self.halved is not None and self.halved < self.avx2
+        """Half the range has the smaller error where that is larger."""
+        return self.halved is not None and self.halved < max(self.vnni, self.avx2)
 
     def warning(self) -> str:
         return (
@@ -188,22 +200,33 @@ def select_settings(
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize(settings), settings, output)
 
+    def fit(best: QuantizedCandidate) -> Fitted:
+        rounding_nmse = bias_nmse = None
+        if "rounding" in auto:
+            best, rounding_nmse = select_rounding(best, corrections)
+        if "bias_correction" in auto and best.settings.rounding == "nearest":
+            best, bias_nmse = select_bias_correction(best)
+        return Fitted(best, rounding_nmse, bias_nmse)
+
     best = make(settings)
-    smooth_nmse = ranges_nmse = saturation = rounding_nmse = bias_nmse = None
+    smooth_nmse = ranges_nmse = saturation = None
     if "smooth_quant" in auto:
         best, smooth_nmse = select_smooth_quant(best, make)
     if "activation_ranges" in auto:
         best, ranges_nmse = select_activation_ranges(best, make)
+    fitted = fit(best)
     if "overflow_fix" in auto:
-        best, saturation = select_weight_range(best, make)
-    if "rounding" in auto:
-        best, rounding_nmse = select_rounding(best, corrections)
-    if "bias_correction" in auto and best.settings.rounding == "nearest":
-        best, bias_nmse = select_bias_correction(best)
-    return Selection(best.int8, best.settings, smooth_nmse, ranges_nmse, saturation, rounding_nmse, bias_nmse)
+        fitted, saturation = select_weight_range(fitted, lambda: fit(make(halved(best.settings))))
+    int8, chosen = fitted.best.int8, fitted.best.settings
+    return Selection(int8, chosen, smooth_nmse, ranges_nmse, saturation, fitted.rounding_nmse, fitted.bias_nmse)
 
 
 Make = Callable[[Settings], QuantizedCandidate]
+
+
+def halved(settings: Settings) -> Settings:
+    """The same with half the range of all weights."""
+    return dataclasses.replace(settings, overflow_fix="enable")
 
 
 def select_smooth_quant(plain: QuantizedCandidate, make: Make) -> tuple[QuantizedCandidate, tuple[float, float] | None]:
@@ -234,16 +257,18 @@ def select_activation_ranges(
     return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
 
 
-def select_weight_range(full: QuantizedCandidate, make: Make) -> tuple[QuantizedCandidate, Saturation]:
-    """Use half the range of weights where products saturate on the kernels of AVX2.
+def select_weight_range(full: Fitted, make_half: Callable[[], Fitted]) -> tuple[Fitted, Saturation]:
+    """Use half the range of weights where sums saturate on the kernels of AVX2, and cost more there.
 
-    returns   the better one there, and what was measured
+    They are compared as they will be, rounded: compensation gives back most of what half the range costs.
+    returns   the better one where its error is larger, and what was measured
     raises    KernelsFailedError
     """
-    if full.error_on_avx2 <= full.error + SATURATED_NMSE:
-        return full, Saturation(full.error, full.error_on_avx2, None)
-    half = make(dataclasses.replace(full.settings, overflow_fix="enable"))
-    saturation = Saturation(full.error, full.error_on_avx2, half.error)
+    exact, saturated = full.best.error, full.best.error_on_avx2
+    if saturated <= (1 + SATURATED_SHARE) * exact:
+        return full, Saturation(exact, saturated, None)
+    half = make_half()
+    saturation = Saturation(exact, saturated, half.best.error)
     return half if saturation.avoided else full, saturation
 
 

@@ -43,9 +43,11 @@ from ovcalib.quantization.nncf_backend import _Items, quantize_default
 from ovcalib.quantization.quantize import finetuned, quantize_graph
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
+    Fitted,
     OutputError,
     QuantizedCandidate,
     WeightError,
+    halved,
     select_activation_ranges,
     select_bias_correction,
     select_weight_range,
@@ -558,7 +560,12 @@ def test_the_kernels_of_avx2_saturate_and_half_the_range_does_not(saturating) ->
 def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) -> None:
     make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
-    chosen, saturation = select_weight_range(make(settings), make)
+
+    def fitted(settings: Settings) -> Fitted:
+        return Fitted(make(settings), None, None)
+
+    found, saturation = select_weight_range(fitted(settings), lambda: fitted(halved(settings)))
+    chosen = found.best
     assert chosen.settings == replace(settings, overflow_fix="enable")
     assert graph_sha256(chosen.int8) == graph_sha256(make(chosen.settings).int8)
     assert saturation.halved == chosen.error < saturation.avx2
@@ -566,8 +573,8 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) 
     assert f"{saturation.avx2:.2g}" in saturation.warning()
     assert "`deploy_isa`" in saturation.warning()
     # What is safe already stays as it is.
-    kept, saturation = select_weight_range(chosen, lambda settings: pytest.fail("not to be tried"))
-    assert kept is chosen
+    kept, saturation = select_weight_range(found, lambda: pytest.fail("not to be tried"))
+    assert kept is found
     assert not saturation.avoided
 
 
@@ -646,6 +653,7 @@ def test_finetuning_starts_from_sums_that_cannot_saturate(toy, toy_graph, monkey
         )
 
     monkeypatch.setattr("ovcalib.quantization.quantize.finetuned", watched)
+    monkeypatch.setattr("ovcalib.quantization.selection.SATURATED_SHARE", math.inf)  # so that the full range is taken
     made = quantize_graph(
         options, resolve_settings(options, toy_graph), toy_graph, toy.calibration(), None, "classification",
         lambda: False, Progress(),

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from ovcalib.errors import ModelError
-from ovcalib.kernels import SATURATED_NMSE
 from ovcalib.quantization import selection
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.selection import (
+    SATURATED_SHARE,
     SUSPECT_NMSE,
+    Fitted,
     OutputError,
     QuantizedCandidate,
     guard_warning,
@@ -52,6 +53,10 @@ def candidate(name, errors, **settings):
     return QuantizedCandidate(name, replace(SETTINGS, **settings), errors)
 
 
+def given(value):
+    return lambda: value
+
+
 def not_tried(settings):
     pytest.fail("there was no need to try")
 
@@ -85,17 +90,36 @@ def test_smooth_quant_has_to_be_better_and_may_fail() -> None:
 
 
 def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_error_is_smaller() -> None:
-    errors = GivenError({"full": 0.1}, {"full": 0.1 + SATURATED_NMSE / 2})
-    best, saturation = select_weight_range(candidate("full", errors), not_tried)
-    assert (best.int8, saturation.halved, saturation.avoided) == ("full", None, False)
-    for half, chosen in ((0.6, "full"), (0.2, "half")):
-        errors = GivenError({"full": 0.1, "half": half}, {"full": 0.5})
-        best, saturation = select_weight_range(
-            candidate("full", errors), partial(QuantizedCandidate, "half", output=errors)
-        )
-        assert (best.int8, saturation.avoided) == (chosen, chosen == "half")
-        assert (saturation.vnni, saturation.avx2, saturation.halved) == (0.1, 0.5, half)
-        assert best.settings.overflow_fix == ("enable" if chosen == "half" else SETTINGS.overflow_fix)
+    errors = GivenError({"full": 0.1}, {"full": 0.1 * (1 + SATURATED_SHARE / 2)})
+    full = Fitted(candidate("full", errors), None, None)
+    found, saturation = select_weight_range(full, lambda: not_tried(None))
+    assert (found, saturation.halved, saturation.avoided) == (full, None, False)
+    for error, chosen in ((0.6, "full"), (0.5, "full"), (0.2, "half")):
+        errors = GivenError({"full": 0.1, "half": error}, {"full": 0.5})
+        full, half = (Fitted(candidate(name, errors), None, None) for name in ("full", "half"))
+        found, saturation = select_weight_range(full, given(half))
+        assert found is {"full": full, "half": half}[chosen]
+        assert saturation.avoided == (chosen == "half")
+        assert (saturation.vnni, saturation.avx2, saturation.halved) == (0.1, 0.5, error)
+
+
+@pytest.mark.parametrize(
+    ("saturated", "compensated", "chosen"),
+    [(0.9, 0.7, ("enable", "compensated")), (0.9, 0.95, ("enable", "nearest")), (0.5, 0.7, ("first-layer", "nearest"))],
+)
+def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compensated, chosen) -> None:
+    """Rounded to the nearest, half the range has 0.8."""
+    monkeypatch.setattr(selection, "compensated", lambda fp32, int8, images: f"{int8}, compensated")
+    errors = GivenError(
+        {"full": 0.1, "full, compensated": 0.2, "half": 0.8, "half, compensated": compensated}, {"full": saturated}
+    )
+    made = {"first-layer": "full", "enable": "half"}
+    found = select_settings(
+        lambda settings: made[settings.overflow_fix], SETTINGS, {"overflow_fix", "rounding"}, errors, CORRECTIONS
+    )
+    assert (found.settings.overflow_fix, found.settings.rounding) == chosen
+    assert found.rounding_nmse == ((0.8, compensated) if chosen[0] == "enable" else (0.1, 0.2))
+    assert found.saturation.halved == min(0.8, compensated)
 
 
 @pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "compensated")])
