@@ -255,9 +255,30 @@ class Quantizer(nn.Module):
         return Quantizer(step, zero, top)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = (x / self.step + self.zero).clamp(0, self.top)
-        rounded = levels + (levels.round() - levels).detach()
-        return (rounded - self.zero) * self.step
+        found: Tensor = _Quantize.apply(x, self.step, self.zero, self.top)
+        return found
+
+
+class _Quantize(torch.autograd.Function):
+    """Levels are computed anew in the backward pass, because they are as large as the input, and soon computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward(x, step, zero)
+        ctx.top = top
+        return (x / step).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, step, zero = ctx.saved_tensors
+        levels = (x / step).add_(zero)
+        inside = (levels >= 0) & (levels <= ctx.top)
+        of_x = grad * inside if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None, None, None
+        # Within the range what rounding adds, beyond it the level of the end.
+        of_step = torch.where(inside, levels.round().sub_(levels), levels.clamp(0, ctx.top).sub_(zero))
+        return of_x, of_step.mul_(grad).sum_to_size(step.shape), None, None
 
 
 class _Cropped(nn.Module):

@@ -1,11 +1,11 @@
 """Fine-tuning of a quantized graph: it learns from the float one what it should compute, without labels.
 
-The graph itself is trained, operation by operation in torch, so what is learned is what runs: integers on the scales
-that quantization chose, within their limits, biases, and the ranges of activations. Weights are trained in units of
-their scale, in which a step means the same for every layer. They are rounded in the forward pass; in the backward pass
-gradients go straight through (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic
-Neurons for Conditional Computation", 2013). Ranges grow and shrink by a factor, so the level of 0 stays, and have the
-gradient of LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020).
+The graph itself is trained, operation by operation in torch, so what is learned is what runs: integers within their
+limits and the scales of weights, biases, and the ranges of activations. Weights are trained in units of their scale, in
+which a step means the same for every layer. They are rounded in the forward pass; in the backward pass gradients go
+straight through (Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic Neurons for
+Conditional Computation", 2013). Scales grow and shrink by a factor, and so do ranges, whose level of 0 stays; ranges
+have the gradient of LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020).
 
 Both graphs get the same images, and the outputs of all layers are compared as well as those of the network.
 """
@@ -39,9 +39,9 @@ from ovcalib.quantization.rounding import Rounding
 from ovcalib.runtime import size_of
 
 BATCH = 32
-# Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of biases in
-# standard deviations of their layer's output, and of the logarithm of ranges.
-WEIGHT_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.0001, 0.01
+# Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of the logarithm
+# of scales, of biases in standard deviations of their layer's output, and of the logarithm of ranges.
+WEIGHT_RATE, SCALE_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.003, 0.0001, 0.01
 # Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
 # Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
 MARGIN = 0.1
@@ -95,10 +95,11 @@ class TrainedLayer:
     """Weights and bias of a quantized layer.
 
     units   float32 [G, O, I], weights in units of their scale, which the layer rounds
+    growth  float32 [G, O, 1], logarithm of the factor of its scales; [1, 1, 1] where all channels share one
     shift   float32 [C], what the bias has gained, in units of `unit`
     """
 
-    def __init__(self, rounding: Rounding, keys: tuple[str, str], module: GraphModule) -> None:
+    def __init__(self, rounding: Rounding, by_channel: bool, keys: tuple[str, str], module: GraphModule) -> None:
         """keys   of its weights and of its bias in the module's state"""
         self.rounding, self.keys = rounding, keys
         state = module.state_dict()
@@ -108,13 +109,16 @@ class TrainedLayer:
         exact = torch.from_numpy((rounding.exact / rounding.scale[..., None]).astype(np.float32))
         # As near to the float weight as the integer allows.
         self.units = (plain + (exact - plain).clamp(MARGIN - 0.5, 0.5 - MARGIN)).requires_grad_()
+        own = self.scale if by_channel else self.scale[:1, :1]
+        self.growth = torch.zeros_like(own).requires_grad_()
         self.shift = torch.zeros_like(self.before).requires_grad_()
         self.unit = 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         """What the layer computes with, by the keys of the module's state."""
         limit = self.rounding.limit
-        weights = self.scale * torch.fake_quantize_per_tensor_affine(self.units, 1.0, 0, -limit, limit)
+        rounded = torch.fake_quantize_per_tensor_affine(self.units, 1.0, 0, -limit, limit)
+        weights = self.scale * self.growth.exp() * rounded
         own = weights[0].T if self.rounding.turned else weights
         return dict(zip(self.keys, (own.reshape(self.shape), self.before + self.unit * self.shift), strict=True))
 
@@ -122,6 +126,11 @@ class TrainedLayer:
         """[G, O, I]."""
         limit = self.rounding.limit
         return self.units.detach().round().clamp(-limit, limit).numpy().astype(np.int8)
+
+    def scales(self) -> NDArray[np.float64]:
+        """[G, O]."""
+        factor: NDArray[np.float32] = self.growth.detach().exp().numpy()
+        return self.rounding.scale * factor[..., 0]
 
     def bias_shift(self) -> NDArray[np.float64]:
         return (self.unit * self.shift).detach().numpy().astype(np.float64)
@@ -167,18 +176,19 @@ class Pair:
         roundings = [found for layer in layers if (found := Rounding.of(layer, exact[layer.name])) is not None]
         if not roundings:
             raise ModelError("No layer computes in INT8, so there is nothing to fine-tune. Omit `finetune`.")
+        by_channel = [rounding.by_channel for rounding in roundings]
         # Biases become constants, and every layer has one.
         names = [rounding.layer.name for rounding in roundings]
         channels = (int(np.prod(rounding.exact.shape[:2])) for rounding in roundings)
         add_to_biases(quantized, {name: np.zeros(count) for name, count in zip(names, channels, strict=True)})
         student = as_module(quantized, names)
         trained = []
-        for rounding in roundings:
+        for rounding, own_scales in zip(roundings, by_channel, strict=True):
             layer = Layer.of(rounding.layer.op)
             assert layer.add is not None
             (bias,) = (value for value in layer.add.input_values() if is_constant(value))
             weights, shift = (student.tensors[v.get_node().get_name()] for v in (layer.op.input_value(1), bias))
-            trained.append(TrainedLayer(rounding, (weights, shift), student))
+            trained.append(TrainedLayer(rounding, own_scales, (weights, shift), student))
         ranges = tuple(
             TrainedRange(
                 [fq.get_friendly_name() for fq in quantizers],
@@ -240,6 +250,7 @@ def train(
     optimizer = torch.optim.Adam(
         [
             {"params": [layer.units for layer in pair.layers], "lr": WEIGHT_RATE},
+            {"params": [layer.growth for layer in pair.layers], "lr": SCALE_RATE},
             {"params": [layer.shift for layer in pair.layers], "lr": BIAS_RATE},
             {"params": [one.growth for one in pair.ranges], "lr": RANGE_RATE},
         ]
@@ -285,7 +296,7 @@ def finetune(
     tick: Callable[[int], None] = lambda done: None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[ov.Model, int]:
-    """A copy of a quantized graph with other integers, biases and ranges, and the steps that it was trained for.
+    """A copy of a quantized graph with what it learned, and the steps that it was trained for.
 
     fp32, int8   the same network before and after quantization, batch 1
     images       network inputs, float32 [1, C, H, W] each
@@ -300,7 +311,7 @@ def finetune(
     layers = {layer.name: layer for layer in quantized_layers(copy)}
     for trained in pair.layers:
         own = trained.rounding
-        replace(own, layer=layers[own.layer.name]).write(trained.integers(), own.scale)
+        replace(own, layer=layers[own.layer.name]).write(trained.integers(), trained.scales())
     add_to_biases(copy, {trained.rounding.layer.name: trained.bias_shift() for trained in pair.layers})
     scale_ranges(copy, {name: factor for one in pair.ranges for name, factor in one.factors().items()})
     return copy, made
