@@ -126,6 +126,11 @@ class QuantizedCandidate:
     def error_on_avx2(self) -> float:
         return self.output.on("avx2", self.int8)
 
+    @property
+    def larger_error(self) -> float:
+        """The error on the kernels where it is larger."""
+        return max(self.error, self.error_on_avx2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
@@ -142,7 +147,8 @@ class Saturation:
 
     vnni     where sums do not saturate
     avx2     on the kernels of AVX2
-    halved   with half the range of weights, the same on both; None where there was no need to try
+    halved   the larger of both with half the range of weights, which does not saturate; None where there was no need
+             to try
     """
 
     vnni: float
@@ -264,11 +270,11 @@ def select_weight_range(full: Fitted, make_half: Callable[[], Fitted]) -> tuple[
     returns   the better one where its error is larger, and what was measured
     raises    KernelsFailedError
     """
-    exact, saturated = full.best.error, full.best.error_on_avx2
-    if saturated <= (1 + SATURATED_SHARE) * exact:
-        return full, Saturation(exact, saturated, None)
+    best = full.best
+    if best.error_on_avx2 <= (1 + SATURATED_SHARE) * best.error:
+        return full, Saturation(best.error, best.error_on_avx2, None)
     half = make_half()
-    saturation = Saturation(exact, saturated, half.best.error)
+    saturation = Saturation(best.error, best.error_on_avx2, half.best.larger_error)
     return half if saturation.avoided else full, saturation
 
 

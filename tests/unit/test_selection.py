@@ -95,7 +95,7 @@ def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_erro
     found, saturation = select_weight_range(full, lambda: not_tried(None))
     assert (found, saturation.halved, saturation.avoided) == (full, None, False)
     for error, chosen in ((0.6, "full"), (0.5, "full"), (0.2, "half")):
-        errors = GivenError({"full": 0.1, "half": error}, {"full": 0.5})
+        errors = GivenError({"full": 0.1, "half": 0.1}, {"full": 0.5, "half": error})
         full, half = (Fitted(candidate(name, errors), None, None) for name in ("full", "half"))
         found, saturation = select_weight_range(full, given(half))
         assert found is {"full": full, "half": half}[chosen]
@@ -111,7 +111,8 @@ def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compe
     """Rounded to the nearest, half the range has 0.8."""
     monkeypatch.setattr(selection, "compensated", lambda fp32, int8, images: f"{int8}, compensated")
     errors = GivenError(
-        {"full": 0.1, "full, compensated": 0.2, "half": 0.8, "half, compensated": compensated}, {"full": saturated}
+        {"full": 0.1, "full, compensated": 0.2, "half": 0.8, "half, compensated": compensated},
+        {"full": saturated, "half": 0.8, "half, compensated": compensated},
     )
     made = {"first-layer": "full", "enable": "half"}
     found = select_settings(
