@@ -41,7 +41,7 @@ from ovcalib.runtime import size_of
 BATCH = 32
 # Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of the logarithm
 # of scales, of biases in standard deviations of their layer's output, and of the logarithm of ranges.
-WEIGHT_RATE, SCALE_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.003, 0.0001, 0.01
+WEIGHT_RATE, SCALE_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.01, 0.0001, 0.01
 # Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
 # Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
 MARGIN = 0.1
