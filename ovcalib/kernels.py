@@ -135,7 +135,7 @@ class AVX2Process:
 
     def run(self, inputs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         with tempfile.TemporaryDirectory() as folder, Path(folder, "errors").open("w+") as errors:
-            write_ir(self.graph, Path(folder, "model.xml"))
+            write_ir(without_mvn(self.graph), Path(folder, "model.xml"))
             process = subprocess.Popen(
                 [sys.executable, "-m", "ovcalib.kernels", str(Path(folder, "model.xml"))],
                 env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
@@ -181,6 +181,33 @@ class AVX2Process:
                     f"{f': {lines[-1]}' if lines else ''}. Name the machine that the model is for with `deploy_isa`; "
                     "vnni, amx, gpu and npu need no such process."
                 )
+
+
+def without_mvn(graph: ov.Model) -> ov.Model:
+    """A copy with LayerNorm and InstanceNorm (MVN) as arithmetic that OpenVINO does not fuse.
+
+    OpenVINO (2026.4) runs MVN with AVX-512 whatever oneDNN is limited to, and crashes where it normalises a number of
+    values that is no multiple of 16.
+    """
+    copy = graph.clone()
+    # With axes as its second input, unlike the first version of the operation, which no exporter writes any more.
+    for op in [op for op in copy.get_ordered_ops() if op.get_type_name() == "MVN" and op.get_input_size() == 2]:
+        attributes, (x, axes) = op.get_attributes(), op.input_values()
+        result = ops.subtract(x, ops.reduce_mean(x, axes, keep_dims=True))
+        if attributes["normalize_variance"]:
+            count = ops.reduce_prod(ops.gather(ops.shape_of(x), axes, ops.constant(0)), ops.constant(0))
+            deviation = ops.divide(
+                ops.reduce_l2(result, axes, keep_dims=True), ops.sqrt(ops.convert(count, np.float32))
+            )
+            eps = ops.constant(np.float32(attributes["eps"]))
+            if attributes["eps_mode"].lower() == "inside_sqrt":
+                divisor = ops.sqrt(ops.add(ops.multiply(deviation, deviation), eps))
+            else:
+                divisor = ops.add(deviation, eps)
+            result = ops.divide(result, divisor)
+        for reader in op.output(0).get_target_inputs():
+            reader.replace_source_output(result.output(0))
+    return copy
 
 
 def main() -> None:

@@ -247,3 +247,26 @@ def test_a_cpu_that_takes_bfloat16_benchmarks_with_the_kernels_of_another(toy_gr
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, check=True,
     )  # fmt: skip
     assert json.loads(run.stdout)["effective"]["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+@needs_avx2
+@pytest.mark.parametrize(
+    ("shape", "axes", "normalize_variance", "eps_mode"),
+    [
+        ([1, 5, 20], [-1], True, "inside_sqrt"),
+        ([1, 5, 20], [2], True, "outside_sqrt"),
+        ([1, 3, 7, 7], [2, 3], True, "inside_sqrt"),
+        ([1, 3, 7, 7], [1, 2, 3], False, "inside_sqrt"),
+    ],
+)
+def test_avx2_kernels_run_where_openvinos_mvn_would_crash(rng, shape, axes, normalize_variance, eps_mode) -> None:
+    x = ops.parameter(shape, np.float32)
+    graph = ov.Model([ops.mvn(ops.relu(x), ops.constant(axes), normalize_variance, 0.1, eps_mode)], [x], "mvn")
+    image = rng.normal(1, 2, shape).astype(np.float32)
+    (found,) = AVX2Process(graph).run([image])
+    positive = np.maximum(image, 0)
+    centred = positive - positive.mean(tuple(axes), keepdims=True)
+    variance = (centred**2).mean(tuple(axes), keepdims=True)
+    divisor = np.sqrt(variance + 0.1) if eps_mode == "inside_sqrt" else np.sqrt(variance) + 0.1
+    np.testing.assert_allclose(found, (centred / divisor if normalize_variance else centred).reshape(-1), atol=1e-5)
+    assert [op.get_type_name() for op in graph.get_ops()].count("MVN") == 1
