@@ -46,8 +46,6 @@ from ovcalib.records.result import Kernels
 from ovcalib.runtime import OpenVINORunner, Runner
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
-# More NMSE than this on the kernels of AVX2 than on those of VNNI is saturation.
-SATURATED_NMSE = 0.01
 
 
 class KernelsFailedError(DeviceError):
