@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from torchvision.models.detection.ssd import SSD
 import ovcalib
 from ovcalib.data.boxes import Boxes
 from ovcalib.evaluation.dataset import open_dataset
-from ovcalib.evaluation.detection import SHOWN_SCORE, box_agreement, matches, mean_precision
-from ovcalib.runtime import Inference
+from ovcalib.evaluation.detection import SHOWN_SCORE, box_agreement, decoded, decoder_of, matches, mean_precision
+from ovcalib.evaluation.outputs import collect
+from ovcalib.runtime import OpenVINORunner, output_ports
 
 SIZE = 300
 # Output channels, expansion and stride of the blocks of MobileNetV2.
@@ -205,10 +206,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, Any]]:
 def constants(path: Path) -> dict[str, NDArray[np.float32]]:
     """The float tensors of a frozen graph (tensorflow/core/framework: graph.proto, node_def.proto, tensor.proto)."""
     found = {}
-    for _, node in fields(memoryview(path.read_bytes())):
-        if not isinstance(node, memoryview):
-            continue
-        parts = [*fields(node)]
+    for number, node in fields(memoryview(path.read_bytes())):
+        parts = [*fields(node)] if number == 1 else []
         if b"Const" not in [bytes(v) for n, v in parts if n == 2]:
             continue
         attributes = {bytes(entry[1]): entry[2] for entry in (dict(fields(v)) for n, v in parts if n == 5)}
@@ -271,12 +270,7 @@ def load(backbone: Any, head: Any, weights: dict[str, NDArray[np.float32]]) -> N
 # The measurement --------------------------------------------------------------------------------
 
 
-def boxes_by(graph: ov.Model, model: Any, inputs: Sequence[NDArray[np.float32]]) -> list[Boxes]:
-    infer = Inference(graph)
-    return [model.module.boxes([np.array(head) for head in infer(x)]) for x in inputs]
-
-
-def check(model: Any, inputs: Sequence[NDArray[np.float32]]) -> None:
+def check(model: Any, inputs: Iterable[NDArray[np.float32]]) -> None:
     """Compare with the graph of the package, on the pixels that `inputs` were made from."""
     graph = ov.Core().read_model(graph_file())
     graph.reshape([1, SIZE, SIZE, 3])
@@ -306,16 +300,21 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     model = ovcalib.load_model("pedestrians:detector")
-    inputs = [item.input for item in open_dataset(args.data, model.spec, args.limit).images().items]
+    decode = decoder_of(model, None)
+    assert decode is not None
+    items = open_dataset(args.data, model.spec, args.limit).images().items
     if args.check:
-        check(model, inputs)
+        check(model, (item.input for item in items))
     cells = []
     for source in args.arm:
         recipe = ovcalib.make_recipe(
             model="pedestrians:detector", calib=source, num_samples=args.count, seed=args.seed, benchmark_time=0
         )
         result = ovcalib.run_recipe(recipe)
-        fp32, int8 = (boxes_by(graph, model, inputs) for graph in (result.fp32, result.int8))
+        fp32, int8 = (
+            decoded(collect(OpenVINORunner(graph), items), output_ports(graph), decode)
+            for graph in (result.fp32, result.int8)
+        )
         truth = [boxes.above(SHOWN_SCORE) for boxes in fp32]
         share = box_agreement(fp32, int8)
         cells.append({"source": source, "ap50": mean_precision(truth, int8).map50, "box agreement": share.share,

@@ -100,7 +100,10 @@ class TrainedLayer:
     """
 
     def __init__(self, rounding: Rounding, by_channel: bool, keys: tuple[str, str], module: GraphModule) -> None:
-        """keys   of its weights and of its bias in the module's state"""
+        """
+        by_channel   whether every output channel has a scale of its own
+        keys         of its weights and of its bias in the module's state
+        """
         self.rounding, self.keys = rounding, keys
         state = module.state_dict()
         self.shape, self.before = state[keys[0]].shape, state[keys[1]].clone()
@@ -176,6 +179,7 @@ class Pair:
         roundings = [found for layer in layers if (found := Rounding.of(layer, exact[layer.name])) is not None]
         if not roundings:
             raise ModelError("No layer computes in INT8, so there is nothing to fine-tune. Omit `finetune`.")
+        # Told by the graph, and so before `as_module` folds the scales into the weights.
         by_channel = [rounding.by_channel for rounding in roundings]
         # Biases become constants, and every layer has one.
         names = [rounding.layer.name for rounding in roundings]
