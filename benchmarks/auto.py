@@ -1,11 +1,11 @@
 """What `--calib auto` takes, beside every candidate in hindsight.
 
     python benchmarks/auto.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --limit 2000 --count 64 \\
-        --candidates bn-inversion dgh distylegan fractal noise -o auto-resnet20-cifar10.json
+        --others dgh noise -o auto-resnet20-cifar10.json
 
-Candidates are compared as `auto` compares them, on their own images alone. Then every one of them calibrates the model
-with the default settings, and agreement and NMSE are measured on the evaluation images, which `auto` never sees.
-Seconds are those of making the images: of `auto` with its trials, of a candidate alone.
+`auto` compares its candidates on their own images alone, and quantizes with the one that it takes. Then each of them,
+and each of the other sources, calibrates the model by itself, with the default settings. Agreement and NMSE are those
+of the evaluation images, and seconds those of making the images and of quantizing, of `auto` with its trials.
 """
 
 from __future__ import annotations
@@ -13,16 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from settings import about, add_model, save
 
 import ovcalib
+from ovcalib.records.result import Result
+
+
+def recipe(args: argparse.Namespace, calib: str, seed: int, **more: Any) -> ovcalib.Recipe:
+    asked = {"num_samples": args.count, "eval": args.eval, "limit": args.limit, **about(args), **more}
+    return ovcalib.make_recipe(
+        model=args.model, calib=calib, seed=seed, deploy_isa=args.deploy_isa, benchmark_time=0, **asked
+    )
+
+
+def seconds(record: Result) -> float:
+    """Those of making the images and of quantizing."""
+    return record.calibration.seconds + record.quantization.seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
-    parser.add_argument("--candidates", nargs="+", required=True)
+    parser.add_argument("--candidates", nargs="+", default=[], help="instead of the usual ones of `auto`")
+    parser.add_argument("--others", nargs="+", default=[], help="sources that `auto` does not try")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--eval", required=True)
@@ -30,31 +45,29 @@ def main() -> None:
     parser.add_argument("--deploy-isa", default="vnni")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    given = about(args)
+    ovcalib.run_recipe(recipe(args, "auto:noise,fractal", 0, num_samples=4))  # imports what all of them need
+    auto = f"auto:{','.join(args.candidates)}" if args.candidates else "auto"
     runs = []
     for seed in range(args.seeds):
-        auto = ovcalib.generate(f"auto:{','.join(args.candidates)}", args.model, args.count, seed=seed, **given)
+        record = ovcalib.run_recipe(recipe(args, auto, seed)).record
+        tried = {trial.source: trial.model_dump() for trial in record.calibration.trials}
         cells = []
-        for trial in auto.provenance.trials:
-            made = ovcalib.generate(trial.source, args.model, args.count, seed=seed, **given)
-            recipe = ovcalib.make_recipe(
-                model=args.model, calib=trial.source, num_samples=args.count, seed=seed, eval=args.eval,
-                limit=args.limit, deploy_isa=args.deploy_isa, benchmark_time=0, **given,
-            )  # fmt: skip
-            record = ovcalib.run_recipe(recipe, calibration=made).record
+        for source in (*tried, *args.others):
+            alone = ovcalib.run_recipe(recipe(args, source, seed)).record
             cells.append({
-                **trial.model_dump(), "agreement": record.agreement.top1, "agreement_nmse": record.agreement.nmse,
-                "top1": record.accuracy and record.accuracy.int8.top1, "alone_seconds": made.provenance.seconds,
+                **tried.get(source, {"source": source}), "agreement": alone.agreement.top1,
+                "agreement_nmse": alone.agreement.nmse, "top1": alone.accuracy and alone.accuracy.int8.top1,
+                "alone_seconds": seconds(alone),
             })  # fmt: skip
             print(json.dumps(cells[-1]), flush=True)
-        taken = auto.provenance.parts[0].source
-        best = max(cells, key=lambda cell: cell["agreement"])
+        taken = record.calibration.parts[0].source
         own = next(cell for cell in cells if cell["source"] == taken)
+        best = max(cells, key=lambda cell: cell["agreement"])
         print(
             f"seed {seed}: auto takes {taken}, agreement {100 * own['agreement']:.2f} %; best in hindsight "
             f"{best['source']}, {100 * best['agreement']:.2f} %"
         )
-        runs.append({"seed": seed, "taken": taken, "seconds": auto.provenance.seconds, "candidates": cells})
+        runs.append({"seed": seed, "taken": taken, "seconds": seconds(record), "candidates": cells})
         save(args, runs=runs)
 
 

@@ -1,10 +1,9 @@
 """The best of several sources for this model, found without real data.
 
-Every candidate makes a few images. The model is quantized with one half of each candidate's images, and its INT8 error
-is measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
-candidates, and ranges that are too wide cost levels on all images, so the source whose quantization does best on
-everybody's images is taken; where some are real, real images alone judge. The calibration set is then the one that the
-source makes by itself.
+Every candidate makes its set. The model is quantized with one half of some images of each, and its INT8 error is
+measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
+candidates, and ranges that are too wide cost levels on all images, so the set whose quantization does best on
+everybody's images is taken; where some are real, real images alone judge.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Options:
     trial   images of each candidate in the comparison
     """
 
-    trial: int = 32
+    trial: int = 64
 
     def __post_init__(self) -> None:
         if self.trial < 2:
@@ -124,38 +123,34 @@ def excess(errors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def generate(request: Request, options: Options) -> Generated:
-    """The images of the best candidate, as it makes them by itself."""
+    """The images of the best candidate, as it makes them by itself.
+
+    The sets that are compared are whole, because those that take long to make are the ones that are usually taken.
+    """
     candidates = parts(request.argument) or usual_candidates(request)
     for reference in candidates:  # refused before any of them works
         open_source(reference, request.spec, request.module)
-    trial = min(options.trial, request.count)
-    tried = candidates if len(candidates) > 1 and trial > 1 else ()
-    share = request.count / (request.count + len(tried) * trial)
+    tried = candidates if request.count > 1 else candidates[:1]
 
-    def images_of(reference: str, turn: int, count: int) -> CalibrationSet:
-        """The images of one source, whose turn is after `turn` trials."""
-
+    def images_of(turn: int, reference: str) -> CalibrationSet:
         def tick(done: float, note: str) -> None:
-            doing = "trying " if count < request.count else ""
-            request.tick(share * (turn * trial + done), f"{doing}{reference}{f', {note}' if note else ''}")
+            request.tick((turn * request.count + done) / len(tried), f"{reference}{f', {note}' if note else ''}")
 
         folder = request.resume and request.resume / f"turn-{turn}"
-        return generate_set(reference, dataclasses.replace(request, count=count, tick=tick, resume=folder))
+        return generate_set(reference, dataclasses.replace(request, tick=tick, resume=folder))
 
     sets: list[CalibrationSet] = []
     for turn, reference in enumerate(tried):
         if not sets or not request.out_of_time():
-            sets.append(images_of(reference, turn, trial))
+            sets.append(images_of(turn, reference))
+    sets = [s for s in sets if len(s) > 1] or sets[:1]  # when time is up, a source ends with what it has
     trials: tuple[Trial, ...] = ()
     if len(sets) > 1:
         assert request.graph is not None, "sources are compared by what they do to the model"
-        trials = compare(request.graph(), sets)
-    best = int(np.argmin([t.excess for t in trials])) if trials else 0
-    enough = bool(sets) and (trial == request.count or request.out_of_time())
-    made = sets[best] if enough else images_of(candidates[best], len(tried), request.count)
+        trials = compare(request.graph(), [s.subset(range(min(options.trial, len(s)))) for s in sets])
+    made = sets[int(np.argmin([t.excess for t in trials])) if trials else 0]
     found = made.provenance
-    if enough:
-        request.tick(len(made), found.source)
+    request.tick(len(made), found.source)
     return Generated(
         images=made.images,
         domain=found.domain,

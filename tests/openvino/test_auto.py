@@ -145,7 +145,7 @@ def test_each_set_calibrates_with_one_half_and_judges_with_the_other(make, files
             assert errors[i, j] == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_best_source_makes_the_set_by_itself(make, files) -> None:
+def test_the_set_is_the_one_that_the_best_source_makes_by_itself(make, files) -> None:
     dull, good, mild = files["dull"], files["good"], files["mild"]
     taken = make(f"auto:{dull},{good},{mild}", 8, {"trial": "6"})
     alone = make(good, 8)
@@ -171,10 +171,16 @@ def test_one_image_has_no_halves_to_compare(make, files) -> None:
     assert (made.provenance.trials, made.provenance.parts[0].source) == ((), files["dull"])
 
 
-def test_a_trial_of_the_whole_number_is_the_set(make, files) -> None:
+def test_the_first_images_of_each_set_are_compared(make, files, graph) -> None:
+    dull, good = (make(files[name], 8) for name in ("dull", "good"))
+    trials = make(f"auto:{files['dull']},{files['good']}", 8, {"trial": "4"}).provenance.trials
+    expected = errors_on_each_other(graph, [dull.subset(range(4)), good.subset(range(4))])
+    assert [t.nmse for t in trials] == [pytest.approx(tuple(row)) for row in expected]
+
+
+def test_progress_only_grows(make, files) -> None:
     ticks = []
-    made = make(f"auto:{files['dull']},{files['good']}", 8, tick=lambda done, note: ticks.append(done))
-    np.testing.assert_array_equal(made.images, make(files["good"], 8).images)
+    make(f"auto:{files['dull']},{files['good']}", 8, tick=lambda done, note: ticks.append(done))
     assert ticks == sorted(ticks)
     assert ticks[-1] == 8
 
@@ -188,7 +194,7 @@ def test_when_time_is_up_the_best_so_far_is_taken(make, files, trials) -> None:
     )  # fmt: skip
     about = made.provenance
     assert about.parts[0].source == files["dull" if trials == 1 else "good"]
-    assert (len(made), about.requested) == (4, 8)
+    assert (len(made), about.requested) == (8, 8)
     assert len(about.trials) == (0 if trials == 1 else 2)
 
 
