@@ -78,8 +78,8 @@ def main() -> None:
         made = ovcalib.generate(args.calib, args.model, args.count, **given)
         inputs = made.inputs()
         int8 = quantize_default(fp32, made, settings)
-        coarse = compensated(fp32, simulate(fp32, int8, Bits(weights=4), inputs), inputs)
-        arms = {"FP32": fp32, "INT8": compensated(fp32, int8, inputs), "4-bit weights as i8": coarse,
+        (coarse,) = compensated(fp32, [simulate(fp32, int8, Bits(weights=4), inputs)], inputs)
+        arms = {"FP32": fp32, "INT8": compensated(fp32, [int8], inputs)[0], "4-bit weights as i8": coarse,
                 "4-bit weights as i4": stored_as_i4(coarse)}  # fmt: skip
         reference, rows, requests = outputs_of(fp32, inputs), {}, {}
         for number, (name, graph) in enumerate(arms.items()):

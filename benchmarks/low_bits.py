@@ -124,7 +124,7 @@ def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: 
     if rounding == "nearest":
         return fit_weights(fp32, graph, Settings(), parts.corrections)
     if rounding == "adaround":
-        return compensated(fp32, graph, parts.corrections.inputs(), choose_adaround)
+        return compensated(fp32, [graph], parts.corrections.inputs(), choose_adaround)[0]
     graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
     return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs(), steps)[0]
 

@@ -12,6 +12,8 @@ independent of each other: x is the input in the FP32 network, quantized ("symme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -79,13 +81,16 @@ def adaround(
 
 
 def choose_adaround(
-    rounding: Rounding, fitted: Moments, unseen: Moments
-) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
+    roundings: Sequence[Rounding], fitted: Moments, unseen: Moments
+) -> list[tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]:
     """Learned rounding of a layer, in the place of `ovcalib.quantization.rounding.choose_rounding`."""
-    power = output_power(rounding, unseen)
-    integers = adaround(rounding.exact, rounding.scale, fitted.covariance, rounding.limit, STEPS)
-    plain, learned = (
-        output_error(rounding.errors(found, rounding.scale), fitted, unseen) / power
-        for found in (rounding.plain, integers)
-    )
-    return RoundedLayer(rounding.layer.name, plain, learned, 0.0, False), integers, rounding.scale
+    chosen = []
+    for rounding in roundings:
+        power = output_power(rounding, unseen)
+        integers = adaround(rounding.exact, rounding.scale, fitted.covariance, rounding.limit, STEPS)
+        plain, learned = (
+            output_error(rounding.errors(found, rounding.scale), fitted, unseen) / power
+            for found in (rounding.plain, integers)
+        )
+        chosen.append((RoundedLayer(rounding.layer.name, plain, learned, 0.0, False), integers, rounding.scale))
+    return chosen

@@ -117,7 +117,7 @@ def quantize_default(
 def fit_weights(fp32: ov.Model, int8: ov.Model, settings: Settings, images: CalibrationSet) -> ov.Model:
     """Round the weights and correct the biases of a quantized graph as settings ask for."""
     if settings.rounding == "compensated":
-        return compensated(fp32, int8, images.inputs())
+        return compensated(fp32, [int8], images.inputs())[0]
     if settings.bias_correction == "layerwise":
         int8 = int8.clone()
         correct_biases(fp32, int8, images.inputs())

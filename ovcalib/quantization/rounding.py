@@ -248,6 +248,12 @@ class Rounding:
         return size_of(self.layer.op.input_value(0)) + int(2 * 8 * groups * inputs**2)
 
 
+def roundings_of(layers: Sequence[Layer], exact: NDArray[np.float64]) -> list[Rounding]:
+    """Of the same layer in several graphs; none where it is not understood in one of them. exact as in `Rounding.of`"""
+    found = [Rounding.of(layer, exact) for layer in layers]
+    return [rounding for rounding in found if rounding is not None] if None not in found else []
+
+
 def _is_turned(layer: Layer) -> bool:
     """Whether its weights have inputs before output channels, as some matrix products have."""
     return layer.op.get_type_name() == "MatMul" and not layer.op.get_attributes()["transpose_b"]
@@ -314,88 +320,105 @@ def output_power(rounding: Rounding, seen: Moments) -> float:
 
 
 def choose_rounding(
-    rounding: Rounding, fitted: Moments, unseen: Moments
-) -> tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]:
-    """Plain or compensated rounding, whichever is better on inputs that were not fitted: integers and scales."""
-    power = output_power(rounding, unseen)
+    roundings: Sequence[Rounding], fitted: Moments, unseen: Moments
+) -> list[tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]:
+    """Plain or compensated rounding, whichever is better on inputs that were not fitted: integers and scales.
 
-    def error(integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
+    roundings   of one layer, each with a range of weights of its own
+    """
+    power = output_power(roundings[0], unseen)
+
+    def error(rounding: Rounding, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
         return output_error(rounding.errors(integers, scale), fitted, unseen) / power
 
-    plain = error(rounding.plain, rounding.scale)
-
-    def attempt(damping: float) -> tuple[float, float, Feedback, NDArray[np.int8]]:
+    best: dict[int, tuple[float, float, Feedback, NDArray[np.int8]]] = {}
+    for damping in DAMPINGS:
         feedback = Feedback.of(fitted.covariance, damping)
-        integers, _ = compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
-        return error(integers, rounding.scale), damping, feedback, integers
+        for i, rounding in enumerate(roundings):
+            integers, _ = compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
+            found = error(rounding, integers, rounding.scale)
+            if i not in best or found < best[i][0]:
+                best[i] = found, damping, feedback, integers
+        del feedback  # the factors of a wide layer are large
+    chosen = []
+    for i, rounding in enumerate(roundings):
+        compensated, damping, feedback, integers = best.pop(i)
+        plain, scale = error(rounding, rounding.plain, rounding.scale), rounding.scale
+        if rounding.by_channel:
+            others = rescaled_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
+            if (rescaled := error(rounding, *others)) < compensated:
+                compensated, (integers, scale) = rescaled, others
+        if compensated < plain:
+            rescaled_too = scale is not rounding.scale
+            record = RoundedLayer(rounding.layer.name, plain, compensated, damping, rescaled_too)
+        else:
+            record = RoundedLayer(rounding.layer.name, plain, compensated, None, False)
+            integers, scale = rounding.plain, rounding.scale
+        chosen.append((record, integers, scale))
+    return chosen
 
-    # One at a time: the factors of a wide layer are large.
-    compensated, damping, feedback, integers = min(map(attempt, DAMPINGS), key=lambda found: found[0])
-    scale = rounding.scale
-    if rounding.by_channel:
-        others = rescaled_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
-        if (rescaled := error(*others)) < compensated:
-            compensated, (integers, scale) = rescaled, others
-    if compensated < plain:
-        record = RoundedLayer(rounding.layer.name, plain, compensated, damping, scale is not rounding.scale)
-        return record, integers, scale
-    return RoundedLayer(rounding.layer.name, plain, compensated, None, False), rounding.plain, rounding.scale
 
-
-Choose = Callable[[Rounding, Moments, Moments], tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]
+Choose = Callable[
+    [Sequence[Rounding], Moments, Moments], list[tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]
+]
 
 
 def round_weights(
     fp32: ov.Model,
-    int8: ov.Model,
+    int8s: Sequence[ov.Model],
     images: Sequence[NDArray[np.float32]],
     rng: np.random.Generator,
     *,
     held_out: Sequence[NDArray[np.float32]],
     choose: Choose = choose_rounding,
-) -> tuple[RoundedLayer, ...]:
+) -> tuple[tuple[RoundedLayer, ...], ...]:
     """Round the weights of every quantized layer anew and correct its bias, in place.
 
-    fp32, int8   the same network before quantization and after it without bias correction, batch 1
+    fp32         float, batch 1
+    int8s        the same network after quantization without bias correction; several differ in their weights alone
     images       network inputs, float32 [1, C, H, W] each, that integers and biases are solved on
     rng          chooses the positions in each image
     held_out     network inputs that tell, for each layer, whether compensation helps
     choose       rounds one layer
-    returns      the layers that were looked at, in execution order; others, if any, keep their integers
+    returns      of each graph the layers that were looked at, in execution order; others, if any, keep their integers
     """
     exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
-    layers = quantized_layers(int8)
-    possible = [Rounding.of(layer, exact[layer.name]) for layer in layers if layer.name in exact]
-    roundings = [rounding for rounding in possible if rounding is not None]
-    seeing, known = int8.clone(), {rounding.layer.name for rounding in roundings}
-    shifts = {
-        name: -error
-        for name, error in (weight_errors(fp32, int8, images) if len(known) < len(layers) else {}).items()
-        if name not in known
-    }
-    records = []
-    for group in groups_that_fit(roundings, Rounding.bytes_held):
-        graph = quantized_inputs(seeing, fp32, [rounding.layer.name for rounding in group])
-        fitted, unseen = input_moments(graph, group, images, rng), input_moments(graph, group, held_out, rng)
-        for rounding, own, other in zip(group, fitted, unseen, strict=True):
-            record, integers, scale = choose(rounding, own, other)
-            rounding.write(integers, scale)
-            shifts[rounding.layer.name] = bias_shift(rounding.errors(integers, scale), own).reshape(-1)
-            records.append(record)
-    add_to_biases(int8, shifts)
-    return tuple(records)
+    layers = list(zip(*map(quantized_layers, int8s), strict=True))
+    possible = [roundings_of(same, exact[same[0].name]) for same in layers if same[0].name in exact]
+    roundings = [same for same in possible if same]
+    seeing, known = int8s[0].clone(), {same[0].layer.name for same in roundings}
+    shifts: list[dict[str, NDArray[np.float64]]] = [{} for _ in int8s]
+    if len(known) < len(layers):
+        for own, int8 in zip(shifts, int8s, strict=True):
+            errors = weight_errors(fp32, int8, images)
+            own.update({name: -error for name, error in errors.items() if name not in known})
+    records: list[list[RoundedLayer]] = [[] for _ in int8s]
+    for group in groups_that_fit(roundings, lambda same: same[0].bytes_held()):
+        first = [same[0] for same in group]
+        graph = quantized_inputs(seeing, fp32, [rounding.layer.name for rounding in first])
+        fitted, unseen = input_moments(graph, first, images, rng), input_moments(graph, first, held_out, rng)
+        for same, moments, other in zip(group, fitted, unseen, strict=True):
+            chosen = choose(same, moments, other)
+            for rounding, (record, integers, scale), own, found in zip(same, chosen, shifts, records, strict=True):
+                rounding.write(integers, scale)
+                own[record.name] = bias_shift(rounding.errors(integers, scale), moments).reshape(-1)
+                found.append(record)
+    for int8, own in zip(int8s, shifts, strict=True):
+        add_to_biases(int8, own)
+    return tuple(map(tuple, records))
 
 
 def compensated(
-    fp32: ov.Model, int8: ov.Model, images: Sequence[NDArray[np.float32]], choose: Choose = choose_rounding
-) -> ov.Model:
-    """A copy of an INT8 graph with its weights rounded anew; its biases are solved from those of the float graph.
+    fp32: ov.Model, int8s: Sequence[ov.Model], images: Sequence[NDArray[np.float32]], choose: Choose = choose_rounding
+) -> list[ov.Model]:
+    """Copies of INT8 graphs with their weights rounded anew; their biases are solved from those of the float graph.
 
+    int8s    differ in their weights alone
     choose   rounds one layer
     images   some are held out to decide where compensation helps; a single one serves for both
     """
-    copy = restore_biases(int8, fp32)
+    copies = [restore_biases(int8, fp32) for int8 in int8s]
     held_out = max(1, round(HELD_OUT_SHARE * len(images)))
     fitted = images[:-held_out] or images
-    round_weights(fp32, copy, fitted, np.random.default_rng(SEED), held_out=images[-held_out:], choose=choose)
-    return copy
+    round_weights(fp32, copies, fitted, np.random.default_rng(SEED), held_out=images[-held_out:], choose=choose)
+    return copies

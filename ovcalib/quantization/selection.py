@@ -34,8 +34,8 @@ GUARD_IMAGES = 8
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
 # Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
-# without, see ovcalib.kernels.
-SATURATED_SHARE = 0.1
+# without, see ovcalib.kernels. Compensated rounding takes a half to three quarters of the rest of the error away.
+SATURATED_SHARE = 0.05
 # Operations that a warning names.
 NAMED_OPERATIONS = 4
 
@@ -127,6 +127,11 @@ class QuantizedCandidate:
         return self.output.on("avx2", self.int8)
 
     @property
+    def saturates(self) -> bool:
+        """Whether sums saturate on the kernels of AVX2, and cost more there."""
+        return self.error_on_avx2 > (1 + SATURATED_SHARE) * self.error
+
+    @property
     def larger_error(self) -> float:
         """The error on the kernels where it is larger."""
         return max(self.error, self.error_on_avx2)
@@ -134,11 +139,15 @@ class QuantizedCandidate:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """An INT8 model after rounding and bias correction were settled, and the errors that they were chosen by."""
+    """An INT8 model after rounding and bias correction were settled, and the errors that they were chosen by.
+
+    rounding_nmse   NMSE of the outputs with rounding to the nearest level and with compensation; None: not compared
+    bias_nmse       with the correction of biases and without it; None: not compared
+    """
 
     best: QuantizedCandidate
-    rounding_nmse: tuple[float, float] | None
-    bias_nmse: tuple[float, float] | None
+    rounding_nmse: tuple[float, float] | None = None
+    bias_nmse: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +184,7 @@ class Selection:
     smooth_nmse   see `select_smooth_quant`
     ranges_nmse   see `select_activation_ranges`
     saturation    see `select_weight_range`
-    rounding_nmse   see `select_rounding`
-    bias_nmse     see `select_bias_correction`
+    rounding_nmse, bias_nmse   see `Fitted`
     """
 
     int8: ov.Model
@@ -206,25 +214,23 @@ def select_settings(
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize(settings), settings, output)
 
-    def fit(best: QuantizedCandidate) -> Fitted:
-        rounding_nmse = bias_nmse = None
-        if "rounding" in auto:
-            best, rounding_nmse = select_rounding(best, corrections)
-        if "bias_correction" in auto and best.settings.rounding == "nearest":
-            best, bias_nmse = select_bias_correction(best)
-        return Fitted(best, rounding_nmse, bias_nmse)
-
     best = make(settings)
     smooth_nmse = ranges_nmse = saturation = None
     if "smooth_quant" in auto:
         best, smooth_nmse = select_smooth_quant(best, make)
     if "activation_ranges" in auto:
         best, ranges_nmse = select_activation_ranges(best, make)
-    fitted = fit(best)
+    candidates = [best]
+    if "overflow_fix" in auto and best.saturates:
+        candidates.append(make(halved(best.settings)))
+    fitted = select_rounding(candidates, corrections) if "rounding" in auto else list(map(Fitted, candidates))
+    if "bias_correction" in auto:
+        fitted = list(map(select_bias_correction, fitted))
+    found = fitted[0]
     if "overflow_fix" in auto:
-        fitted, saturation = select_weight_range(fitted, lambda: fit(make(halved(best.settings))))
-    int8, chosen = fitted.best.int8, fitted.best.settings
-    return Selection(int8, chosen, smooth_nmse, ranges_nmse, saturation, fitted.rounding_nmse, fitted.bias_nmse)
+        found, saturation = select_weight_range(found, fitted[1] if len(fitted) > 1 else None)
+    int8, chosen = found.best.int8, found.best.settings
+    return Selection(int8, chosen, smooth_nmse, ranges_nmse, saturation, found.rounding_nmse, found.bias_nmse)
 
 
 Make = Callable[[Settings], QuantizedCandidate]
@@ -263,41 +269,48 @@ def select_activation_ranges(
     return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
 
 
-def select_weight_range(full: Fitted, make_half: Callable[[], Fitted]) -> tuple[Fitted, Saturation]:
-    """Use half the range of weights where sums saturate on the kernels of AVX2, and cost more there.
-
-    They are compared as they will be, rounded: compensation gives back most of what half the range costs.
-    returns   the better one where its error is larger, and what was measured
-    raises    KernelsFailedError
-    """
-    best = full.best
-    if best.error_on_avx2 <= (1 + SATURATED_SHARE) * best.error:
-        return full, Saturation(best.error, best.error_on_avx2, None)
-    half = make_half()
-    saturation = Saturation(best.error, best.error_on_avx2, half.best.larger_error)
-    return half if saturation.avoided else full, saturation
-
-
-def select_rounding(
-    nearest: QuantizedCandidate, corrections: CalibrationSet
-) -> tuple[QuantizedCandidate, tuple[float, float]]:
+def select_rounding(nearest: Sequence[QuantizedCandidate], corrections: CalibrationSet) -> list[Fitted]:
     """Use compensated rounding where the output error is smaller with it.
 
+    nearest       models that differ in their weights alone
     corrections   images that integers and biases are fitted on
-    returns   the better one, and the NMSE of the outputs with rounding to the nearest level and with compensation
+    returns       the better one of each
     """
-    output, settings = nearest.output, dataclasses.replace(nearest.settings, rounding="compensated")
-    other = QuantizedCandidate(compensated(output.fp32, nearest.int8, corrections.inputs()), settings, output)
-    return other if other.error < nearest.error else nearest, (nearest.error, other.error)
+    output = nearest[0].output
+    rounded = compensated(output.fp32, [candidate.int8 for candidate in nearest], corrections.inputs())
+    fitted = []
+    for plain, int8 in zip(nearest, rounded, strict=True):
+        other = QuantizedCandidate(int8, dataclasses.replace(plain.settings, rounding="compensated"), output)
+        best = other if other.error < plain.error else plain
+        fitted.append(Fitted(best, rounding_nmse=(plain.error, other.error)))
+    return fitted
 
 
-def select_bias_correction(corrected: QuantizedCandidate) -> tuple[QuantizedCandidate, tuple[float, float]]:
-    """Omit bias correction where the output error is smaller without it.
+def select_bias_correction(fitted: Fitted) -> Fitted:
+    """Omit bias correction where weights are rounded to the nearest and the output error is smaller without it.
 
     A shift does not compensate an error that grows with the activation, and on few images it is noisy.
-    returns   the better one, and the NMSE of the outputs with the correction and without it
     """
+    corrected = fitted.best
+    if corrected.settings.rounding != "nearest":
+        return fitted
     output = corrected.output
     settings = dataclasses.replace(corrected.settings, bias_correction="none")
     plain = QuantizedCandidate(restore_biases(corrected.int8, output.fp32), settings, output)
-    return plain if plain.error < corrected.error else corrected, (corrected.error, plain.error)
+    best = plain if plain.error < corrected.error else corrected
+    return dataclasses.replace(fitted, best=best, bias_nmse=(corrected.error, plain.error))
+
+
+def select_weight_range(full: Fitted, half: Fitted | None) -> tuple[Fitted, Saturation]:
+    """Use half the range of weights where sums saturate on the kernels of AVX2, and cost more there.
+
+    They are compared as they will be, rounded: compensation gives back most of what half the range costs.
+    half      None where the sums of the full range do not saturate
+    returns   the better one where its error is larger, and what was measured
+    raises    KernelsFailedError
+    """
+    errors = full.best.error, full.best.error_on_avx2
+    if half is None:
+        return full, Saturation(*errors, None)
+    saturation = Saturation(*errors, half.best.larger_error)
+    return half if saturation.avoided else full, saturation

@@ -350,7 +350,7 @@ def test_compensated_rounding_keeps_smoothed_layers(smoothed, toy) -> None:
     graph, int8 = smoothed
     images = toy.calibration(32).inputs()
     plain, other = (nmse(outputs_of(graph, images), outputs_of(without_saturation(each), images))
-                    for each in (int8, compensated(graph, int8, images)))  # fmt: skip
+                    for each in (int8, compensated(graph, [int8], images)[0]))  # fmt: skip
     assert other < 1.2 * plain
 
 
@@ -427,15 +427,16 @@ def test_bias_correction_is_left_out_where_it_harms(toy, toy_graph) -> None:
     value = add.input_value(1).get_node().get_data()
     add.input(1).replace_source_output(ov.op.Constant(np.array(value + 1.0)).output(0))
     output = OutputError(toy_graph, toy.calibration().inputs())
-    chosen, (corrected, plain) = select_bias_correction(QuantizedCandidate(harmed, settings, output))
+    found = select_bias_correction(Fitted(QuantizedCandidate(harmed, settings, output)))
+    chosen, (corrected, plain) = found.best, found.bias_nmse or (0, 0)
     assert chosen.settings == replace(settings, bias_correction="none")
     assert corrected > 10 * plain
     assert outputs(chosen.int8, toy) == pytest.approx(outputs(restore_biases(int8, toy_graph), toy), abs=1e-5)
     # Where the outputs are no closer without it, it stays.
     already = QuantizedCandidate(restore_biases(int8, toy_graph), settings, output)
-    kept, errors = select_bias_correction(already)
-    assert errors[0] == errors[1]
-    assert kept is already
+    kept = select_bias_correction(Fitted(already))
+    assert kept.bias_nmse == (already.error, already.error)
+    assert kept.best is already
 
 
 def test_outputs_of_a_final_softmax_are_compared_before_it(toy, toy_graph) -> None:
@@ -561,10 +562,9 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) 
     make = maker(*saturating)
     settings = Settings(overflow_fix="disable", bias_correction="none")
 
-    def fitted(settings: Settings) -> Fitted:
-        return Fitted(make(settings), None, None)
-
-    found, saturation = select_weight_range(fitted(settings), lambda: fitted(halved(settings)))
+    full = make(settings)
+    assert full.saturates
+    found, saturation = select_weight_range(Fitted(full), Fitted(make(halved(settings))))
     chosen = found.best
     assert chosen.settings == replace(settings, overflow_fix="enable")
     assert graph_sha256(chosen.int8) == graph_sha256(make(chosen.settings).int8)
@@ -573,7 +573,8 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) 
     assert f"{saturation.avx2:.2g}" in saturation.warning()
     assert "`deploy_isa`" in saturation.warning()
     # What is safe already stays as it is.
-    kept, saturation = select_weight_range(found, lambda: pytest.fail("not to be tried"))
+    assert not chosen.saturates
+    kept, saturation = select_weight_range(found, None)
     assert kept is found
     assert not saturation.avoided
 

@@ -324,7 +324,7 @@ def test_one_scale_for_all_channels_stays(rng) -> None:
     found = understood(fp32, int8)
     assert not found.by_channel
     moments = Moments(np.zeros(found.exact.shape[::2]), covariance(rng, found.exact.shape[-1])[None])
-    record, integers, scale = choose_rounding(found, moments, moments)
+    ((record, integers, scale),) = choose_rounding([found], moments, moments)
     assert record.kept
     assert not record.rescaled
     found.write(integers, scale)
@@ -350,13 +350,13 @@ def test_compensation_is_kept_where_it_helps_unseen_inputs_alone(rng, monkeypatc
     inputs = layer.exact.shape[-1]
     mean = np.zeros((1, inputs))
     few, same = (Moments(mean, covariance(rng, inputs, samples)[None]) for samples in (4, None))
-    record, integers, scale = choose_rounding(layer, same, same)
+    ((record, integers, scale),) = choose_rounding([layer], same, same)
     assert record.kept
     assert record.compensated < record.plain
     assert not np.array_equal(integers, layer.plain)
     # What was fitted has nothing to do with what is seen.
     other = Moments(mean, np.eye(inputs)[None])
-    record, integers, scale = choose_rounding(layer, few, other)
+    ((record, integers, scale),) = choose_rounding([layer], few, other)
     assert not record.kept
     assert record.compensated >= record.plain
     np.testing.assert_array_equal(integers, layer.plain)
@@ -387,7 +387,7 @@ def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networ
     fp32, plain, images, fresh = networks
     corrected, compensated = plain.clone(), plain.clone()
     correct_biases(fp32, corrected, images)
-    records = round_weights(fp32, compensated, images[8:], np.random.default_rng(0), held_out=images[:8])
+    (records,) = round_weights(fp32, [compensated], images[8:], np.random.default_rng(0), held_out=images[:8])
     assert [record.name for record in records] == [layer.name for layer in quantized_layers(plain)]
     assert sum(record.kept for record in records) >= 3
     reference = outputs_of(fp32, fresh)
@@ -402,17 +402,44 @@ def test_a_quarter_of_the_images_decides_and_is_not_fitted(networks) -> None:
     fp32, plain, images, fresh = networks
     corrected, expected = plain.clone(), plain.clone()
     correct_biases(fp32, corrected, images)
-    round_weights(fp32, expected, images[:6], np.random.default_rng(rounding.SEED), held_out=images[6:8])
-    found = rounding.compensated(fp32, corrected, images[:8])
+    round_weights(fp32, [expected], images[:6], np.random.default_rng(rounding.SEED), held_out=images[6:8])
+    (found,) = rounding.compensated(fp32, [corrected], images[:8])
     np.testing.assert_array_equal(outputs_of(found, fresh[:4]), outputs_of(expected, fresh[:4]))
-    alone = rounding.compensated(fp32, plain, images[:1])  # one image serves for both
+    (alone,) = rounding.compensated(fp32, [plain], images[:1])  # one image serves for both
     assert np.isfinite(outputs_of(alone, fresh[:1])).all()
+
+
+@pytest.mark.parametrize("understood", ["all", "no matrix product"])
+def test_graphs_that_differ_in_their_weights_are_rounded_as_each_alone(
+    networks, toy, toy_graph, monkeypatch, understood
+) -> None:
+    """Half and full range: the inputs of a layer, from which it is rounded, are the same."""
+    if understood != "all":
+        of = Rounding.of
+        monkeypatch.setattr(
+            Rounding,
+            "of",
+            staticmethod(lambda layer, w: None if layer.op.get_type_name() == "MatMul" else of(layer, w)),
+        )
+    fp32, half, images, fresh = networks
+    full = quantize_default(toy_graph, toy.calibration(64), Settings(bias_correction="none"))
+
+    def run(*graphs):
+        copies = [graph.clone() for graph in graphs]
+        records = round_weights(fp32, copies, images[8:24], np.random.default_rng(0), held_out=images[:8])
+        return list(zip(records, (outputs_of(graph, fresh[:4]) for graph in copies), strict=True))
+
+    together, alone = run(full, half), run(full) + run(half)
+    assert together[0][0] != together[1][0]
+    for (records, found), (expected, outputs) in zip(together, alone, strict=True):
+        assert records == expected
+        np.testing.assert_array_equal(found, outputs)
 
 
 def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks) -> None:
     fp32, plain, images, _ = networks
     rounded = plain.clone()
-    round_weights(fp32, rounded, images[8:], np.random.default_rng(0), held_out=images[:8])
+    round_weights(fp32, [rounded], images[8:], np.random.default_rng(0), held_out=images[:8])
     for before, after in zip(quantized_layers(plain), quantized_layers(rounded), strict=True):
         (old, old_scale), (new, new_scale) = integer_weights(before), integer_weights(after)
         ratio = new_scale / old_scale
@@ -426,7 +453,7 @@ def test_the_seed_decides(networks, monkeypatch) -> None:
 
     def run(seed):
         graph = plain.clone()
-        return round_weights(fp32, graph, images[8:24], np.random.default_rng(seed), held_out=images[:8]), graph
+        return round_weights(fp32, [graph], images[8:24], np.random.default_rng(seed), held_out=images[:8]), graph
 
     (first, graph), (again, same), (other, _) = run(0), run(0), run(1)
     assert first == again
@@ -440,5 +467,5 @@ def test_a_layer_that_is_not_understood_has_its_bias_corrected(networks, monkeyp
     monkeypatch.setattr(Rounding, "of", staticmethod(lambda layer, exact: None))
     corrected, rounded = plain.clone(), plain.clone()
     correct_biases(fp32, corrected, images)
-    assert round_weights(fp32, rounded, images, np.random.default_rng(0), held_out=[]) == ()
+    assert round_weights(fp32, [rounded], images, np.random.default_rng(0), held_out=[]) == ((),)
     np.testing.assert_allclose(outputs_of(rounded, fresh[:8]), outputs_of(corrected, fresh[:8]), atol=1e-6)

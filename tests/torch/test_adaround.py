@@ -82,7 +82,7 @@ def test_a_layer_is_rounded_by_it(rng, monkeypatch) -> None:
     monkeypatch.setattr(module, "STEPS", 5)
     fitted, unseen = (Moments(rng.normal(size=(1, 6)), correlated(rng, 6)[None]) for _ in range(2))
     layer: Any = OneLayer()
-    record, integers, scale = choose_adaround(layer, fitted, unseen)
+    ((record, integers, scale),) = choose_adaround([layer], fitted, unseen)
     assert scale is OneLayer.scale
     power = np.sum((OneLayer.exact @ unseen.covariance) * OneLayer.exact)
     expected = output_error(OneLayer().errors(integers, scale), fitted, unseen) / power

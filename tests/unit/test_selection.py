@@ -45,16 +45,12 @@ class GivenError(OutputError):
 
 @pytest.fixture(autouse=True)
 def models_are_names(monkeypatch) -> None:
-    monkeypatch.setattr(selection, "compensated", lambda fp32, int8, images: "compensated")
+    monkeypatch.setattr(selection, "compensated", lambda fp32, int8s, images: ["compensated"] * len(int8s))
     monkeypatch.setattr(selection, "restore_biases", lambda int8, fp32: "uncorrected")
 
 
 def candidate(name, errors, **settings):
     return QuantizedCandidate(name, replace(SETTINGS, **settings), errors)
-
-
-def given(value):
-    return lambda: value
 
 
 def not_tried(settings):
@@ -90,14 +86,15 @@ def test_smooth_quant_has_to_be_better_and_may_fail() -> None:
 
 
 def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_error_is_smaller() -> None:
-    errors = GivenError({"full": 0.1}, {"full": 0.1 * (1 + SATURATED_SHARE / 2)})
-    full = Fitted(candidate("full", errors), None, None)
-    found, saturation = select_weight_range(full, lambda: not_tried(None))
-    assert (found, saturation.halved, saturation.avoided) == (full, None, False)
+    for avx2, tried in ((0.1 * (1 + SATURATED_SHARE / 2), False), (0.1 * (1 + 2 * SATURATED_SHARE), True)):
+        full = candidate("full", GivenError({"full": 0.1}, {"full": avx2}))
+        assert full.saturates == tried
+        found, saturation = select_weight_range(Fitted(full), None)
+        assert (found.best, saturation.halved, saturation.avoided) == (full, None, False)
     for error, chosen in ((0.6, "full"), (0.5, "full"), (0.2, "half")):
         errors = GivenError({"full": 0.1, "half": 0.1}, {"full": 0.5, "half": error})
-        full, half = (Fitted(candidate(name, errors), None, None) for name in ("full", "half"))
-        found, saturation = select_weight_range(full, given(half))
+        full, half = (Fitted(candidate(name, errors)) for name in ("full", "half"))
+        found, saturation = select_weight_range(full, half)
         assert found is {"full": full, "half": half}[chosen]
         assert saturation.avoided == (chosen == "half")
         assert (saturation.vnni, saturation.avx2, saturation.halved) == (0.1, 0.5, error)
@@ -109,10 +106,12 @@ def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_erro
 )
 def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compensated, chosen) -> None:
     """Rounded to the nearest, half the range has 0.8."""
-    monkeypatch.setattr(selection, "compensated", lambda fp32, int8, images: f"{int8}, compensated")
+    monkeypatch.setattr(
+        selection, "compensated", lambda fp32, int8s, images: [f"{int8}, compensated" for int8 in int8s]
+    )
     errors = GivenError(
         {"full": 0.1, "full, compensated": 0.2, "half": 0.8, "half, compensated": compensated},
-        {"full": saturated, "half": 0.8, "half, compensated": compensated},
+        {"full": saturated, "full, compensated": 0.9, "half": 0.8, "half, compensated": compensated},
     )
     made = {"first-layer": "full", "enable": "half"}
     found = select_settings(
@@ -125,16 +124,16 @@ def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compe
 
 @pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "compensated")])
 def test_compensated_rounding_has_to_be_better(other, chosen) -> None:
-    best, tried = select_rounding(candidate("first", GivenError({"first": 0.1, "compensated": other})), CORRECTIONS)
-    assert (best.int8, tried) == (chosen, (0.1, other))
-    assert best.settings.rounding == ("compensated" if chosen == "compensated" else "nearest")
+    (found,) = select_rounding([candidate("first", GivenError({"first": 0.1, "compensated": other}))], CORRECTIONS)
+    assert (found.best.int8, found.rounding_nmse) == (chosen, (0.1, other))
+    assert found.best.settings.rounding == ("compensated" if chosen == "compensated" else "nearest")
 
 
 @pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "uncorrected")])
 def test_leaving_bias_correction_out_has_to_be_better(other, chosen) -> None:
-    best, tried = select_bias_correction(candidate("first", GivenError({"first": 0.1, "uncorrected": other})))
-    assert (best.int8, tried) == (chosen, (0.1, other))
-    assert best.settings.bias_correction == ("none" if chosen == "uncorrected" else "layerwise")
+    found = select_bias_correction(Fitted(candidate("first", GivenError({"first": 0.1, "uncorrected": other}))))
+    assert (found.best.int8, found.bias_nmse) == (chosen, (0.1, other))
+    assert found.best.settings.bias_correction == ("none" if chosen == "uncorrected" else "layerwise")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +146,15 @@ def test_compensated_rounding_solves_biases_so_they_are_not_chosen(compensated, 
     assert found.rounding_nmse == (0.1, compensated)
     assert (found.bias_nmse is None) == (chosen == "compensated")
     assert (found.ranges_nmse, found.saturation) == (None, None)
+
+
+def test_half_the_range_is_not_made_where_sums_do_not_saturate() -> None:
+    errors = GivenError({"full": 0.1}, {"full": 0.1})
+    made = {"first-layer": "full"}
+    found = select_settings(
+        lambda settings: made[settings.overflow_fix], SETTINGS, {"overflow_fix"}, errors, CORRECTIONS
+    )
+    assert (found.int8, found.saturation and found.saturation.halved) == ("full", None)
 
 
 def test_what_was_given_is_not_chosen() -> None:
