@@ -59,7 +59,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
     raises   ModelError for a network without usable BatchNorm layers
     """
     assert request.module is not None
-    options = resolve(options, min(request.spec.input_shape[1:]), request.spec.num_classes)
+    options = resolve(options, request.spec.input_shape[1:], request.spec.num_classes)
     module, device = frozen(request.module)
     if device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)

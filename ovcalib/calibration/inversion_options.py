@@ -6,6 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -14,6 +15,8 @@ from ovcalib.records.preprocessing import SMALL_SIDE
 
 # Eight small images do not use a processor fully: with 32, ResNet-20 takes half the time and has the same output error.
 BATCH_OF_SMALL = 32
+# Up to so many pixels the batch of a budget is as it stands; of larger images fewer go together, for their memory.
+USUAL_PIXELS = 260**2
 
 
 @dataclass(frozen=True)
@@ -159,16 +162,19 @@ InversionOptions.__doc__ = f"{LoopOptions.__doc__}{InversionOptions.__doc__}"
 Options = TypeVar("Options", bound=LoopOptions)
 
 
-def resolve(options: Options, side: int, classes: int | None = None) -> Options:
+def resolve(options: Options, size: tuple[int, int], classes: int | None = None) -> Options:
     """The options, with what is None filled in.
 
-    side      shorter side of the network's input, pixels
+    size      height and width of the network's input, pixels
     classes   of the network, None where it has no class logits
     """
     values = options.filled_in(classes)
     filled = {name: value for name, value in values.items() if getattr(options, name) is None}
-    if "batch" in filled and side <= SMALL_SIDE:
-        filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)
+    side = min(size)
+    if "batch" in filled:
+        if side <= SMALL_SIDE:
+            filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)
+        filled["batch"] = max(1, int(filled["batch"] * min(1.0, USUAL_PIXELS / math.prod(size))))
     if isinstance(options, InversionOptions) and options.extra_pixels is None:
         # 32 pixels at 224, as published; in proportion elsewhere.
         filled["extra_pixels"] = round(side / 7) if options.pipeline == "smooth-augment" else 0

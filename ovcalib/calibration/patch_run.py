@@ -42,7 +42,7 @@ def optimise(request: Request, options: Options) -> Generated:
         _, found = attended(module, torch.zeros(1, *spec.input_shape, device=device))
     if not found:
         raise no_attention(spec.name)
-    options = resolve(options, min(spec.input_shape[1:]), spec.num_classes)
+    options = resolve(options, spec.input_shape[1:], spec.num_classes)
     if options.rate is None:
         windows = any(output.shape[1] > 1 for output in found)
         options = dataclasses.replace(options, rate=RATE_OF_WINDOWS if windows else RATE)

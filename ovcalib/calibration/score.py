@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ovcalib.calibration import bn_losses as losses
-from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, large_blocks_kept, tapped
+from ovcalib.calibration.bn_taps import Layer, Moments, find_layers, tapped
 from ovcalib.calibration.network_outputs import flat_outputs, network_outputs
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.records.calibration import SetScore
@@ -18,7 +18,7 @@ from ovcalib.records.calibration import SetScore
 # A training image's activations lie within so many standard deviations of the mean in almost every channel.
 REACH = 3.0
 SCORED_IMAGES = 64
-BATCH = 8
+BATCH = 4
 # Below this a channel is constant, and its statistics say nothing.
 SMALLEST_STD = 1e-3
 
@@ -37,7 +37,7 @@ def score_set(module: nn.Module, calibration: CalibrationSet, name: str) -> SetS
     squares: dict[str, list[Tensor]] = {}
     by_name: dict[str, Moments] = {}
     outputs = []
-    with torch.no_grad(), large_blocks_kept(), extremes(layers) as found, tapped(layers) as taps:
+    with torch.no_grad(), extremes(layers) as found, tapped(layers) as taps:
         for part in torch.split(images, BATCH):
             taps.clear()
             outputs.append(torch.cat(flat_outputs(network_outputs(module, part)), 1))

@@ -487,7 +487,7 @@ def bn_loss(toy, images):
     ],
 )
 def test_the_statistics_of_the_set_approach_those_stored(toy, name, options) -> None:
-    start = engine.start(resolve(SOURCES[name].Options(), 16), request(toy, 12), range(12))
+    start = engine.start(resolve(SOURCES[name].Options(), (16, 16)), request(toy, 12), range(12))
     before = bn_loss(toy, engine.centre_crop(start, 16, 16).numpy())
     found = made(name, toy, count=12, **options)
     assert bn_loss(toy, found.images) < 0.1 * before
@@ -508,7 +508,7 @@ def test_slack_of_zero_is_zeroq(toy) -> None:
 
 def test_margins_grow_with_the_slack_and_cover_noise_at_the_top(toy) -> None:
     def margins(slack):
-        options = resolve(SOURCES["dsg"].Options(slack=slack), 16)
+        options = resolve(SOURCES["dsg"].Options(slack=slack), (16, 16))
         with on_all_cores(toy.net, "toy", half=False) as network:
             run = engine.Run(request(toy), options, network, engine.Swing(), None, torch.device("cpu"))
             assert run.margins is not None
@@ -548,9 +548,13 @@ def test_every_option_of_genie_does_something(toy, axis) -> None:
 def test_small_images_go_through_the_network_in_larger_batches() -> None:
     for name in METHODS:
         options = SOURCES[name].Options()
-        assert resolve(options, 224).batch == 8
-        assert resolve(options, 32).batch >= 32
-        assert resolve(dataclasses.replace(options, batch=5), 32).batch == 5
+        assert resolve(options, (224, 224)).batch == resolve(options, (260, 260)).batch == 8
+        # As many pixels as eight images of 260 times 260 have.
+        assert resolve(options, (320, 320)).batch == 5
+        assert resolve(options, (260, 1040)).batch == 2
+        assert resolve(options, (4000, 4000)).batch == 1
+        assert resolve(options, (32, 32)).batch >= 32
+        assert resolve(dataclasses.replace(options, batch=5), (32, 32)).batch == 5
 
 
 class Stop(KeyboardInterrupt):
@@ -703,7 +707,7 @@ def test_impossible_options_are_refused(toy) -> None:
 
 
 def test_a_budget_fills_in_what_was_not_said() -> None:
-    options = resolve(dataclasses.replace(SOURCES["dgh"].Options(), steps=7, budget="standard"), 224)
+    options = resolve(dataclasses.replace(SOURCES["dgh"].Options(), steps=7, budget="standard"), (224, 224))
     assert (options.steps, options.batch, options.extra_pixels) == (7, 16, 32)
     assert all(set(SOURCES[name].Options.BUDGETS) == {"quick", "standard", "paper"} for name in METHODS)
     assert InversionOptions.BUDGETS == {}

@@ -230,9 +230,9 @@ def test_intraq_takes_the_margins_of_its_data_and_says_when_they_concern_nobody(
     options = SOURCES["intraq"].Options()
     published = {10: (0.95, 0.05, 0.8), 100: (0.6, 0.02, 1.0), 1000: (1.0, 0.0, 2.0)}
     for classes, wanted in published.items():
-        found = resolve(options, 32, classes)
+        found = resolve(options, (32, 32), classes)
         assert (found.confidence, found.lower, found.upper) == wanted
-    assert resolve(dataclasses.replace(options, lower=0.3), 32, 1000).lower == 0.3
+    assert resolve(dataclasses.replace(options, lower=0.3), (32, 32), 1000).lower == 0.3
 
     def warnings(count, batch, **margins):
         given = {"steps": "1", "batch": str(batch), **margins}
@@ -346,7 +346,7 @@ DGH = {
 
 @pytest.mark.parametrize("variant", DGH)
 def test_dgh_matches_the_whole_set_in_three_forms(net, variant) -> None:
-    options = resolve(SOURCES["dgh"].Options(variant=variant), SIDE)
+    options = resolve(SOURCES["dgh"].Options(variant=variant), (SIDE, SIDE))
     form = {**DGH[variant], "weight": 5.0}  # the published one is too small to be seen in a float32
     assert options.output_weight == DGH[variant]["weight"]
     # The rate is small enough that the fourth decimal of the loss means something.
@@ -418,7 +418,7 @@ def test_genie_trains_generator_and_latents_with_the_rates_of_its_code(net) -> N
 
 
 def test_the_rates_of_genie_fall_as_in_its_code() -> None:
-    options = resolve(SOURCES["genie"].Options(budget="paper"), SIDE)
+    options = resolve(SOURCES["genie"].Options(budget="paper"), (SIDE, SIDE))
     latents, weights = (torch.optim.Adam([nn.Parameter(torch.zeros(1))], rate) for rate in (0.1, 0.01))
     follow = schedule(options, latents, weights, 4000)
     latents.step()
@@ -446,7 +446,10 @@ def test_the_rates_of_genie_fall_as_in_its_code() -> None:
                                      "schedule": "plateau-reset", "optimizer": "radam", "extra_pixels": 32}),
 ])  # fmt: skip
 def test_the_budget_paper_is_the_published_one(name, variant, published) -> None:
-    options = resolve(SOURCES[name].Options(budget="paper", **variant), 224, 10)
+    options = resolve(SOURCES[name].Options(budget="paper", **variant), (224, 224), 10)
     assert {key: getattr(options, key) for key in published} == published
-    steps = [resolve(SOURCES[name].Options(budget=b, **variant), 224, 10).steps for b in ("quick", "standard", "paper")]
+    steps = [
+        resolve(SOURCES[name].Options(budget=b, **variant), (224, 224), 10).steps
+        for b in ("quick", "standard", "paper")
+    ]
     assert steps == sorted(steps)

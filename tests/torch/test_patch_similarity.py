@@ -243,7 +243,7 @@ def request(net, count=4, **given):
 
 
 def run_of(net, **options):
-    given = resolve(SOURCES["patch-similarity"].Options(budget="paper", batch=2, rate=0.2, **options), SIDE)
+    given = resolve(SOURCES["patch-similarity"].Options(budget="paper", batch=2, rate=0.2, **options), (SIDE, SIDE))
     return patch_run.PatchRun(request(net), given, net, torch.arange(4) % CLASSES, torch.device("cpu"))
 
 
