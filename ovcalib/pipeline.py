@@ -16,7 +16,7 @@ import openvino as ov
 from ovcalib import __version__
 from ovcalib.calibration.make import make_set, resolve_calibration, set_of_object
 from ovcalib.calibration.probe import SOURCE as PROBE
-from ovcalib.calibration.probe import blind_to, probe_inputs
+from ovcalib.calibration.probe import blind_to, judging_inputs, probe_inputs
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.data.objects import ObjectImages
 from ovcalib.data.sets import open_image
@@ -200,11 +200,10 @@ def quantize(
                 asked, exported.graph, calibration, model.spec.task, out_of_time, progress, log, timed_on, work.resume
             )
             settings = resolve_settings(asked, exported.graph)
-        judged = asked.finetune and blind_to(calibration) is None
         quantized = quantize_graph(
             asked, settings, exported.graph, calibration, steering, model.spec.task,
             out_of_time, progress, log, steered, recipe.measurement.device,
-            probe_inputs(model.spec) if judged else (),
+            judging_inputs(model.spec, calibration) if asked.finetune else (),
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
             fp32 = exported.whole(quantized.fp32)

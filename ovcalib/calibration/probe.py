@@ -30,6 +30,11 @@ def probe_inputs(spec: ModelSpec, source: str = SOURCE) -> tuple[NDArray[np.floa
     return _made(plain, source)
 
 
+def judging_inputs(spec: ModelSpec, calibration: CalibrationSet) -> tuple[NDArray[np.float32], ...]:
+    """Network inputs that judge what was fitted to a calibration set; none where they say nothing of it."""
+    return () if blind_to(calibration) else probe_inputs(spec)
+
+
 @functools.lru_cache(maxsize=4)
 def _made(spec: ModelSpec, source: str) -> tuple[NDArray[np.float32], ...]:
     options = OPTIONS if source == SOURCE else {}

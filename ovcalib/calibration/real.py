@@ -35,7 +35,8 @@ def generate(request: Request, options: Options) -> Generated:
     warnings = []
     labels = None
     try:
-        labels = model_labels(data, request.spec)
+        if request.spec.num_classes is not None:  # folders say nothing to a network without classes
+            labels = model_labels(data, request.spec)
     except DataError as error:
         # The default algorithm needs no labels, so images of other classes serve as well.
         warnings.append(f"labels are not used: {error}")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import openvino as ov
 
 from ovcalib.calibration.make import make_set, resolve_calibration
-from ovcalib.errors import MissingDependencyError, require_installed
+from ovcalib.calibration.probe import judging_inputs
+from ovcalib.errors import MissingDependencyError, ModelError, require_installed
 from ovcalib.models.load import Model
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import quantize_graph
@@ -28,6 +29,18 @@ def can_quantize() -> bool:
     return True
 
 
+def can_finetune(fp32: ov.Model, name: str) -> bool:
+    """Whether torch is installed, and computes every operation of the graph."""
+    try:
+        require_installed(("torch",), "Fine-tuning")
+        from ovcalib.quantization.finetuning import refuse_unknown_operations
+
+        refuse_unknown_operations(fp32, name)
+    except (MissingDependencyError, ModelError):
+        return False
+    return True
+
+
 def try_remedies(
     about: ModelOptions,
     model: Model,
@@ -39,7 +52,9 @@ def try_remedies(
     good_enough: Callable[[Metrics], bool],
     progress: Progress,
 ) -> tuple[Remedy, ...]:
-    """Quantize with the defaults and, where that is not good enough, with the most harmful operations in float.
+    """Quantize with the defaults and, where that is not good enough, in ways that cost more.
+
+    The most harmful operations in float cost speed, and fine-tuning, which is tried last, takes minutes.
 
     about       how the FP32 model was named; model and fp32 are what it holds
     source      calibration source, at its own number of images
@@ -56,11 +71,16 @@ def try_remedies(
         yield QuantizationOptions()
         if harmful:
             yield QuantizationOptions(ignore=tuple(harmful))
+        if can_finetune(fp32, model.spec.name):
+            yield QuantizationOptions(finetune=True)
 
     tried: list[Remedy] = []
     for asked in attempts():
         settings = resolve_settings(asked, fp32)
-        made = quantize_graph(asked, settings, fp32, calibration, None, model.spec.task, lambda: False, progress)
+        probe = judging_inputs(model.spec, calibration) if asked.finetune else ()
+        made = quantize_graph(
+            asked, settings, fp32, calibration, None, model.spec.task, lambda: False, progress, probe=probe
+        )
         found = measure(made.int8)
         recipe = Recipe(model=about, calibration=options, quantization=asked)
         tried.append(Remedy(command=quantize_command(recipe), **found.model_dump()))

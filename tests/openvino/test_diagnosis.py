@@ -3,6 +3,7 @@
 import html
 import json
 import shlex
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -10,6 +11,7 @@ import openvino as ov
 import pytest
 
 import ovcalib
+from ovcalib.diagnosis import remedies
 from ovcalib.diagnosis.diagnose import operation_signals, output_errors
 from ovcalib.errors import ModelError, UsageError
 from ovcalib.evaluation.outputs import calibration_items
@@ -18,6 +20,7 @@ from ovcalib.graph.probing import instrument, observe
 from ovcalib.graph.reading import WEIGHTED, layer_name, quantized_operations
 from ovcalib.progress import Progress
 from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.quantize import quantize_graph
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.schema import schema
 from ovcalib.reports.diagnosis import ignore_options
@@ -111,8 +114,8 @@ def test_where_quantizing_again_is_not_enough_the_most_harmful_operations_stay_i
 
     strict = diagnosed(max_drop=0)
     assert strict.fp32.agreement == 1
-    sound = int(strict.remedies[0].agreement == 1)
-    assert len(strict.remedies) == 2 - sound
+    assert [r.agreement == 1 for r in strict.remedies[:-1]] == [False] * (len(strict.remedies) - 1)
+    assert strict.remedies[-1].agreement == 1 or len(strict.remedies) == 3
     best = max(r.agreement for r in strict.remedies)
     assert strict.remedies[strict.remedy].agreement == best > strict.int8.agreement
 
@@ -125,6 +128,33 @@ def test_where_quantizing_again_is_not_enough_the_most_harmful_operations_stay_i
     assert [("--ignore fc" in r.command) for r in found.remedies] == [False, True]
     assert found.remedy == 1
     assert found.remedies[1].agreement >= 0.99 > found.remedies[0].agreement
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_where_that_is_not_enough_it_is_fine_tuned(toy, toy_graph, int8, tmp_path, monkeypatch, possible) -> None:
+    harmed = plant_narrow_range(int8, "fc", 0.02)
+    fp32, bad = write_pair(tmp_path, toy_graph, harmed)
+    toy.calibration(20).save(tmp_path / "set")
+    given, judges = [], tuple(toy.calibration(4).inputs())
+    monkeypatch.setattr(remedies, "judging_inputs", lambda spec, calibration: judges)
+
+    def spoiled(options, settings, graph, *rest, probe):
+        given.append((options.finetune, probe))
+        made = quantize_graph(options, settings, graph, *rest)
+        return made if options.finetune else replace(made, int8=harmed.clone())
+
+    def refuse(graph, name):
+        raise ModelError("unknown operations")
+
+    monkeypatch.setattr(remedies, "quantize_graph", spoiled)
+    if not possible:
+        monkeypatch.setattr("ovcalib.quantization.finetuning.refuse_unknown_operations", refuse)
+    found = ovcalib.diagnose(
+        fp32, bad, calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"], num_samples=16, benchmark_time=0
+    )
+    assert [("--finetune" in r.command) for r in found.remedies] == [False, False, *[True] * possible]
+    assert given == [(False, ()), (False, ()), *[(True, judges)] * possible]
+    assert found.remedy == (2 if possible else None)
 
 
 def test_without_nncf_nothing_is_quantized_again(toy, toy_graph, int8, tmp_path, monkeypatch) -> None:
