@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ovcalib.errors import ModelError
 from ovcalib.models.weights import never_trained, statistics_layers
+from ovcalib.records.preprocessing import USUAL_PIXELS
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,17 @@ _TRIM_DEFAULT, _MMAP_DEFAULT = 128 * 1024, 65536
 
 
 @contextmanager
-def large_blocks_kept() -> Iterator[None]:
+def large_blocks_kept(shape: tuple[int, int, int]) -> Iterator[None]:
     """Let glibc keep freed memory: mapping and unmapping activations at every step costs more than the network.
 
-    Everything is given back at the end. Elsewhere than on glibc this does nothing.
+    Everything is given back at the end. Elsewhere than on glibc this does nothing. Nor does it for large images: what
+    is kept grows with every step, to twice the memory, and that counts more than a fifth of the time.
+
+    shape   of the network's input, C, H, W
     """
+    if math.prod(shape[1:]) > USUAL_PIXELS:
+        yield
+        return
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt, malloc_trim = libc.mallopt, libc.malloc_trim

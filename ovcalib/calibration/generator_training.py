@@ -144,7 +144,7 @@ class Training(Generic[Options]):
         if self.step:
             self.report("taken up again")
         try:
-            with large_blocks_kept(), torch.enable_grad():
+            with large_blocks_kept(request.spec.input_shape), torch.enable_grad():
                 while self.step < o.steps and not request.out_of_time():
                     self.advance(loss)
             with torch.no_grad():

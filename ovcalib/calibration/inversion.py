@@ -74,7 +74,7 @@ def invert(request: Request, options: InversionOptions, kind: type[Run] | None =
             )
         labels = torch.arange(request.count) % request.spec.num_classes
     half, copies = options.precision == "bf16", 1 if options.swing else None
-    with large_blocks_kept(), torch.enable_grad():
+    with large_blocks_kept(request.spec.input_shape), torch.enable_grad():
         with (
             swinging(module, options.swing) as swing,
             on_all_cores(module, request.spec.name, half, copies, features=options.keeps_distance) as network,

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from ovcalib.records.model import ModelSpec
-from ovcalib.records.preprocessing import SMALL_SIDE
+from ovcalib.records.preprocessing import SMALL_SIDE, USUAL_PIXELS
 
 # Eight small images do not use a processor fully: with 32, ResNet-20 takes half the time and has the same output error.
 BATCH_OF_SMALL = 32
-# Up to so many pixels the batch of a budget is as it stands; of larger images fewer go together, for their memory.
-USUAL_PIXELS = 260**2
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def optimise(request: Request, options: Options) -> Generated:
         windows = any(output.shape[1] > 1 for output in found)
         options = dataclasses.replace(options, rate=RATE_OF_WINDOWS if windows else RATE)
     labels = None if spec.num_classes is None else torch.arange(request.count) % spec.num_classes
-    with large_blocks_kept(), torch.enable_grad():
+    with large_blocks_kept(spec.input_shape), torch.enable_grad():
         run = PatchRun(request, options, module, labels, device)
         images = run.all_steps()
     module.cpu()

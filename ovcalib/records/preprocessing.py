@@ -25,6 +25,8 @@ IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 USUAL_CROP = 0.875
 # Sides up to which images are small. Published settings for CIFAR have been used with 32 pixels, ImageNet's with 224.
 SMALL_SIDE = 96
+# Pixels up to which images take the memory that budgets for ImageNet's networks were chosen with.
+USUAL_PIXELS = 260**2
 
 # A longer image would take a large multiple of its memory when its short side is scaled up.
 MAX_ASPECT = 100

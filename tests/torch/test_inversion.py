@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ovcalib.calibration import SOURCES
 from ovcalib.calibration import bn_losses as losses
 from ovcalib.calibration import inversion as engine
 from ovcalib.calibration.bfloat16 import in_bfloat16
-from ovcalib.calibration.bn_taps import find_layers, tapped
+from ovcalib.calibration.bn_taps import find_layers, large_blocks_kept, tapped
 from ovcalib.calibration.inversion_options import InversionOptions, resolve
 from ovcalib.calibration.parallel import on_all_cores
 from ovcalib.calibration.score import range_coverage, score_set, statistics_distance
@@ -52,6 +53,19 @@ def activations(net, images):
     for hook in hooks:
         hook.remove()
     return found
+
+
+# Memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "inside", "after"), [(32, 2, 5), (260, 2, 5), (261, 0, 0)])
+def test_memory_is_kept_for_images_of_the_usual_size_alone(monkeypatch, side, inside, after) -> None:
+    told = []
+    libc = SimpleNamespace(mallopt=lambda *given: told.append(given), malloc_trim=lambda *given: told.append(given))
+    monkeypatch.setattr("ovcalib.calibration.bn_taps.ctypes.CDLL", lambda name: libc)
+    with large_blocks_kept((3, side, side)):
+        assert len(told) == inside
+    assert len(told) == after
 
 
 # Taps --------------------------------------------------------------------------------------------------------
