@@ -189,6 +189,9 @@ def test_real_images_are_balanced_and_know_their_labels(tmp_path, rng) -> None:
     one = generate(f"real:{tmp_path / 'cat'}", Request(count=2, seed=0, spec=SPEC))
     assert one.labels is None
     assert any("labels are not used" in warning for warning in one.provenance.warnings)
+    # Folders are no classes of a network that has none.
+    maps = generate(f"real:{tmp_path}", Request(count=2, seed=0, spec=SPEC.model_copy(update={"num_classes": None})))
+    assert (maps.labels, maps.provenance.warnings) == (None, ())
 
 
 def test_an_npz_set_is_taken_in_its_order(tmp_path, rng) -> None:
