@@ -34,8 +34,10 @@ GUARD_IMAGES = 8
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
 # Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
-# without, see ovcalib.kernels. Compensated rounding takes a half to three quarters of the rest of the error away.
-SATURATED_SHARE = 0.05
+# without, see ovcalib.kernels.
+SATURATED_SHARE = 0.1
+# Before rounding half of that share counts: compensation takes a half of the rest of the error away, or more.
+SHARE_BEFORE_ROUNDING = SATURATED_SHARE / 2
 # Operations that a warning names.
 NAMED_OPERATIONS = 4
 
@@ -126,10 +128,9 @@ class QuantizedCandidate:
     def error_on_avx2(self) -> float:
         return self.output.on("avx2", self.int8)
 
-    @property
-    def saturates(self) -> bool:
-        """Whether sums saturate on the kernels of AVX2, and cost more there."""
-        return self.error_on_avx2 > (1 + SATURATED_SHARE) * self.error
+    def saturates(self, share: float) -> bool:
+        """Whether sums saturate on the kernels of AVX2, and cost more than a share of the error there."""
+        return self.error_on_avx2 > (1 + share) * self.error
 
     @property
     def larger_error(self) -> float:
@@ -221,7 +222,7 @@ def select_settings(
     if "activation_ranges" in auto:
         best, ranges_nmse = select_activation_ranges(best, make)
     candidates = [best]
-    if "overflow_fix" in auto and best.saturates:
+    if "overflow_fix" in auto and best.saturates(SHARE_BEFORE_ROUNDING):
         candidates.append(make(halved(best.settings)))
     fitted = select_rounding(candidates, corrections) if "rounding" in auto else list(map(Fitted, candidates))
     if "bias_correction" in auto:
@@ -305,12 +306,12 @@ def select_weight_range(full: Fitted, half: Fitted | None) -> tuple[Fitted, Satu
     """Use half the range of weights where sums saturate on the kernels of AVX2, and cost more there.
 
     They are compared as they will be, rounded: compensation gives back most of what half the range costs.
-    half      None where the sums of the full range do not saturate
+    half      None where the sums of the full range did not saturate before rounding
     returns   the better one where its error is larger, and what was measured
     raises    KernelsFailedError
     """
     errors = full.best.error, full.best.error_on_avx2
-    if half is None:
+    if half is None or not full.best.saturates(SATURATED_SHARE):
         return full, Saturation(*errors, None)
     saturation = Saturation(*errors, half.best.larger_error)
     return half if saturation.avoided else full, saturation

@@ -43,6 +43,7 @@ from ovcalib.quantization.nncf_backend import _Items, quantize_default
 from ovcalib.quantization.quantize import finetuned, quantize_graph
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.selection import (
+    SATURATED_SHARE,
     Fitted,
     OutputError,
     QuantizedCandidate,
@@ -563,7 +564,7 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) 
     settings = Settings(overflow_fix="disable", bias_correction="none")
 
     full = make(settings)
-    assert full.saturates
+    assert full.saturates(SATURATED_SHARE)
     found, saturation = select_weight_range(Fitted(full), Fitted(make(halved(settings))))
     chosen = found.best
     assert chosen.settings == replace(settings, overflow_fix="enable")
@@ -573,7 +574,7 @@ def test_weights_take_half_their_range_where_the_full_one_saturates(saturating) 
     assert f"{saturation.avx2:.2g}" in saturation.warning()
     assert "`deploy_isa`" in saturation.warning()
     # What is safe already stays as it is.
-    assert not chosen.saturates
+    assert not chosen.saturates(SATURATED_SHARE)
     kept, saturation = select_weight_range(found, None)
     assert kept is found
     assert not saturation.avoided
