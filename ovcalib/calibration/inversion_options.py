@@ -172,6 +172,7 @@ def resolve(options: Options, size: tuple[int, int], classes: int | None = None)
     if "batch" in filled:
         if side <= SMALL_SIDE:
             filled["batch"] = max(filled["batch"], BATCH_OF_SMALL)
+        # Of larger images fewer go together, for their memory.
         filled["batch"] = max(1, int(filled["batch"] * min(1.0, USUAL_PIXELS / math.prod(size))))
     if isinstance(options, InversionOptions) and options.extra_pixels is None:
         # 32 pixels at 224, as published; in proportion elsewhere.

@@ -34,7 +34,7 @@ class SetScore(Frozen):
 class Trial(Frozen):
     """How a source did in the comparison of `auto`.
 
-    seconds   to make its images for the comparison
+    seconds   to make its set
     nmse      of INT8 calibrated with its images, on the images of each source in the order of the trials
     excess    how many times the least of these errors its own are, geometric mean; 1 is best on everybody's images.
               Where some images are real, over these alone
