@@ -183,7 +183,7 @@ def large_blocks_kept(shape: tuple[int, int, int]) -> Iterator[None]:
     """Let glibc keep freed memory: mapping and unmapping activations at every step costs more than the network.
 
     Everything is given back at the end. Elsewhere than on glibc this does nothing. Nor does it for large images: what
-    is kept grows with every step, to twice the memory, and that counts more than a fifth of the time.
+    is kept grows from step to step, and there memory counts more than time.
 
     shape   of the network's input, C, H, W
     """

@@ -84,9 +84,8 @@ def choose_adaround(
     roundings: Sequence[Rounding], fitted: Moments, unseen: Moments
 ) -> list[tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]:
     """Learned rounding of a layer, in the place of `ovcalib.quantization.rounding.choose_rounding`."""
-    chosen = []
+    power, chosen = output_power(roundings[0], unseen), []
     for rounding in roundings:
-        power = output_power(rounding, unseen)
         integers = adaround(rounding.exact, rounding.scale, fitted.covariance, rounding.limit, STEPS)
         plain, learned = (
             output_error(rounding.errors(found, rounding.scale), fitted, unseen) / power

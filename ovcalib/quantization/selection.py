@@ -157,8 +157,8 @@ class Saturation:
 
     vnni     where sums do not saturate
     avx2     on the kernels of AVX2
-    halved   the larger of both with half the range of weights, which does not saturate; None where there was no need
-             to try
+    halved   the larger of both with half the range of weights, which does not saturate; None where the full one does
+             not either
     """
 
     vnni: float

@@ -398,7 +398,7 @@ class Quantization(Frozen):
     output_error       of the model as it was written, on the kernels of all machines that it is for
     saturation_nmse    NMSE of the outputs on the kernels of a CPU with VNNI and of one without, on held-out
                        calibration images, before the overflow fix was settled; None where a machine was named
-    halved_nmse        the larger of both with half the range of weights; None where there was no need to try
+    halved_nmse        the larger of both with half the range of weights; None where the full one does not saturate
     activation_ranges  what they came to, whatever was asked
     channel_headroom   factor on the ranges of single channels, those of depthwise convolutions' inputs
     smooth_quant       what it came to, whatever was asked; None in records of earlier versions

@@ -180,7 +180,8 @@ def test_the_first_images_of_each_set_are_compared(make, files, graph) -> None:
 
 def test_progress_only_grows(make, files) -> None:
     ticks = []
-    make(f"auto:{files['dull']},{files['good']}", 8, tick=lambda done, note: ticks.append(done))
+    made = make(f"auto:{files['dull']},{files['good']}", 8, tick=lambda done, note: ticks.append(done))
+    np.testing.assert_array_equal(made.images, make(files["good"], 8).images)
     assert ticks == sorted(ticks)
     assert ticks[-1] == 8
 
