@@ -6,7 +6,8 @@
 
 Measured in turns (A B C D A B C D ...); medians and their ratios:
 
-    network   one forward pass and one backward pass to the pixels: the lower bound
+    network   one forward pass and one backward pass to the pixels
+    kept      the same, and the process keeps freed memory as ovcalib's does: the lower bound
     ours      a step of ovcalib's engine (whole-set statistics, RAdam, as dgh without image pipeline and output loss)
               in the precision that it selects for this CPU, and as ours-fp32 in float32, as ours-bf16 in bfloat16 on
               a CPU that has it
@@ -14,8 +15,9 @@ Measured in turns (A B C D A B C D ...); medians and their ratios:
     mct       a step of `pytorch_data_generation_experimental` of Sony's model-compression-toolkit, if --mct-python
               names the interpreter of an environment that has it; the model is passed as a pickled module
 
-The time of a step of `ours` and of `mct` is the difference between a run with more steps and a run with one step, so
-that set-up is not counted. --mct-images keeps the images of MCT for benchmarks/calibration.py (`--arm npz:FILE`).
+`network`, `kept` and `hooks` have a process each, so that none profits from memory that another one left. The time of a
+step of `ours` and of `mct` is the difference between a run with more steps and a run with one step, so that set-up is
+not counted. --mct-images keeps the images of MCT for benchmarks/calibration.py (`--arm npz:FILE`).
 --race N times a whole run of bn-inversion with N steps, after a warm-up run, to compare with all of MCT's steps.
 """
 
@@ -27,7 +29,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +42,7 @@ from torch import Tensor, nn
 
 import ovcalib
 from ovcalib import machine
+from ovcalib.calibration.bn_taps import large_blocks_kept
 from ovcalib.measurement.environment import environment
 
 MCT = """
@@ -89,6 +97,29 @@ def hooks_step(module: nn.Module, images: Tensor) -> Callable[[], None]:
     return step
 
 
+@cache
+def plain_step(name: str, model: str, about: tuple[tuple[str, Any], ...], count: int) -> tuple[Callable[[], None], Any]:
+    """What one of the ways without ovcalib repeats, and the setting of memory that it runs in."""
+    loaded = ovcalib.load_model(model, **dict(about))
+    assert loaded.module is not None
+    shape = loaded.spec.input_shape
+    module = loaded.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    images = torch.randn(count, *shape).contiguous(memory_format=torch.channels_last)
+    step = (hooks_step if name == "hooks" else network_step)(module, images)
+    return step, (lambda: large_blocks_kept(shape)) if name == "kept" else nullcontext
+
+
+def plain_seconds(args: argparse.Namespace, name: str) -> float:
+    """Seconds of a step of one of the ways without ovcalib, in this process."""
+    step, memory = plain_step(name, args.model, tuple(args.about.items()), args.images)
+    with memory():
+        step()
+        began = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        return (time.perf_counter() - began) / int(args.steps)
+
+
 def engine_seconds(args: argparse.Namespace, precision: str) -> float:
     """Seconds of a step of ovcalib's engine."""
     options = {"pipeline": "none", "output": "none", "clip": False, "batch": args.images, "precision": precision}
@@ -104,37 +135,32 @@ def whole_run(args: argparse.Namespace, source: str, options: dict[str, object])
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
+    with ExitStack() as stack:
+
+        def apart(name: str) -> Callable[[], float]:
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            return lambda: pool.submit(plain_seconds, args, name).result()
+
+        ways = {name: apart(name) for name in ("network", "kept", "hooks")}
+        ways |= {"ours": lambda: engine_seconds(args, "auto"), "ours-fp32": lambda: engine_seconds(args, "fp32")}
+        if machine.has_bfloat16():
+            ways["ours-bf16"] = lambda: engine_seconds(args, "bf16")
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(args.turns + 1):  # the first is warm-up
+            for name, way in ways.items():
+                seconds = way()
+                if turn:
+                    times[name].append(seconds)
+    result = {name: float(np.median(values)) for name, values in times.items()}
     model = ovcalib.load_model(args.model, **args.about)
     assert model.module is not None
-    module = model.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    images = torch.randn(args.images, *model.spec.input_shape).contiguous(memory_format=torch.channels_last)
-
-    def timed(step: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        for _ in range(args.steps):
-            step()
-        return (time.perf_counter() - began) / int(args.steps)
-
-    network, hooks = network_step(module, images), hooks_step(module, images)
-    ways: dict[str, Callable[[], float]] = {
-        "network": lambda: timed(network), "ours": lambda: engine_seconds(args, "auto"),
-        "ours-fp32": lambda: engine_seconds(args, "fp32"), "hooks": lambda: timed(hooks),
-    }  # fmt: skip
-    if machine.has_bfloat16():
-        ways["ours-bf16"] = lambda: engine_seconds(args, "bf16")
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(args.turns + 1):  # the first is warm-up
-        for name, way in ways.items():
-            seconds = way()
-            if turn:
-                times[name].append(seconds)
-    result = {name: float(np.median(values)) for name, values in times.items()}
     if args.mct_python:
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(module.to(memory_format=torch.contiguous_format), Path(folder) / "model.pt")
+            torch.save(model.module, Path(folder) / "model.pt")
             command = [
-                args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(images.shape[2]), str(args.images),
-                str(args.mct_steps), str(torch.get_num_threads()), args.mct_images or str(Path(folder) / "images.npz"),
+                args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(model.spec.input_shape[1]),
+                str(args.images), str(args.mct_steps), str(torch.get_num_threads()),
+                args.mct_images or str(Path(folder) / "images.npz"),
             ]  # fmt: skip
             found = subprocess.run(command, capture_output=True, text=True)
             if found.returncode:

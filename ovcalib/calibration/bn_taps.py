@@ -18,6 +18,9 @@ from ovcalib.errors import ModelError
 from ovcalib.models.weights import never_trained, statistics_layers
 from ovcalib.records.preprocessing import USUAL_PIXELS
 
+# Values of one image at one layer from which on images are read one by one: more than the fast caches hold.
+LARGE_IMAGE = 2**18
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -76,11 +79,16 @@ class _BatchNormWithMoments(torch.autograd.Function):
         flat = _flat(x)
         out, flat_out = _empty_channels_last(x.shape, x)
         values = flat.float()
-        mean = values.mean(1)
         # The squares are written into the memory of the output, which is filled later.
         scratch = flat_out if x.dtype == torch.float32 else torch.empty_like(values)
-        square = torch.mul(values, values, out=scratch).mean(1)
-        torch.addcmul(shift, values, scale, out=scratch)
+        if x.device.type == "cpu" and values[0].numel() >= LARGE_IMAGE:
+            # One image after the other, so that later passes find it in the cache.
+            found = [_moments_and_affine(*image, scale, shift) for image in zip(values, scratch, strict=True)]
+            mean, square = (torch.stack(part) for part in zip(*found, strict=True))
+        else:
+            mean = values.mean(1)
+            square = torch.mul(values, values, out=scratch).mean(1)
+            torch.addcmul(shift, values, scale, out=scratch)
         if scratch is not flat_out:
             flat_out.copy_(scratch)
         ctx.save_for_backward(flat, scale)
@@ -97,6 +105,14 @@ class _BatchNormWithMoments(torch.autograd.Function):
         torch.addcmul(constant, flat, linear, out=flat_out)
         flat_out.addcmul_(flat_gradient, scale)
         return out, None, None
+
+
+def _moments_and_affine(values: Tensor, out: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and mean square of one image, [positions, C], and values * scale + shift into `out`."""
+    as_images = values.t()[None, :, :, None]  # [1, C, positions, 1], channels-last
+    mean, variance = torch.batch_norm_update_stats(as_images, None, None, 0.0)
+    torch.addcmul(shift, values, scale, out=out)
+    return mean, variance + mean * mean
 
 
 def _flat(x: Tensor) -> Tensor:

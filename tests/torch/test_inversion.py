@@ -71,6 +71,14 @@ def test_memory_is_kept_for_images_of_the_usual_size_alone(monkeypatch, side, in
 # Taps --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True], ids=["all images", "one by one"])
+def moments_one_by_one(request, monkeypatch) -> None:
+    """Moments as of small layers, and as of large ones."""
+    if request.param:
+        monkeypatch.setattr("ovcalib.calibration.bn_taps.LARGE_IMAGE", 0)
+
+
+@pytest.mark.usefixtures("moments_one_by_one")
 def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(toy, rng) -> None:
     images = torch.from_numpy(rng.standard_normal((3, 3, 16, 16), dtype=np.float32))
 
@@ -94,6 +102,7 @@ def test_taps_give_the_moments_the_output_and_the_gradients_of_plain_autograd(to
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("moments_one_by_one")
 def test_in_bfloat16_the_moments_and_gradients_are_those_of_float32_but_for_rounding(toy, rng) -> None:
     images = torch.from_numpy(rng.standard_normal((3, 3, 16, 16), dtype=np.float32))
     found = {}
