@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovcalib.quantization.rounding import Moments, RoundedLayer, Rounding, output_error, output_power
+from ovcalib.quantization.compensation import Moments, output_error
+from ovcalib.quantization.rounding import RoundedLayer, Rounding, output_power
 
 STEPS, RATE = 10_000, 1e-3
 # Equation 23 of the paper: the sigmoid is stretched beyond 0 and 1, so that it reaches both.
@@ -86,9 +87,9 @@ def choose_adaround(
     """Learned rounding of a layer, in the place of `ovcalib.quantization.rounding.choose_rounding`."""
     power, chosen = output_power(roundings[0], unseen), []
     for rounding in roundings:
-        integers = adaround(rounding.exact, rounding.scale, fitted.covariance, rounding.limit, STEPS)
+        integers = adaround(rounding.exact, rounding.scale, fitted.covariance.matrix(), rounding.limit, STEPS)
         plain, learned = (
-            output_error(rounding.errors(found, rounding.scale), fitted, unseen) / power
+            sum(output_error(rows, fitted, unseen) for rows in rounding.errors(found, rounding.scale)) / power
             for found in (rounding.plain, integers)
         )
         chosen.append((RoundedLayer(rounding.layer.name, plain, learned, 0.0, False), integers, rounding.scale))

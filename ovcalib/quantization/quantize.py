@@ -99,7 +99,7 @@ def calibrate(
         make = functools.partial(
             quantize_default, output.fp32, parts.ranges, corrections=parts.corrections, tick=tick, log=log
         )
-        return select_settings(make, settings, auto, output, parts.corrections)
+        return select_settings(make, settings, auto, output, parts.corrections, progress)
 
 
 def quantize_graph(
@@ -304,7 +304,7 @@ def simulated(
     coarse = simulate(fp32, int8, bits, parts.ranges.inputs())
     selected = select_settings(
         lambda asked: fit_weights(fp32, coarse, asked, parts.corrections), settings,
-        auto_fields(options, settings) & {"rounding", "bias_correction"}, output, parts.corrections,
+        auto_fields(options, settings) & {"rounding", "bias_correction"}, output, parts.corrections, progress,
     )  # fmt: skip
     graph, tuning = selected.int8, None
     if options.finetune:

@@ -1,16 +1,6 @@
-"""Compensated rounding of weights (GPTQ): weights that are rounded later reduce the output error of earlier ones.
+"""Compensated rounding of the weights of a network, layer by layer; `compensation` is the arithmetic.
 
-A layer computes W x + b of quantized inputs x. Integers Q, a scale s near NNCF's for each output channel, and a shift
-of the bias are chosen to minimise the output error over calibration images:
-
-    E|W x - (s Q x + shift)|^2
-
-The best shift is (W - s Q) E[x], which is bias correction. What is left is e H e^T for each row e of W - s Q, where H
-is the covariance of x. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023, after their "Optimal Brain Compression", NeurIPS 2022: columns are rounded one after the
-other, and the error of each is compensated by those that follow.
-
-Here x is the input of the layer in the FP32 network, quantized. So layers do not depend on each other: one pass over
+The inputs of a layer are those of the FP32 network, quantized. So layers do not depend on each other: one pass over
 the images is enough, and the rounding of a layer stays valid when others are reverted to float. A few images do not
 determine H. Damping moves the result towards plain rounding, and the damping of each layer is chosen on held-out
 images.
@@ -18,8 +8,7 @@ images.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,137 +27,25 @@ from ovcalib.graph.reading import (
     smoothing,
 )
 from ovcalib.quantization.bias_correction import weight_errors
+from ovcalib.quantization.compensation import (
+    Feedback,
+    Moments,
+    bias_shift,
+    compensated_rounding,
+    moments_of,
+    output_error,
+    rescaled_rounding,
+    row_slices,
+)
 from ovcalib.runtime import Inference, groups_that_fit, size_of
 
 # Shares of the mean diagonal that are added to the diagonal of H; a layer takes the best of them, or plain rounding.
 DAMPINGS = (0.01, 0.1, 1.0)
-# Scales that are tried for an output channel, in those that NNCF chose. Smaller ones clip the largest weights.
-SCALES = tuple(1 + k / 40 for k in range(-8, 5))
 # Output positions of a layer that are sampled in one image.
 POSITIONS = 256
 # Share of the images that decides, layer by layer, whether compensation helps.
 HELD_OUT_SHARE = 0.25
 SEED = 0
-# Columns whose errors are added to all later ones by one matrix product.
-BLOCK = 128
-# Weights that are rounded with several scales at once, which takes a few times their 8 bytes each.
-VALUES_AT_ONCE = 2**23
-
-
-# The rounding of one layer: arrays in, arrays out -----------------------------------------------
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """H plus damping as R D R^T: how the error of a column acts on those that are rounded after it.
-
-    Columns of large variance, whose errors cost most, come first, when many others are left to compensate.
-
-    order   int [..., I], of the columns
-    unit    R, float64 [..., I, I], upper triangular with ones on its diagonal
-    cost    the diagonal of D, float64 [..., I]
-    """
-
-    order: NDArray[np.intp]
-    unit: NDArray[np.float64]
-    cost: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, hessian: NDArray[np.float64], damping: float) -> Feedback:
-        """hessian is [..., I, I], symmetric and positive semidefinite; damping a share of its mean diagonal.
-
-        The identity stands in for inputs that never change.
-        """
-        variances = np.diagonal(hessian, axis1=-2, axis2=-1)
-        order = np.argsort(-variances, axis=-1, kind="stable")
-        # An upper triangular factor is the lower one of the matrix from its end.
-        end_first = order[..., ::-1]
-        turned = np.empty(hessian.shape)
-        for i in np.ndindex(hessian.shape[:-2]):
-            turned[i] = hessian[i][end_first[i]][:, end_first[i]]
-        mean = variances.mean(-1)[..., None]
-        np.einsum("...ii->...i", turned)[...] += np.where(mean > 0, damping * mean, 1.0)
-        factor = np.linalg.cholesky(turned)[..., ::-1, ::-1]
-        diagonal = np.diagonal(factor, axis1=-2, axis2=-1)
-        return cls(order, factor / diagonal[..., None, :], diagonal**2)
-
-
-def compensated_rounding(
-    weights: NDArray[np.float64], scale: NDArray[np.float64], feedback: Feedback, limit: int
-) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """Integers Q with little e H e^T for each row e = weights - scale * Q.
-
-    weights   [..., O, I]; leading axes are problems of their own, such as the channels of a depthwise convolution
-    scale     [..., O]
-    limit     largest absolute integer
-    returns   int8 [..., O, I], and e H e^T of the damped H, float64 [..., O]
-
-    With H = R D R^T, e H e^T is the sum over columns j of D_j (e_j + sum_{i<j} e_i R_ij)^2, and column j is rounded to
-    minimise its term: GPTQ without the inverse of H (Chee et al., "QuIP", NeurIPS 2023, theorem 6).
-    """
-    # Columns of weights are rows here, because they are read and written as a whole.
-    exact = np.take_along_axis((weights / scale[..., None]).swapaxes(-1, -2), feedback.order[..., None], -2)
-    back = feedback.unit.swapaxes(-1, -2)
-    count = exact.shape[-2]
-    rounded, errors, lost = np.zeros(exact.shape, np.int8), np.zeros_like(exact), np.zeros(scale.shape)
-    for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        led = exact[..., start:stop, :] + back[..., start:stop, :start] @ errors[..., :start, :]
-        for j in range(start, stop):
-            column = led[..., j - start, :] + (back[..., j : j + 1, start:j] @ errors[..., start:j, :])[..., 0, :]
-            nearest = np.clip(np.rint(column), -limit, limit)
-            rounded[..., j, :], errors[..., j, :] = nearest, exact[..., j, :] - nearest
-            lost += feedback.cost[..., j, None] * (column - nearest) ** 2
-    integers = np.take_along_axis(rounded, np.argsort(feedback.order, axis=-1)[..., None], -2).swapaxes(-1, -2)
-    return integers, scale**2 * lost
-
-
-def rescaled_rounding(
-    weights: NDArray[np.float64], scale: NDArray[np.float64], feedback: Feedback, limit: int
-) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """`compensated_rounding` with the best of SCALES for each row: integers [..., O, I] and scales [..., O]."""
-    least = np.full(scale.shape, np.inf)
-    best, chosen = np.zeros(weights.shape, np.int8), scale
-    # Rows are independent, so one problem has those of many scales.
-    for factors in np.array_split(SCALES, min(len(SCALES), math.ceil(len(SCALES) * weights.size / VALUES_AT_ONCE))):
-        scales = np.concatenate([factor * scale for factor in factors], axis=-1)
-        integers, lost = compensated_rounding(np.tile(weights, (len(factors), 1)), scales, feedback, limit)
-        parts = (np.split(values, len(factors), axis) for values, axis in ((lost, -1), (integers, -2), (scales, -1)))
-        for one_lost, one, one_scale in zip(*parts, strict=True):
-            better = one_lost < least
-            least = np.where(better, one_lost, least)
-            best = np.where(better[..., None], one, best)
-            chosen = np.where(better, one_scale, chosen)
-    return best, chosen
-
-
-@dataclass(frozen=True)
-class Moments:
-    """First two moments of the inputs of a layer.
-
-    mean         float64 [G, I]: groups, inputs of one output position
-    covariance   float64 [G, I, I]
-    """
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-
-
-def bias_shift(errors: NDArray[np.float64], fitted: Moments) -> NDArray[np.float64]:
-    """The shift [G, O] of the bias that compensates the mean of rounding errors of weights [G, O, I]."""
-    shift: NDArray[np.float64] = (errors @ fitted.mean[..., None])[..., 0]
-    return shift
-
-
-def output_error(errors: NDArray[np.float64], fitted: Moments, seen: Moments) -> float:
-    """Mean squared error of a layer's output, summed over channels.
-
-    errors   float64 [G, O, I]: weights less rounded weights
-    fitted   the inputs that the shift of the bias was solved on
-    seen     the inputs that the error is computed for
-    """
-    mean = bias_shift(errors, seen) - bias_shift(errors, fitted)
-    return float(np.sum((errors @ seen.covariance) * errors) + np.sum(mean**2))
 
 
 # The inputs of a layer --------------------------------------------------------------------------
@@ -223,9 +100,10 @@ class Rounding:
         by_group = read.reshape(groups, len(read) // groups, len(chosen), -1)
         return by_group.transpose(0, 2, 1, 3).reshape(groups, len(chosen), -1)
 
-    def errors(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The rounding errors of weights, [G, O, I]."""
-        return self.exact - scale[..., None] * integers
+    def errors(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+        """The rounding errors of weights, [G, O, I], some rows at a time."""
+        for own in row_slices(self.exact):
+            yield self.exact[:, own] - scale[:, own, None] * integers[:, own]
 
     def write(self, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> None:
         shape = list(self.layer.op.input_value(1).get_shape())
@@ -242,10 +120,17 @@ class Rounding:
         """Whether every output channel has a scale of its own."""
         return scale_count(self.layer) == self.scale.size
 
-    def bytes_held(self) -> int:
-        """Of its input, and of its second moments over two sets of images."""
+    @property
+    def positions(self) -> int:
+        """Output positions that are sampled in one image."""
+        read = self.layer.op.input_value(0).get_shape()
+        return min(POSITIONS, int(np.prod(read[:-1] if self.window is None else self.window.shape)))
+
+    def bytes_held(self, images: int) -> int:
+        """Of its input, and of its second moments over two sets of images, or of the samples where they are few."""
         groups, _, inputs = self.exact.shape
-        return size_of(self.layer.op.input_value(0)) + int(2 * 8 * groups * inputs**2)
+        rows = min(inputs, images * self.positions)
+        return size_of(self.layer.op.input_value(0)) + int(2 * 8 * groups * inputs * rows)
 
 
 def roundings_of(layers: Sequence[Layer], exact: NDArray[np.float64]) -> list[Rounding]:
@@ -267,27 +152,11 @@ def input_moments(
     graph   has the inputs of the layers as its outputs
     """
     infer = Inference(graph)
-    sums = [np.zeros((len(r.exact), r.exact.shape[-1])) for r in roundings]
-    # Products are summed in float32, which is faster; the errors are far below any damping. That takes inputs without
-    # the mean of the first image: where inputs hardly vary, their mean would leave nothing of the differences.
-    products = [np.zeros((*total.shape, total.shape[-1]), np.float32) for total in sums]
-    origins = [np.zeros((len(total), 1, total.shape[-1]), np.float32) for total in sums]
-    counts = [0] * len(roundings)
+    sums = [moments_of(len(images) * rounding.positions, rounding.exact.shape[-1]) for rounding in roundings]
     for image in images:
-        for i, (rounding, x) in enumerate(zip(roundings, infer(image), strict=True)):
-            rows = rounding.rows(x, rng)
-            if not counts[i]:
-                origins[i] = rows.mean(1, keepdims=True)
-            rows = rows - origins[i]
-            counts[i] += rows.shape[1]
-            sums[i] += rows.sum(1, dtype=np.float64)
-            products[i] += rows.transpose(0, 2, 1) @ rows
-    found = []
-    for count, total, product, origin in zip(counts, sums, products, origins, strict=True):
-        mean = total / count
-        covariance = product.astype(np.float64) / count - mean[..., :, None] * mean[..., None, :]
-        found.append(Moments(mean + origin[:, 0], covariance))
-    return found
+        for rounding, own, x in zip(roundings, sums, infer(image), strict=True):
+            own.add(rounding.rows(x, rng))
+    return [own.moments() for own in sums]
 
 
 # The network ------------------------------------------------------------------------------------
@@ -316,7 +185,7 @@ class RoundedLayer:
 
 def output_power(rounding: Rounding, seen: Moments) -> float:
     """The variance of a layer's output, summed over channels; 1 for a layer whose output never changes."""
-    return float(np.sum((rounding.exact @ seen.covariance) * rounding.exact)) or 1.0
+    return seen.covariance.energy(rounding.exact) or 1.0
 
 
 def choose_rounding(
@@ -329,11 +198,11 @@ def choose_rounding(
     power = output_power(roundings[0], unseen)
 
     def error(rounding: Rounding, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
-        return output_error(rounding.errors(integers, scale), fitted, unseen) / power
+        return sum(output_error(rows, fitted, unseen) for rows in rounding.errors(integers, scale)) / power
 
     best: dict[int, tuple[float, float, Feedback, NDArray[np.int8]]] = {}
     for damping in DAMPINGS:
-        feedback = Feedback.of(fitted.covariance, damping)
+        feedback = fitted.covariance.feedback(damping)
         for i, rounding in enumerate(roundings):
             integers, _ = compensated_rounding(rounding.exact, rounding.scale, feedback, rounding.limit)
             found = error(rounding, integers, rounding.scale)
@@ -371,6 +240,7 @@ def round_weights(
     *,
     held_out: Sequence[NDArray[np.float32]],
     choose: Choose = choose_rounding,
+    tick: Callable[[float], None] = lambda done: None,
 ) -> tuple[tuple[RoundedLayer, ...], ...]:
     """Round the weights of every quantized layer anew and correct its bias, in place.
 
@@ -380,6 +250,7 @@ def round_weights(
     rng          chooses the positions in each image
     held_out     network inputs that tell, for each layer, whether compensation helps
     choose       rounds one layer
+    tick         receives the share of the weights that is rounded
     returns      of each graph the layers that were looked at, in execution order; others, if any, keep their integers
     """
     exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
@@ -393,32 +264,44 @@ def round_weights(
             errors = weight_errors(fp32, int8, images)
             own.update({name: -error for name, error in errors.items() if name not in known})
     records: list[list[RoundedLayer]] = [[] for _ in int8s]
-    for group in groups_that_fit(roundings, lambda same: same[0].bytes_held()):
+    done, total = 0, sum(same[0].exact.size for same in roundings)
+    for group in groups_that_fit(roundings, lambda same: same[0].bytes_held(len(images))):
         first = [same[0] for same in group]
         graph = quantized_inputs(seeing, fp32, [rounding.layer.name for rounding in first])
         fitted, unseen = input_moments(graph, first, images, rng), input_moments(graph, first, held_out, rng)
+        tick(done / total)  # the time left is reckoned from here: reading inputs says nothing of it
         for same, moments, other in zip(group, fitted, unseen, strict=True):
             chosen = choose(same, moments, other)
             for rounding, (record, integers, scale), own, found in zip(same, chosen, shifts, records, strict=True):
                 rounding.write(integers, scale)
-                own[record.name] = bias_shift(rounding.errors(integers, scale), moments).reshape(-1)
+                shift = [bias_shift(rows, moments) for rows in rounding.errors(integers, scale)]
+                own[record.name] = np.concatenate(shift, 1).reshape(-1)
                 found.append(record)
+            done += same[0].exact.size
+            tick(done / total)
     for int8, own in zip(int8s, shifts, strict=True):
         add_to_biases(int8, own)
     return tuple(map(tuple, records))
 
 
 def compensated(
-    fp32: ov.Model, int8s: Sequence[ov.Model], images: Sequence[NDArray[np.float32]], choose: Choose = choose_rounding
+    fp32: ov.Model,
+    int8s: Sequence[ov.Model],
+    images: Sequence[NDArray[np.float32]],
+    choose: Choose = choose_rounding,
+    tick: Callable[[float], None] = lambda done: None,
 ) -> list[ov.Model]:
     """Copies of INT8 graphs with their weights rounded anew; their biases are solved from those of the float graph.
 
     int8s    differ in their weights alone
     choose   rounds one layer
+    tick     receives the share of the weights that is rounded
     images   some are held out to decide where compensation helps; a single one serves for both
     """
     copies = [restore_biases(int8, fp32) for int8 in int8s]
     held_out = max(1, round(HELD_OUT_SHARE * len(images)))
     fitted = images[:-held_out] or images
-    round_weights(fp32, copies, fitted, np.random.default_rng(SEED), held_out=images[-held_out:], choose=choose)
+    round_weights(
+        fp32, copies, fitted, np.random.default_rng(SEED), held_out=images[-held_out:], choose=choose, tick=tick
+    )
     return copies

@@ -22,6 +22,7 @@ from ovcalib.evaluation.metrics import nmse
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import is_emulated, outputs_on, without_saturation
+from ovcalib.progress import Progress
 from ovcalib.quantization.expected_noise import MIN_SQNR_DB, Expected, below_sqnr_limit, expected_sqnr
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
@@ -203,6 +204,7 @@ def select_settings(
     auto: Container[str],
     output: OutputError,
     corrections: CalibrationSet,
+    progress: Progress,
 ) -> Selection:
     """Quantize, and replace settings that were left open where the output error is smaller with others.
 
@@ -224,7 +226,7 @@ def select_settings(
     candidates = [best]
     if "overflow_fix" in auto and best.saturates(SHARE_BEFORE_ROUNDING):
         candidates.append(make(halved(best.settings)))
-    fitted = select_rounding(candidates, corrections) if "rounding" in auto else list(map(Fitted, candidates))
+    fitted = select_rounding(candidates, corrections, progress) if "rounding" in auto else list(map(Fitted, candidates))
     if "bias_correction" in auto:
         fitted = list(map(select_bias_correction, fitted))
     found = fitted[0]
@@ -270,7 +272,9 @@ def select_activation_ranges(
     return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
 
 
-def select_rounding(nearest: Sequence[QuantizedCandidate], corrections: CalibrationSet) -> list[Fitted]:
+def select_rounding(
+    nearest: Sequence[QuantizedCandidate], corrections: CalibrationSet, progress: Progress
+) -> list[Fitted]:
     """Use compensated rounding where the output error is smaller with it.
 
     nearest       models that differ in their weights alone
@@ -278,7 +282,9 @@ def select_rounding(nearest: Sequence[QuantizedCandidate], corrections: Calibrat
     returns       the better one of each
     """
     output = nearest[0].output
-    rounded = compensated(output.fp32, [candidate.int8 for candidate in nearest], corrections.inputs())
+    plainly = [candidate.int8 for candidate in nearest]
+    with progress.task("rounding weights", 100, "`rounding=nearest`.") as tick:
+        rounded = compensated(output.fp32, plainly, corrections.inputs(), tick=lambda share: tick(100 * share))
     fitted = []
     for plain, int8 in zip(nearest, rounded, strict=True):
         other = QuantizedCandidate(int8, dataclasses.replace(plain.settings, rounding="compensated"), output)

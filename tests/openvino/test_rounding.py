@@ -11,21 +11,19 @@ from ovcalib.graph.editing import redirect
 from ovcalib.graph.probing import quantized_inputs
 from ovcalib.graph.reading import activation_quantizers, integer_weights, quantizable_operations, quantized_layers
 from ovcalib.kernels import without_saturation
-from ovcalib.quantization import rounding
+from ovcalib.quantization import compensation, rounding
 from ovcalib.quantization.bias_correction import correct_biases
-from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.rounding import (
-    Feedback,
+from ovcalib.quantization.compensation import (
+    FullCovariance,
     Moments,
-    Rounding,
+    SampledCovariance,
     bias_shift,
-    choose_rounding,
     compensated_rounding,
-    input_moments,
     output_error,
     rescaled_rounding,
-    round_weights,
 )
+from ovcalib.quantization.nncf_backend import quantize_default
+from ovcalib.quantization.rounding import Rounding, choose_rounding, input_moments, round_weights
 from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import Inference, outputs_of
 
@@ -33,7 +31,7 @@ ALMOST_NONE = 1e-9
 
 
 def rounded(weights, scale, hessian, limit, damping=0.01):
-    return compensated_rounding(weights, scale, Feedback.of(hessian, damping), limit)[0]
+    return compensated_rounding(weights, scale, FullCovariance(hessian).feedback(damping), limit)[0]
 
 
 def covariance(rng, inputs, samples=None, leading=()):
@@ -81,7 +79,7 @@ def test_the_input_that_varies_most_is_rounded_first() -> None:
 
 def test_it_is_gptq_by_the_inverse_of_the_hessian(rng) -> None:
     """Frantar et al. 2022, equations 2 and 3, one column at a time, over more columns than one block holds."""
-    inputs = rounding.BLOCK + 40
+    inputs = compensation.BLOCK + 40
     weights, scale, hessian = rng.normal(size=(3, inputs)), np.full(3, 0.1), covariance(rng, inputs)
     damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(inputs)
     left, exact, expected = list(np.argsort(-np.diag(hessian))), weights / scale[:, None], np.zeros((3, inputs))
@@ -121,28 +119,28 @@ def test_it_errs_less_than_plain_rounding(rng, samples) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 100, 10_000])
 def test_other_scales_are_taken_where_they_lose_less(rng, monkeypatch, at_once) -> None:
-    monkeypatch.setattr(rounding, "VALUES_AT_ONCE", at_once)
+    monkeypatch.setattr(compensation, "VALUES_AT_ONCE", at_once)
     weights, scale, hessian = rng.normal(size=(6, 5)), np.full(6, 0.1), covariance(rng, 5)
     damped = hessian + 0.1 * np.diag(hessian).mean() * np.eye(5)
-    integers, chosen = rescaled_rounding(weights, scale, Feedback.of(hessian, 0.1), 20)
+    integers, chosen = rescaled_rounding(weights, scale, FullCovariance(hessian).feedback(0.1), 20)
     tried = []
-    for factor in rounding.SCALES:
+    for factor in compensation.SCALES:
         found = rounded(weights, factor * scale, hessian, 20, 0.1)
         tried.append(loss(weights, factor * scale, damped, found))
     np.testing.assert_allclose(loss(weights, chosen, damped, integers), np.min(tried, axis=0))
-    np.testing.assert_allclose(chosen, np.array(rounding.SCALES)[np.argmin(tried, axis=0)] * scale)
+    np.testing.assert_allclose(chosen, np.array(compensation.SCALES)[np.argmin(tried, axis=0)] * scale)
     assert len(set(chosen)) > 1
-    assert 1.0 in rounding.SCALES
+    assert 1.0 in compensation.SCALES
 
 
-@pytest.mark.parametrize("inputs", [5, rounding.BLOCK + 40])
+@pytest.mark.parametrize("inputs", [5, compensation.BLOCK + 40])
 def test_what_is_lost_is_the_quadratic_form_of_the_errors(rng, inputs) -> None:
     weights, scale, hessian = (
         rng.normal(size=(2, 6, inputs)),
         np.full((2, 6), 0.3),
         covariance(rng, inputs, leading=(2,)),
     )
-    integers, lost = compensated_rounding(weights, scale, Feedback.of(hessian, 0.1), 3)
+    integers, lost = compensated_rounding(weights, scale, FullCovariance(hessian).feedback(0.1), 3)
     for i in range(2):
         damped = hessian[i] + 0.1 * np.diag(hessian[i]).mean() * np.eye(inputs)
         np.testing.assert_allclose(lost[i], loss(weights[i], scale[i], damped, integers[i]))
@@ -178,7 +176,7 @@ def test_leading_axes_are_problems_of_their_own(rng) -> None:
 
 def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(rng) -> None:
     x, errors = rng.normal([1, 2, 3, 4], size=(50, 4)), rng.normal(size=(3, 4))
-    moments = Moments(x.mean(0)[None], np.cov(x.T, bias=True)[None])
+    moments = Moments(x.mean(0)[None], FullCovariance(np.cov(x.T, bias=True)[None]))
     lost = x @ errors.T
     (shift,), residual, *_ = np.linalg.lstsq(np.ones((50, 1)), lost, rcond=None)
     np.testing.assert_allclose(bias_shift(errors[None], moments)[0], shift)
@@ -187,9 +185,49 @@ def test_the_shift_and_the_covariance_are_the_least_squares_of_a_column_of_ones(
 
 def test_the_error_on_other_inputs_has_the_shift_that_was_fitted(rng) -> None:
     x, other, errors = rng.normal(size=(50, 4)), rng.normal(size=(30, 4)) + 1, rng.normal(size=(3, 4))
-    fitted, seen = (Moments(v.mean(0)[None], np.cov(v.T, bias=True)[None]) for v in (x, other))
+    fitted, seen = (Moments(v.mean(0)[None], FullCovariance(np.cov(v.T, bias=True)[None])) for v in (x, other))
     expected = ((other @ errors.T - (x @ errors.T).mean(0)) ** 2).sum(1).mean()
     np.testing.assert_allclose(output_error(errors[None], fitted, seen), expected)
+
+
+# Few samples of many inputs --------------------------------------------------------------------
+
+
+def few_samples(rng, samples, inputs, leading=()):
+    return rng.normal(size=(*leading, samples, inputs)) @ rng.normal(size=(inputs, inputs)) / samples**0.5
+
+
+@pytest.mark.parametrize("inputs", [40, compensation.BLOCK, 2 * compensation.BLOCK + 40])
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_samples_have_the_feedback_of_their_covariance(rng, inputs, damping) -> None:
+    """R and D of H itself, from which samples are rounded without it."""
+    root = few_samples(rng, 7, inputs, leading=(2,))
+    few, full = SampledCovariance(root), FullCovariance(root.swapaxes(-1, -2) @ root)
+    np.testing.assert_allclose(few.matrix(), full.values)
+    found, expected = few.feedback(damping), full.feedback(damping)
+    np.testing.assert_array_equal(found.order, expected.order)
+    np.testing.assert_allclose(found.cost, expected.cost, rtol=1e-6)
+    np.testing.assert_allclose(np.tril(found.back @ found.rows, -1), np.tril(expected.back, -1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("inputs", [40, 2 * compensation.BLOCK + 40])
+def test_samples_are_rounded_as_by_their_covariance(rng, inputs) -> None:
+    root, weights, scale = few_samples(rng, 7, inputs, (2,)), rng.normal(size=(2, 5, inputs)), np.full((2, 5), 0.1)
+    few, full = SampledCovariance(root), FullCovariance(root.swapaxes(-1, -2) @ root)
+    (integers, lost), (expected, expected_lost) = (
+        compensated_rounding(weights, scale, h.feedback(0.01), 127) for h in (few, full)
+    )
+    np.testing.assert_array_equal(integers, expected)
+    np.testing.assert_allclose(lost, expected_lost, rtol=1e-6)
+    assert not np.array_equal(integers, np.rint(weights / 0.1))
+    np.testing.assert_allclose(few.energy(weights), full.energy(weights))
+    np.testing.assert_allclose(full.energy(weights), np.einsum("goi,gij,goj->", weights, full.values, weights))
+
+
+def test_samples_that_are_all_alike_leave_plain_rounding(rng) -> None:
+    weights, scale = rng.normal(size=(4, 9)), np.full(4, 0.1)
+    feedback = SampledCovariance(np.zeros((3, 9))).feedback(0.01)
+    np.testing.assert_array_equal(compensated_rounding(weights, scale, feedback, 127)[0], plainly(weights, scale))
 
 
 # The inputs of a layer -------------------------------------------------------------------------
@@ -278,16 +316,19 @@ def test_positions_are_a_sample_of_them_all(rng, monkeypatch) -> None:
     assert not np.array_equal(some, layer.rows(x, np.random.default_rng(2))[0])
 
 
+@pytest.mark.parametrize("few", [0.0, np.inf])
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul"])
-def test_moments_are_those_of_all_rows(rng, kind) -> None:
+def test_moments_are_those_of_all_rows(rng, monkeypatch, kind, few) -> None:
+    monkeypatch.setattr(compensation, "FEW_SAMPLES", few)
     fp32, int8 = one_layer(rng, kind)
     layer, images = understood(fp32, int8), pictures(rng)
     graph = quantized_inputs(int8, fp32, ["layer"])
     infer = Inference(graph)
     rows = np.concatenate([layer.rows(infer(x)[0], rng) for x in images], 1).astype(np.float64)
     (moments,) = input_moments(graph, [layer], images, rng)
+    assert isinstance(moments.covariance, SampledCovariance if few else FullCovariance)
     np.testing.assert_allclose(moments.mean, rows.mean(1), atol=1e-5)
-    for found, group in zip(moments.covariance, rows, strict=True):
+    for found, group in zip(moments.covariance.matrix(), rows, strict=True):
         np.testing.assert_allclose(found, np.cov(group.T, bias=True), atol=1e-5)
 
 
@@ -298,8 +339,8 @@ def test_moments_of_inputs_that_hardly_vary_have_a_root(rng) -> None:
     given = ops.parameter(images[0].shape, np.float32)
     (moments,) = input_moments(ov.Model([given], [given]), [layer], images, rng)
     rows = np.concatenate([layer.rows(x, rng) for x in images], 1).astype(np.float64)[0]
-    np.testing.assert_allclose(moments.covariance[0], np.cov(rows.T, bias=True), rtol=0.02, atol=1e-8)
-    rescaled_rounding(layer.exact, layer.scale, Feedback.of(moments.covariance, 0.01), 127)
+    np.testing.assert_allclose(moments.covariance.matrix()[0], np.cov(rows.T, bias=True), rtol=0.02, atol=1e-8)
+    rescaled_rounding(layer.exact, layer.scale, moments.covariance.feedback(0.01), 127)
 
 
 @pytest.mark.parametrize("kind", ["conv", "grouped", "depthwise", "matmul", "matmul turned"])
@@ -323,7 +364,7 @@ def test_one_scale_for_all_channels_stays(rng) -> None:
     )
     found = understood(fp32, int8)
     assert not found.by_channel
-    moments = Moments(np.zeros(found.exact.shape[::2]), covariance(rng, found.exact.shape[-1])[None])
+    moments = Moments(np.zeros(found.exact.shape[::2]), FullCovariance(covariance(rng, found.exact.shape[-1])[None]))
     ((record, integers, scale),) = choose_rounding([found], moments, moments)
     assert record.kept
     assert not record.rescaled
@@ -345,17 +386,17 @@ def test_a_matrix_product_that_turns_its_input_is_left_alone(rng) -> None:
 
 
 def test_compensation_is_kept_where_it_helps_unseen_inputs_alone(rng, monkeypatch) -> None:
-    monkeypatch.setattr(rounding, "SCALES", (1.0,))
+    monkeypatch.setattr(compensation, "SCALES", (1.0,))
     layer = understood(*one_layer(rng, "conv", limit=7))
     inputs = layer.exact.shape[-1]
     mean = np.zeros((1, inputs))
-    few, same = (Moments(mean, covariance(rng, inputs, samples)[None]) for samples in (4, None))
+    few, same = (Moments(mean, FullCovariance(covariance(rng, inputs, samples)[None])) for samples in (4, None))
     ((record, integers, scale),) = choose_rounding([layer], same, same)
     assert record.kept
     assert record.compensated < record.plain
     assert not np.array_equal(integers, layer.plain)
     # What was fitted has nothing to do with what is seen.
-    other = Moments(mean, np.eye(inputs)[None])
+    other = Moments(mean, FullCovariance(np.eye(inputs)[None]))
     ((record, integers, scale),) = choose_rounding([layer], few, other)
     assert not record.kept
     assert record.compensated >= record.plain
@@ -385,9 +426,14 @@ def weights_alone(int8):
 
 def test_a_network_errs_less_than_with_plain_rounding_and_bias_correction(networks) -> None:
     fp32, plain, images, fresh = networks
+    shares: list[float] = []
     corrected, compensated = plain.clone(), plain.clone()
     correct_biases(fp32, corrected, images)
-    (records,) = round_weights(fp32, [compensated], images[8:], np.random.default_rng(0), held_out=images[:8])
+    (records,) = round_weights(
+        fp32, [compensated], images[8:], np.random.default_rng(0), held_out=images[:8], tick=shares.append
+    )
+    sizes = np.cumsum([integer_weights(layer)[0].size for layer in quantized_layers(plain)])
+    np.testing.assert_allclose(shares, [0, *(sizes / sizes[-1])])
     assert [record.name for record in records] == [layer.name for layer in quantized_layers(plain)]
     assert sum(record.kept for record in records) >= 3
     reference = outputs_of(fp32, fresh)
@@ -443,7 +489,7 @@ def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks) -> Non
     for before, after in zip(quantized_layers(plain), quantized_layers(rounded), strict=True):
         (old, old_scale), (new, new_scale) = integer_weights(before), integer_weights(after)
         ratio = new_scale / old_scale
-        assert min(rounding.SCALES) - 1e-6 < ratio.min() <= ratio.max() < max(rounding.SCALES) + 1e-6
+        assert min(compensation.SCALES) - 1e-6 < ratio.min() <= ratio.max() < max(compensation.SCALES) + 1e-6
         assert np.abs(new.astype(int)).max() <= np.abs(old.astype(int)).max() <= 127
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ovcalib.errors import ModelError
+from ovcalib.progress import Progress
 from ovcalib.quantization import selection
 from ovcalib.quantization.expected_noise import Expected
 from ovcalib.quantization.selection import (
@@ -45,7 +46,7 @@ class GivenError(OutputError):
 
 @pytest.fixture(autouse=True)
 def models_are_names(monkeypatch) -> None:
-    monkeypatch.setattr(selection, "compensated", lambda fp32, int8s, images: ["compensated"] * len(int8s))
+    monkeypatch.setattr(selection, "compensated", lambda fp32, int8s, images, tick: ["compensated"] * len(int8s))
     monkeypatch.setattr(selection, "restore_biases", lambda int8, fp32: "uncorrected")
 
 
@@ -111,7 +112,7 @@ def test_half_the_range_is_tried_where_products_saturate_and_kept_where_the_erro
 def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compensated, chosen) -> None:
     """Rounded to the nearest, half the range has 0.8."""
     monkeypatch.setattr(
-        selection, "compensated", lambda fp32, int8s, images: [f"{int8}, compensated" for int8 in int8s]
+        selection, "compensated", lambda fp32, int8s, images, tick: [f"{int8}, compensated" for int8 in int8s]
     )
     errors = GivenError(
         {"full": 0.1, "full, compensated": 0.2, "half": 0.8, "half, compensated": compensated},
@@ -119,7 +120,12 @@ def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compe
     )
     made = {"first-layer": "full", "enable": "half"}
     found = select_settings(
-        lambda settings: made[settings.overflow_fix], SETTINGS, {"overflow_fix", "rounding"}, errors, CORRECTIONS
+        lambda settings: made[settings.overflow_fix],
+        SETTINGS,
+        {"overflow_fix", "rounding"},
+        errors,
+        CORRECTIONS,
+        Progress(),
     )
     assert (found.settings.overflow_fix, found.settings.rounding) == chosen
     assert found.rounding_nmse == ((0.8, compensated) if chosen[0] == "enable" else (0.1, 0.2))
@@ -128,7 +134,9 @@ def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compe
 
 @pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "compensated")])
 def test_compensated_rounding_has_to_be_better(other, chosen) -> None:
-    (found,) = select_rounding([candidate("first", GivenError({"first": 0.1, "compensated": other}))], CORRECTIONS)
+    (found,) = select_rounding(
+        [candidate("first", GivenError({"first": 0.1, "compensated": other}))], CORRECTIONS, Progress()
+    )
     assert (found.best.int8, found.rounding_nmse) == (chosen, (0.1, other))
     assert found.best.settings.rounding == ("compensated" if chosen == "compensated" else "nearest")
 
@@ -145,7 +153,9 @@ def test_leaving_bias_correction_out_has_to_be_better(other, chosen) -> None:
 )
 def test_compensated_rounding_solves_biases_so_they_are_not_chosen(compensated, uncorrected, chosen) -> None:
     errors = GivenError({"first": 0.1, "compensated": compensated, "uncorrected": uncorrected})
-    found = select_settings(lambda settings: "first", SETTINGS, {"rounding", "bias_correction"}, errors, CORRECTIONS)
+    found = select_settings(
+        lambda settings: "first", SETTINGS, {"rounding", "bias_correction"}, errors, CORRECTIONS, Progress()
+    )
     assert found.int8 == chosen
     assert found.rounding_nmse == (0.1, compensated)
     assert (found.bias_nmse is None) == (chosen == "compensated")
@@ -156,7 +166,7 @@ def test_compensated_rounding_solves_biases_so_they_are_not_chosen(compensated, 
 def test_half_the_range_is_made_where_rounding_may_bring_saturation_out(monkeypatch, share, made) -> None:
     """An error of 0.107 on AVX2 beside 0.1 becomes 0.057 beside 0.05, when rounding takes half of it away."""
     monkeypatch.setattr(
-        selection, "compensated", lambda fp32, int8s, images: [f"{int8}, compensated" for int8 in int8s]
+        selection, "compensated", lambda fp32, int8s, images, tick: [f"{int8}, compensated" for int8 in int8s]
     )
     errors = GivenError(
         {"full": 0.1, "full, compensated": 0.05, "half": 0.2, "half, compensated": 0.052},
@@ -168,13 +178,13 @@ def test_half_the_range_is_made_where_rounding_may_bring_saturation_out(monkeypa
         asked.append("half" if settings.overflow_fix == "enable" else "full")
         return asked[-1]
 
-    found = select_settings(make, SETTINGS, {"overflow_fix", "rounding"}, errors, CORRECTIONS)
+    found = select_settings(make, SETTINGS, {"overflow_fix", "rounding"}, errors, CORRECTIONS, Progress())
     assert asked == made
     assert found.int8 == f"{made[-1]}, compensated"
 
 
 def test_what_was_given_is_not_chosen() -> None:
-    found = select_settings(lambda settings: "first", SETTINGS, frozenset(), GivenError({}), CORRECTIONS)
+    found = select_settings(lambda settings: "first", SETTINGS, frozenset(), GivenError({}), CORRECTIONS, Progress())
     assert (found.int8, found.settings) == ("first", SETTINGS)
 
 
