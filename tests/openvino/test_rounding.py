@@ -295,6 +295,7 @@ def test_weights_times_rows_are_what_the_graph_computes(rng, kind, attributes) -
     (x,) = pictures(rng, 1)
     (quantized,) = Inference(quantized_inputs(int8, fp32, ["layer"]))(x)
     rows = layer.rows(quantized, rng)  # every position, in order
+    assert rows.shape == (len(layer.exact), layer.positions, layer.exact.shape[-1])
     exact, rounded = layer.exact, layer.scale[..., None] * layer.plain
     for weights, graph, read in ((exact, fp32, quantized.copy()), (rounded, without_saturation(int8), x)):
         (expected,) = Inference(graph)(read)
@@ -309,11 +310,20 @@ def test_positions_are_a_sample_of_them_all(rng, monkeypatch) -> None:
     every = layer.rows(x, rng)[0]
     monkeypatch.setattr(rounding, "POSITIONS", 5)
     some = layer.rows(x, np.random.default_rng(1))[0]
-    assert some.shape == (5, every.shape[1])
+    assert some.shape == (layer.positions, every.shape[1]) == (5, every.shape[1])
     found = [np.flatnonzero((every == row).all(1)).tolist() for row in some]
     assert len({position for (position,) in found}) == 5
     np.testing.assert_array_equal(some, layer.rows(x, np.random.default_rng(1))[0])
     assert not np.array_equal(some, layer.rows(x, np.random.default_rng(2))[0])
+
+
+def test_few_samples_take_less_memory_than_a_hessian(rng, monkeypatch) -> None:
+    """Two of either, 8 bytes a number, beside the input itself in float32."""
+    monkeypatch.setattr(rounding, "POSITIONS", 3)
+    layer = understood(*one_layer(rng, "conv"))
+    inputs = CHANNELS * 3 * 2
+    held = [layer.bytes_held(images) - 4 * CHANNELS * SIZE[0] * SIZE[1] for images in (4, 1000)]
+    assert held == [2 * 8 * inputs * 3 * 4, 2 * 8 * inputs**2]
 
 
 @pytest.mark.parametrize("few", [0.0, np.inf])
