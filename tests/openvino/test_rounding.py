@@ -492,6 +492,21 @@ def test_graphs_that_differ_in_their_weights_are_rounded_as_each_alone(
         np.testing.assert_array_equal(found, outputs)
 
 
+def test_rows_that_are_rounded_apart_are_those_that_are_rounded_together(networks, monkeypatch) -> None:
+    fp32, plain, images, fresh = networks
+
+    def run():
+        graph = plain.clone()
+        (records,) = round_weights(fp32, [graph], images[8:24], np.random.default_rng(0), held_out=images[:8])
+        return [(record.name, record.damping) for record in records], outputs_of(graph, fresh[:4])
+
+    together, expected = run()
+    monkeypatch.setattr(compensation, "VALUES_AT_ONCE", 200)
+    apart, found = run()
+    assert apart == together
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_a_layer_keeps_its_largest_integer_and_nearly_its_scale(networks) -> None:
     fp32, plain, images, _ = networks
     rounded = plain.clone()
