@@ -11,6 +11,7 @@ from ovcalib.evaluation.classification import agreement, compare
 from ovcalib.evaluation.dataset import EvaluationSet, Images
 from ovcalib.evaluation.detection import Decoder, box_agreement, decoded, detection_accuracy
 from ovcalib.evaluation.outputs import Outputs, collect
+from ovcalib.evaluation.sanity import one_class_warning
 from ovcalib.kernels import is_emulated, runner_for
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec
@@ -103,5 +104,7 @@ def prove(
         reason = f"{evaluation.reference} has no labels"
     else:
         accuracy = compare(reference, outputs, evaluation.protocol, evaluation.class_names)
+    if accuracy is None and (alike := one_class_warning(reference, spec, images.on)) is not None:
+        warnings.append(alike)
     accuracy = accuracy and accuracy.model_copy(update=where)
     return Proof(accuracy, reason, agreed, detection, outputs, tuple(warnings))

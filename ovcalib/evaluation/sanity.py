@@ -79,6 +79,23 @@ def fp32_fault(start: Callable[[], Runner], dataset: EvaluationSet, outputs: Out
     return f"FP32 itself is at {top1:.2%} top-1 ({against}): preprocessing or classes are wrong. {cause}"
 
 
+def one_class_warning(outputs: Outputs, spec: ModelSpec, on: str) -> str | None:
+    """That FP32 tells no images apart, in words, where no labels say whether it works; None where it does.
+
+    on   whose images they are
+    """
+    if spec.num_classes is None or len(outputs) < ENOUGH:
+        return None
+    named = np.unique(outputs.values.argmax(1))
+    if len(named) > 1:
+        return None
+    return (
+        f"FP32 names class {named[0]} for all {len(outputs)} images of {on}, so agreement on them says little. Is the "
+        "model trained, with its weights loaded, and is its input normalised as in training? If so, measure on other "
+        "images (`eval`)."
+    )
+
+
 def box_fault(truth: Sequence[Boxes], found: Sequence[Boxes], spec: ModelSpec, who: str = "FP32 itself") -> str | None:
     """What is wrong with a detector, in words; None where it works, or there are too few objects to tell."""
     objects = sum(map(len, truth))

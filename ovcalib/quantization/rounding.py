@@ -2,8 +2,8 @@
 
 The inputs of a layer are those of the FP32 network, quantized. So layers do not depend on each other: one pass over
 the images is enough, and the rounding of a layer stays valid when others are reverted to float. A few images do not
-determine the covariance of its inputs. Damping moves the result towards plain rounding, and the damping of each layer is
-chosen on held-out images.
+determine the covariance of its inputs. Damping moves the result towards plain rounding, and the damping of each layer
+is chosen on held-out images.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import pytest
 from ovcalib.data.boxes import Boxes
 from ovcalib.data.sets import ArrayData
 from ovcalib.evaluation.dataset import DataSet
-from ovcalib.evaluation.outputs import collect
-from ovcalib.evaluation.sanity import box_fault, fp32_fault, works_from
+from ovcalib.evaluation.outputs import Outputs, collect
+from ovcalib.evaluation.sanity import box_fault, fp32_fault, one_class_warning, works_from
 from ovcalib.progress import Progress
 from ovcalib.records.model import ModelSpec, Weights
 from ovcalib.records.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -53,6 +53,17 @@ def fault(network, given, used=160):
 
 
 HALF, ZERO, ONE = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3
+
+
+@pytest.mark.parametrize(("others", "count", "classes", "said"),
+                         [(0, 20, 8, True), (1, 20, 8, False), (0, 19, 8, False), (0, 20, None, False)])  # fmt: skip
+def test_a_model_that_names_one_class_for_all_images_is_found_out(others, count, classes, said):
+    values = np.tile(np.eye(8)[3], (count, 1)).astype(np.float32)
+    values[:others] = np.eye(8)[5]
+    found = one_class_warning(Outputs(values, None, ""), spec(num_classes=classes), "some set")
+    assert (found is not None) == said
+    if found:
+        assert "class 3 for all 20 images of some set" in found
 
 
 def test_a_model_that_works_has_no_fault():
