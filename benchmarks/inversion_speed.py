@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     assert model.module is not None
     if args.mct_python:
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(model.module, Path(folder) / "model.pt")
+            torch.save(model.module.requires_grad_(False), Path(folder) / "model.pt")
             command = [
                 args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(model.spec.input_shape[1]),
                 str(args.images), str(args.mct_steps), str(torch.get_num_threads()),

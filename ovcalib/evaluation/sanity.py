@@ -84,7 +84,7 @@ def one_class_warning(outputs: Outputs, spec: ModelSpec, on: str) -> str | None:
 
     on   whose images they are
     """
-    if spec.num_classes is None or len(outputs) < ENOUGH:
+    if (spec.num_classes or 1) == 1 or len(outputs) < ENOUGH:
         return None
     named = np.unique(outputs.values.argmax(1))
     if len(named) > 1:

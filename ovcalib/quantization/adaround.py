@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovcalib.quantization.compensation import Moments, output_error
-from ovcalib.quantization.rounding import RoundedLayer, Rounding, output_power
+from ovcalib.quantization.compensation import Moments
+from ovcalib.quantization.rounding import RoundedLayer, Rounding, output_power, relative_error
 
 STEPS, RATE = 10_000, 1e-3
 # Equation 23 of the paper: the sigmoid is stretched beyond 0 and 1, so that it reaches both.
@@ -89,7 +89,7 @@ def choose_adaround(
     for rounding in roundings:
         integers = adaround(rounding.exact, rounding.scale, fitted.covariance.matrix(), rounding.limit, STEPS)
         plain, learned = (
-            sum(output_error(rows, fitted, unseen) for rows in rounding.errors(found, rounding.scale)) / power
+            relative_error(rounding, found, rounding.scale, fitted, unseen, power)
             for found in (rounding.plain, integers)
         )
         chosen.append((RoundedLayer(rounding.layer.name, plain, learned, 0.0, False), integers, rounding.scale))

@@ -90,7 +90,7 @@ class Rounding:
 
     def rows(self, x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
         """The inputs [G, P, I] of at most POSITIONS output positions of one image; x as the layer reads it."""
-        count = x.size // x.shape[-1] if self.window is None else int(np.prod(self.window.shape))
+        count = self.all_positions
         chosen = rng.choice(count, POSITIONS, replace=False) if count > POSITIONS else np.arange(count)
         if self.window is None:
             return x.reshape(1, count, -1)[:, chosen]
@@ -121,10 +121,15 @@ class Rounding:
         return scale_count(self.layer) == self.scale.size
 
     @property
-    def positions(self) -> int:
-        """Output positions that are sampled in one image."""
+    def all_positions(self) -> int:
+        """Output positions of one image."""
         read = self.layer.op.input_value(0).get_shape()
-        return min(POSITIONS, int(np.prod(read[:-1] if self.window is None else self.window.shape)))
+        return int(np.prod(read[:-1] if self.window is None else self.window.shape))
+
+    @property
+    def positions(self) -> int:
+        """Those that are sampled."""
+        return min(POSITIONS, self.all_positions)
 
     def bytes_held(self, images: int) -> int:
         """Of its input, and of its second moments over two sets of images, or of the samples where they are few."""
@@ -188,6 +193,18 @@ def output_power(rounding: Rounding, seen: Moments) -> float:
     return seen.covariance.energy(rounding.exact) or 1.0
 
 
+def relative_error(
+    rounding: Rounding,
+    integers: NDArray[np.int8],
+    scale: NDArray[np.float64],
+    fitted: Moments,
+    unseen: Moments,
+    power: float,
+) -> float:
+    """`output_error` of a layer over the power of its output."""
+    return sum(output_error(rows, fitted, unseen) for rows in rounding.errors(integers, scale)) / power
+
+
 def choose_rounding(
     roundings: Sequence[Rounding], fitted: Moments, unseen: Moments
 ) -> list[tuple[RoundedLayer, NDArray[np.int8], NDArray[np.float64]]]:
@@ -198,7 +215,7 @@ def choose_rounding(
     power = output_power(roundings[0], unseen)
 
     def error(rounding: Rounding, integers: NDArray[np.int8], scale: NDArray[np.float64]) -> float:
-        return sum(output_error(rows, fitted, unseen) for rows in rounding.errors(integers, scale)) / power
+        return relative_error(rounding, integers, scale, fitted, unseen, power)
 
     best: dict[int, tuple[float, float, Feedback, NDArray[np.int8]]] = {}
     for damping in DAMPINGS:

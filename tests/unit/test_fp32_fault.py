@@ -56,7 +56,8 @@ HALF, ZERO, ONE = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3
 
 
 @pytest.mark.parametrize(("others", "count", "classes", "said"),
-                         [(0, 20, 8, True), (1, 20, 8, False), (0, 19, 8, False), (0, 20, None, False)])  # fmt: skip
+                         [(0, 20, 8, True), (1, 20, 8, False), (0, 19, 8, False), (0, 20, None, False),
+                          (0, 20, 1, False)])  # fmt: skip
 def test_a_model_that_names_one_class_for_all_images_is_found_out(others, count, classes, said):
     values = np.tile(np.eye(8)[3], (count, 1)).astype(np.float32)
     values[:others] = np.eye(8)[5]

@@ -141,6 +141,19 @@ def test_compensated_rounding_has_to_be_better(other, chosen) -> None:
     assert found.best.settings.rounding == ("compensated" if chosen == "compensated" else "nearest")
 
 
+def test_rounding_shows_how_far_it_is(monkeypatch) -> None:
+    class Shown(Progress):
+        def _update(self, task, done, note) -> None:
+            seen.append((task.name, done, task.total))
+
+    seen: list[tuple[str, float, int]] = []
+    monkeypatch.setattr(
+        selection, "compensated", lambda fp32, int8s, images, tick: [tick(0.25) or tick(1.0) or "compensated"]
+    )
+    select_rounding([candidate("first", GivenError({"first": 0.1, "compensated": 0.2}))], CORRECTIONS, Shown())
+    assert seen == [("rounding weights", 25, 100), ("rounding weights", 100, 100)]
+
+
 @pytest.mark.parametrize(("other", "chosen"), [(0.2, "first"), (0.1, "first"), (0.05, "uncorrected")])
 def test_leaving_bias_correction_out_has_to_be_better(other, chosen) -> None:
     found = select_bias_correction(Fitted(candidate("first", GivenError({"first": 0.1, "uncorrected": other}))))
