@@ -3,7 +3,7 @@
     python benchmarks/auto.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --limit 2000 --count 64 \\
         --others dgh noise -o auto-resnet20-cifar10.json
 
-`auto` compares its candidates on their own images alone, and quantizes with the one that it takes. Then each of them,
+`auto` compares its candidates on their own images alone, and quantizes with those that it takes. Then each of them,
 and each of the other sources, calibrates the model by itself, with the default settings. Agreement and NMSE are those
 of the evaluation images, and seconds those of making the images and of quantizing, of `auto` with its trials.
 """
@@ -28,9 +28,14 @@ def recipe(args: argparse.Namespace, calib: str, seed: int, **more: Any) -> ovca
     )
 
 
-def seconds(record: Result) -> float:
-    """Those of making the images and of quantizing."""
-    return record.calibration.seconds + record.quantization.seconds
+def result_of(record: Result) -> dict[str, Any]:
+    """On the evaluation images, and the seconds of making the calibration images and of quantizing."""
+    return {
+        "agreement": record.agreement.top1,
+        "agreement_nmse": record.agreement.nmse,
+        "top1": record.accuracy and record.accuracy.int8.top1,
+        "made_and_quantized_seconds": record.calibration.seconds + record.quantization.seconds,
+    }
 
 
 def main() -> None:
@@ -50,24 +55,20 @@ def main() -> None:
     runs = []
     for seed in range(args.seeds):
         record = ovcalib.run_recipe(recipe(args, auto, seed)).record
+        taken = [part.source for part in record.calibration.parts]
         tried = {trial.source: trial.model_dump() for trial in record.calibration.trials}
         cells = []
         for source in (*tried, *args.others):
             alone = ovcalib.run_recipe(recipe(args, source, seed)).record
-            cells.append({
-                **tried.get(source, {"source": source}), "agreement": alone.agreement.top1,
-                "agreement_nmse": alone.agreement.nmse, "top1": alone.accuracy and alone.accuracy.int8.top1,
-                "alone_seconds": seconds(alone),
-            })  # fmt: skip
+            cells.append({**tried.get(source, {"source": source}), **result_of(alone)})
             print(json.dumps(cells[-1]), flush=True)
-        taken = record.calibration.parts[0].source
-        own = next(cell for cell in cells if cell["source"] == taken)
+        own = result_of(record)
         best = max(cells, key=lambda cell: cell["agreement"])
         print(
-            f"seed {seed}: auto takes {taken}, agreement {100 * own['agreement']:.2f} %; best in hindsight "
-            f"{best['source']}, {100 * best['agreement']:.2f} %"
+            f"seed {seed}: auto takes {' and '.join(taken)}, agreement {100 * own['agreement']:.2f} %; best alone, in "
+            f"hindsight, {best['source']}, {100 * best['agreement']:.2f} %"
         )
-        runs.append({"seed": seed, "taken": taken, "seconds": seconds(record), "candidates": cells})
+        runs.append({"seed": seed, "taken": taken, **own, "candidates": cells})
         save(args, runs=runs)
 
 

@@ -108,13 +108,18 @@ def expected_hits(reference: NDArray[np.float32], values: NDArray[np.float32]) -
 
 def nmse(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
     """Normalised mean squared error of outputs: sum |reference - values|^2 / sum |reference|^2, over all items."""
+    return float(nmse_by_item(reference, values).mean())
+
+
+def nmse_by_item(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The squared error of each item over the mean square of the reference, float64 [N]; their mean is the NMSE."""
     step = max(1, CHUNK // max(1, reference[:1].size))
-    error = power = 0.0
+    errors, powers = np.empty(len(reference)), np.empty(len(reference))
     for i in range(0, len(reference), step):
-        expected = reference[i : i + step].astype(np.float64)
-        error += float(((expected - values[i : i + step]) ** 2).sum())
-        power += float((expected**2).sum())
-    return error / max(power, float(np.finfo(np.float64).tiny))
+        expected = reference[i : i + step].astype(np.float64).reshape(len(reference[i : i + step]), -1)
+        errors[i : i + step] = ((expected - values[i : i + step].reshape(expected.shape)) ** 2).sum(1)
+        powers[i : i + step] = (expected**2).sum(1)
+    return errors / max(float(powers.mean()), float(np.finfo(np.float64).tiny))
 
 
 def same_pixels(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ovcalib import __version__
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import UsageError
-from ovcalib.evaluation.metrics import mean_interval, same_class
+from ovcalib.evaluation.metrics import mean_interval, nmse_by_item, same_class
 from ovcalib.graph.editing import before_softmax
 from ovcalib.graph.files import graph_sha256, ir_bytes, read_graph, write_ir
 from ovcalib.kernels import host_kernels, kernels_of, outputs_on
@@ -226,12 +226,10 @@ class Judge:
         self.outputs: dict[str, NDArray[np.float32]] = {}
 
     def __call__(self, name: str, int8: ov.Model) -> None:
-        expected = self.reference.astype(np.float64)
-        power = (expected**2).sum(1).mean()
         found = {}
         for kernels in self.wanted:
             outputs = outputs_on(kernels, before_softmax(int8), self.inputs)
-            errors = ((outputs - expected) ** 2).sum(1) / max(power, np.finfo(np.float64).tiny)
+            errors = nmse_by_item(self.reference, outputs)
             found[kernels] = np.where(np.isfinite(errors), errors, math.inf), outputs
         self.by_kernels[name] = tuple(
             kernels_error(kernels, float(errors.mean())) for kernels, (errors, _) in found.items()

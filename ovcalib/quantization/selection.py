@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError
 from ovcalib.evaluation.classification import finite
-from ovcalib.evaluation.metrics import nmse
+from ovcalib.evaluation.metrics import mean_interval, nmse, nmse_by_item
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import is_emulated, outputs_on, without_saturation
@@ -89,9 +89,13 @@ class OutputError:
     def reference(self) -> NDArray[np.float32]:
         return compared_outputs(self.fp32, self.inputs)
 
+    def by_image(self, int8: ov.Model) -> NDArray[np.float64]:
+        """What each image adds to the NMSE of the outputs where no sum saturates, float64 [N]; see `nmse_by_item`."""
+        return nmse_by_item(self.reference, compared_outputs(int8, self.inputs))
+
     def nmse(self, int8: ov.Model) -> float:
         """NMSE of the outputs where no sum saturates."""
-        return nmse(self.reference, compared_outputs(int8, self.inputs))
+        return float(self.by_image(int8).mean())
 
     def on(self, kernels: Kernels, int8: ov.Model) -> float:
         """NMSE of the outputs on some kernels, executed where this CPU has them. Raises KernelsFailedError."""
@@ -105,8 +109,8 @@ class OutputError:
 class WeightError(OutputError):
     """The error that is left when INT8 models compute in float, of their weights alone."""
 
-    def nmse(self, int8: ov.Model) -> float:
-        return super().nmse(float_activations(int8))
+    def by_image(self, int8: ov.Model) -> NDArray[np.float64]:
+        return super().by_image(float_activations(int8))
 
 
 def kernels_error(kernels: Kernels, error: float) -> KernelsError:
@@ -122,8 +126,12 @@ class QuantizedCandidate:
     output: OutputError
 
     @cached_property
+    def errors(self) -> NDArray[np.float64]:
+        return self.output.by_image(self.int8)
+
+    @property
     def error(self) -> float:
-        return self.output.nmse(self.int8)
+        return float(self.errors.mean())
 
     @cached_property
     def error_on_avx2(self) -> float:
@@ -263,13 +271,24 @@ def select_activation_ranges(
     """Use the mean of each image's extremes where a few images widen the extremes over all images too far.
 
     Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
-    mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels.
+    mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels. Coarse
+    levels cost on every image, and clipping much on few, which held-out images can lack. So the mean has to be better
+    image by image as well.
     returns   the better one, and NMSE with the extremes and with the mean; None where the mean was not tried
     """
     if extremes.error <= SUSPECT_NMSE:
         return extremes, None
     mean = make(dataclasses.replace(extremes.settings, activation_ranges="mean-min-max"))
-    return mean if mean.error < extremes.error else extremes, (extremes.error, mean.error)
+    better = mean.error < extremes.error and smaller_by_image(mean.errors, extremes.errors)
+    return mean if better else extremes, (extremes.error, mean.error)
+
+
+def smaller_by_image(errors: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
+    """Whether the 95 % interval of the mean of log(errors / than), by image, lies below zero."""
+    if len(errors) < 2:
+        return False
+    least = np.finfo(np.float64).tiny
+    return mean_interval(np.log(np.maximum(errors, least) / np.maximum(than, least)))[1] < 0
 
 
 def select_rounding(

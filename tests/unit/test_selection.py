@@ -1,11 +1,14 @@
 """Which candidate is chosen by given output errors."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from ovcalib.errors import ModelError
 from ovcalib.progress import Progress
@@ -24,6 +27,7 @@ from ovcalib.quantization.selection import (
     select_settings,
     select_smooth_quant,
     select_weight_range,
+    smaller_by_image,
 )
 from ovcalib.quantization.settings import Settings
 
@@ -37,8 +41,8 @@ class GivenError(OutputError):
     def __init__(self, exact, avx2=None) -> None:
         self.fp32, self.exact, self.avx2 = "fp32", exact, avx2 or {}
 
-    def nmse(self, int8):
-        return self.exact[int8]
+    def by_image(self, int8):
+        return np.array(self.exact[int8]) + np.zeros(4 if np.isscalar(self.exact[int8]) else 1)
 
     def on(self, kernels, int8):
         return {"vnni": self.exact, "avx2": self.avx2}[kernels][int8]
@@ -68,6 +72,46 @@ def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_i
         )
         assert (best.int8, tried) == (chosen, (0.1, mean))
         assert best.settings.activation_ranges == ("mean-min-max" if chosen == "mean" else "min-max")
+
+
+@pytest.mark.parametrize(
+    ("mean", "chosen"),
+    [
+        # Better on every image, whatever the loudest one does.
+        ((0.02, 0.04, 0.03, 0.4), "mean"),
+        # Much better on one image alone, and on average.
+        ((0.1, 0.2, 0.11, 0.1), "first"),
+        ((math.nan, 0.1, 0.05, 0.5), "first"),
+        ((0.0, 0.0, 0.0, 0.0), "mean"),
+    ],
+)
+def test_the_mean_of_extremes_has_to_be_better_image_by_image(mean, chosen) -> None:
+    errors = GivenError({"first": (0.1, 0.2, 0.1, 1.0), "mean": mean})
+    best, _ = select_activation_ranges(candidate("first", errors), partial(QuantizedCandidate, "mean", output=errors))
+    assert best.int8 == chosen
+
+
+def test_the_mean_of_extremes_is_not_kept_where_it_is_better_on_most_images_and_worse_on_average() -> None:
+    errors = GivenError({"first": (0.1,) * 15 + (1.0,), "mean": (0.05,) * 15 + (3.0,)})
+    first, mean = (candidate(name, errors) for name in ("first", "mean"))
+    assert smaller_by_image(mean.errors, first.errors)
+    assert select_activation_ranges(first, lambda settings: mean)[0].int8 == "first"
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_image_does_not_show_which_ranges_are_better() -> None:
+    assert not smaller_by_image(np.array([0.1]), np.array([0.9]))
+
+
+def test_smaller_by_image_is_a_paired_t_test_of_logarithms() -> None:
+    rng = np.random.default_rng(0)
+    found = set()
+    for shift in np.linspace(-1.5, 0.5, 41):
+        errors, than = np.exp(rng.standard_normal((2, 12)) + np.array([[shift], [0]]))
+        test = scipy.stats.ttest_rel(np.log(errors), np.log(than))
+        assert smaller_by_image(errors, than) == (test.statistic < 0 and test.pvalue < 0.05)
+        found.add(smaller_by_image(errors, than))
+    assert found == {True, False}
 
 
 def test_smooth_quant_has_to_be_better_and_may_fail() -> None:
