@@ -156,7 +156,7 @@ def generate(request: Request, options: Options) -> Generated:
     order = turns(np.full(len(taken), 1 / len(taken)), request.count)
     places = [np.flatnonzero(order == turn) for turn in range(len(taken))]
     made = joined([beginning(sets[i], len(place)) for i, place in zip(taken, places, strict=True)], places)
-    request.tick(len(made.images), " and ".join(part.source for part in made.parts))
+    request.tick(len(made.images), ", ".join(part.source for part in made.parts))
     return dataclasses.replace(made, trials=trials)
 
 
