@@ -3,7 +3,7 @@
     python benchmarks/auto.py resnet20-cifar10 --eval imagefolder:cifar10-jpeg/test --limit 2000 --count 64 \\
         --others dgh noise -o auto-resnet20-cifar10.json
 
-`auto` compares its candidates on their own images alone, and quantizes with those that it takes. Then each of them,
+`auto` compares its candidates on their own images alone, and quantizes with the one that it takes. Then each of them,
 and each of the other sources, calibrates the model by itself, with the default settings. Agreement and NMSE are those
 of the evaluation images, and seconds those of making the images and of quantizing, of `auto` with its trials.
 """
@@ -55,18 +55,17 @@ def main() -> None:
     runs = []
     for seed in range(args.seeds):
         record = ovcalib.run_recipe(recipe(args, auto, seed)).record
-        taken = [part.source for part in record.calibration.parts]
         tried = {trial.source: trial.model_dump() for trial in record.calibration.trials}
         cells = []
         for source in (*tried, *args.others):
             alone = ovcalib.run_recipe(recipe(args, source, seed)).record
             cells.append({**tried.get(source, {"source": source}), **result_of(alone)})
             print(json.dumps(cells[-1]), flush=True)
-        own = result_of(record)
+        own, taken = result_of(record), record.calibration.parts[0].source
         best = max(cells, key=lambda cell: cell["agreement"])
         print(
-            f"seed {seed}: auto takes {' and '.join(taken)}, agreement {100 * own['agreement']:.2f} %; best alone, in "
-            f"hindsight, {best['source']}, {100 * best['agreement']:.2f} %"
+            f"seed {seed}: auto takes {taken}, agreement {100 * own['agreement']:.2f} %; best in "
+            f"hindsight {best['source']}, {100 * best['agreement']:.2f} %"
         )
         runs.append({"seed": seed, "taken": taken, **own, "candidates": cells})
         save(args, runs=runs)

@@ -3,8 +3,7 @@
 Every candidate makes its set. The model is quantized with one half of some images of each, and its INT8 error is
 measured on the other halves of all of them. Activation ranges that are too narrow clip the images of the other
 candidates, and ranges that are too wide cost levels on all images, so the set whose quantization does best on
-everybody's images is taken; where some are real, real images alone judge. Sets that are about as good take turns: the
-comparison cannot tell which of them lacks the extremes of photographs, and together they lack fewer.
+everybody's images is taken; where some are real, real images alone judge.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.calibration.make import default_source
-from ovcalib.calibration.mix import joined, turns
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.sources import Generated, Request, open_source
 from ovcalib.calibration.sources import generate as generate_set
@@ -39,8 +37,6 @@ ARGUMENT = "SOURCE,SOURCE"
 QUICK = QuantizationOptions(deploy_isa="vnni", rounding="nearest", bias_correction="none", guard=False)
 # An error of zero, which a network without anything to quantize has, is no reason to divide by it.
 LEAST_NMSE = 1e-12
-# The error of a set, over that of the best one, up to which its images join in.
-AS_GOOD = 1.25
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def excess(errors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def generate(request: Request, options: Options) -> Generated:
-    """The images of the best candidate, or of several that are about as good, which take turns.
+    """The images of the best candidate, as it makes them by itself.
 
     The sets that are compared are whole, because those that take long to make are the ones that are usually taken.
     """
@@ -152,24 +148,20 @@ def generate(request: Request, options: Options) -> Generated:
     if len(sets) > 1:
         assert request.graph is not None, "sources are compared by what they do to the model"
         trials = compare(request.graph(), [s.subset(range(min(options.trial, len(s)))) for s in sets])
-    taken = as_good([t.excess for t in trials])[: request.count] if trials else [0]
-    order = turns(np.full(len(taken), 1 / len(taken)), request.count)
-    places = [np.flatnonzero(order == turn) for turn in range(len(taken))]
-    made = joined([beginning(sets[i], len(place)) for i, place in zip(taken, places, strict=True)], places)
-    request.tick(len(made.images), ", ".join(part.source for part in made.parts))
-    return dataclasses.replace(made, trials=trials)
-
-
-def as_good(excesses: Sequence[float]) -> list[int]:
-    """Which sets are taken, the best one first."""
-    order = np.argsort(excesses, kind="stable")
-    return [int(i) for i in order if excesses[i] <= AS_GOOD * min(excesses)]
-
-
-def beginning(images: CalibrationSet, count: int) -> CalibrationSet:
-    """The first images of a set, or all where it has fewer, with what is known of them."""
-    part = images.subset(range(count))
-    return dataclasses.replace(part, provenance=part.provenance.model_copy(update={"num_samples": len(part)}))
+    made = sets[int(np.argmin([t.excess for t in trials])) if trials else 0]
+    found = made.provenance
+    request.tick(len(made), found.source)
+    return Generated(
+        images=made.images,
+        domain=found.domain,
+        labels=made.labels,
+        label_origin=found.labels,
+        real=found.real,
+        licence=found.licence,
+        parts=(found,),
+        trials=trials,
+        warnings=found.warnings,
+    )
 
 
 def compare(graph: ov.Model, sets: Sequence[CalibrationSet]) -> tuple[Trial, ...]:

@@ -146,7 +146,7 @@ def make_set(
     if trials := calibration.provenance.trials:
         from ovcalib.reports.provenance import compared
 
-        taken = ", ".join(part.source for part in calibration.provenance.parts)
+        taken = calibration.provenance.parts[0].source
         progress.say(
             f"calibrating with {taken}; INT8 error on all candidates' images, times the least: {compared(trials)}"
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,15 +108,7 @@ def generate(request: Request, options: Options) -> Generated:
         )
         made.append(generate_set(reference, own))
         done += len(place)
-    return joined(made, places)
-
-
-def joined(made: Sequence[CalibrationSet], places: Sequence[NDArray[np.int64]]) -> Generated:
-    """The images of several sets in one.
-
-    places   of the images of each set in the whole; a set with fewer images, whose source ran out of time or of images,
-             leaves its last ones out
-    """
+    # A source may run out of time, or of images.
     found = [place[: len(part)] for place, part in zip(places, made, strict=True)]
     back = np.argsort(np.concatenate(found), kind="stable")
     pixels = all(part.domain == "pixels" for part in made)
@@ -125,14 +116,20 @@ def joined(made: Sequence[CalibrationSet], places: Sequence[NDArray[np.int64]]) 
     labels = [part.labels for part in made if part.labels is not None]
     origins = [part.provenance.labels for part in made if part.provenance.labels is not None]
     labelled = len(labels) == len(made)
-    provenances = tuple(part.provenance for part in made)
     return Generated(
         images=np.concatenate(images)[back],
         domain="pixels" if pixels else "network",
         labels=np.concatenate(labels)[back] if labelled else None,
         label_origin=max(origins, key=ORIGINS.index) if labelled else None,
         real=any(part.provenance.real for part in made),
-        licence="; ".join(f"{part.source}: {part.licence or 'not stated'}" for part in provenances),
-        parts=provenances,
-        warnings=tuple(f"{part.source}: {warning}" for part in provenances for warning in part.warnings),
+        licence="; ".join(
+            f"{reference}: {part.provenance.licence or 'not stated'}"
+            for reference, part in zip(wanted, made, strict=True)
+        ),
+        parts=tuple(part.provenance for part in made),
+        warnings=tuple(
+            f"{reference}: {warning}"
+            for reference, part in zip(wanted, made, strict=True)
+            for warning in part.provenance.warnings
+        ),
     )
