@@ -199,7 +199,7 @@ class QuantizationOptions(Frozen):
         Literal["auto", ActivationRanges],
         Shown(
             default="auto: min-max, 1.5 times as wide for single channels; mean-min-max where its output error is "
-            "smaller"
+            "smaller, image by image"
         ),
     ] = Field(
         default="auto",
