@@ -123,7 +123,7 @@ def search(
         made[name] = kept.read(asked) or kept.add(asked, quantize_graph(
             asked, resolve_settings(asked, fp32), fp32, seen, None, task, lambda: False, progress, log
         ))  # fmt: skip
-        judge(name, made[name].int8)
+        judge(name, made[name].int8, asked.mode == "weight-only")
     times = {} if device is None else race({name: found.int8 for name, found in made.items()}, device, 1.0)
     chosen = best({name: errors for name, errors in judge.errors.items() if name != WEIGHTS})
     if cost_no_time(times, chosen) and judge.errors[WEIGHTS].mean() < judge.errors[chosen].mean():
@@ -225,10 +225,15 @@ class Judge:
         self.by_kernels: dict[str, tuple[KernelsError, ...]] = {}
         self.outputs: dict[str, NDArray[np.float32]] = {}
 
-    def __call__(self, name: str, int8: ov.Model) -> None:
+    def __call__(self, name: str, int8: ov.Model, in_float: bool = False) -> None:
+        """Measure an arm; one that computes in float has the same error on all kernels.
+
+        OpenVINO takes layers with 8-bit weights to kernels of this CPU, which a process of AVX2 alone does not have.
+        """
         found = {}
+        graph = before_softmax(int8)
         for kernels in self.wanted:
-            outputs = outputs_on(kernels, before_softmax(int8), self.inputs)
+            outputs = outputs_on(None if in_float else kernels, graph, self.inputs)
             errors = nmse_by_item(self.reference, outputs)
             found[kernels] = np.where(np.isfinite(errors), errors, math.inf), outputs
         self.by_kernels[name] = tuple(

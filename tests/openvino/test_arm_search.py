@@ -101,7 +101,7 @@ def test_the_arm_of_nncf_is_what_its_documentation_shows(toy, toy_graph, three, 
     import nncf
 
     made: dict[str, Any] = {}
-    monkeypatch.setattr(arm_search.Judge, "__call__", lambda judge, name, int8: made.setdefault(name, int8))
+    monkeypatch.setattr(arm_search.Judge, "__call__", lambda judge, name, int8, in_float: made.setdefault(name, int8))
     monkeypatch.setattr(arm_search, "best", lambda errors: DEFAULTS)
     with pytest.raises(KeyError):  # nothing was judged
         run(toy, toy_graph)
@@ -158,6 +158,21 @@ def test_an_arm_is_judged_where_its_error_is_largest(toy, toy_graph, monkeypatch
         {"vnni": 0.01, "avx2": 0.25}, rel=1e-4
     )
     assert judge.errors["an arm"].mean() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_weights_alone_are_judged_in_float(toy, toy_graph, monkeypatch) -> None:
+    """A process that takes the kernels of AVX2 on a newer CPU may not compile them."""
+    monkeypatch.setattr(arm_search, "ARMS", {name: ARMS[name] for name in (DEFAULTS, WEIGHTS)})
+    asked = []
+
+    def outputs_on(kernels, graph, inputs):
+        asked.append(kernels)
+        return outputs_of(graph, inputs)
+
+    monkeypatch.setattr(arm_search, "outputs_on", outputs_on)
+    _, found = run(toy, toy_graph)
+    assert asked == ["vnni", "avx2", None, None]
+    assert {e.kernels for e in found.arms[1].output_error} == {"vnni", "avx2"}
 
 
 def test_time_runs_out_after_the_defaults(toy, toy_graph) -> None:
