@@ -18,7 +18,7 @@ from typing import Any
 from settings import about, add_model
 
 import ovcalib
-from ovcalib.measurement.benchmark import ratio_interval
+from ovcalib.evaluation.metrics import ratio_interval
 from ovcalib.measurement.environment import environment
 
 

@@ -36,6 +36,18 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float,
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
+def ratio_interval(
+    numerators: Sequence[float] | NDArray[np.float64], denominators: Sequence[float] | NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Geometric mean of the ratios of positive values and its 95 % interval.
+
+    Pairing cancels what both share: the drift of a round, or how hard an image is.
+    """
+    logs = [math.log(a / b) for a, b in zip(numerators, denominators, strict=True)]
+    low, high = mean_interval(logs)
+    return math.exp(float(np.mean(logs))), math.exp(low), math.exp(high)
+
+
 def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     """95 % interval of an accuracy, as fractions.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from ovcalib import __version__, errors, machine
 from ovcalib.errors import DeviceError, ModelError, OvcalibError
-from ovcalib.evaluation.metrics import mean_interval
+from ovcalib.evaluation.metrics import mean_interval, ratio_interval
 from ovcalib.graph.files import is_quantized, read_graph
 from ovcalib.measurement.counters import set_random_input
 from ovcalib.measurement.environment import environment
@@ -476,13 +475,6 @@ def distribution(durations_ms: NDArray[np.floating[Any]]) -> Distribution:
         mean=float(values.mean()), std=float(values.std()), min=float(values.min()), max=float(values.max()),
         n=len(values), edges=edges, counts=counts, beyond=len(values) - sum(counts),
     )  # fmt: skip
-
-
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of the rounds' ratios and its 95 % interval; pairing by round cancels drift."""
-    logs = [math.log(a / b) for a, b in zip(numerators, denominators, strict=True)]
-    low, high = mean_interval(logs)
-    return math.exp(float(np.mean(logs))), math.exp(low), math.exp(high)
 
 
 def power_of(rounds: Sequence[Mapping[str, Any]]) -> Power | None:

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from ovcalib import __version__
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import UsageError
-from ovcalib.evaluation.metrics import mean_interval, nmse_by_item, same_class
+from ovcalib.evaluation.metrics import mean_interval, nmse_by_item, ratio_interval, same_class
 from ovcalib.graph.editing import before_softmax
 from ovcalib.graph.files import graph_sha256, ir_bytes, read_graph, write_ir
 from ovcalib.kernels import host_kernels, kernels_of, outputs_on
-from ovcalib.measurement.benchmark import race, ratio_interval
+from ovcalib.measurement.benchmark import race
 from ovcalib.progress import Progress
 from ovcalib.quantization.quantize import Quantized, quantize_graph
 from ovcalib.quantization.selection import kernels_error

@@ -23,10 +23,11 @@ import numpy as np
 import openvino as ov
 
 from ovcalib.evaluation.classification import finite
+from ovcalib.evaluation.metrics import ratio_interval
 from ovcalib.graph.editing import restore
 from ovcalib.graph.reading import layer_name, quantized_operations
 from ovcalib.kernels import host_kernels, kernels_of
-from ovcalib.measurement.benchmark import race, ratio_interval
+from ovcalib.measurement.benchmark import race
 from ovcalib.measurement.counters import operation_times
 from ovcalib.progress import Progress
 from ovcalib.records.options import DeployISA

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.errors import ModelError
 from ovcalib.evaluation.classification import finite
-from ovcalib.evaluation.metrics import mean_interval, nmse, nmse_by_item
+from ovcalib.evaluation.metrics import nmse, nmse_by_item, ratio_interval
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
 from ovcalib.kernels import is_emulated, outputs_on, without_saturation
@@ -34,6 +34,8 @@ GUARD_IMAGES = 8
 # Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
 # below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
 SUSPECT_NMSE = 0.005
+# Smaller errors of an image are none, and have no logarithm that says anything.
+LEAST_NMSE = 1e-12
 # Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
 # without, see ovcalib.kernels.
 SATURATED_SHARE = 0.1
@@ -284,11 +286,10 @@ def select_activation_ranges(
 
 
 def smaller_by_image(errors: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
-    """Whether the 95 % interval of the mean of log(errors / than), by image, lies below zero."""
+    """Whether the 95 % interval of errors / than, by image, lies below one."""
     if len(errors) < 2:
         return False
-    least = np.finfo(np.float64).tiny
-    return mean_interval(np.log(np.maximum(errors, least) / np.maximum(than, least)))[1] < 0
+    return ratio_interval(np.maximum(errors, LEAST_NMSE), np.maximum(than, LEAST_NMSE))[2] < 1
 
 
 def select_rounding(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovcalib import machine
-from ovcalib.evaluation.metrics import mean_interval
+from ovcalib.evaluation.metrics import mean_interval, ratio_interval
 from ovcalib.measurement import benchmark
 from ovcalib.measurement.benchmark import (
     ROUNDS,
@@ -14,7 +14,6 @@ from ovcalib.measurement.benchmark import (
     distribution,
     machine_doubts,
     proof_warnings,
-    ratio_interval,
     speedups,
     verdict,
 )
