@@ -1,4 +1,4 @@
-"""Lines of text on photographs, half of them upside down: what a classifier of text orientation sees.
+"""Lines of text on photographs: what a classifier of text orientation sees, and a text detector.
 
     python benchmarks/text_lines.py photos --count 500 --seed 1 -o runs/text-judge
     python benchmarks/text_lines.py photos --count 64 --seed 2 -o runs/text-calib
@@ -8,6 +8,10 @@
 The network is in the package `rapidocr` (rapidocr/models/); its licence stays with it. Images are 192 pixels wide and
 48 high, in an image folder with the classes 0 (upright) and 1 (by 180 degrees). Random letters and digits in a dark or
 light ink lie on a piece of a photograph, blended with one colour.
+
+    python benchmarks/text_lines.py photos --count 500 --seed 1 --side 320 -o runs/scenes
+
+makes photographs of 320x320 pixels with three such lines each, all upright and in the class 0.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import PIL.ImageFont
 from ovcalib.data.sets import IMAGE_SUFFIXES
 
 WIDTH, HEIGHT = 192, 48
+LINES = 3
 LETTERS = string.ascii_letters + string.digits
 
 
@@ -45,11 +50,25 @@ def line(photographs: Sequence[Path], rng: random.Random) -> PIL.Image.Image:
     return made
 
 
+def scene(photographs: Sequence[Path], rng: random.Random, side: int) -> PIL.Image.Image:
+    """A photograph of side x side pixels with LINES lines of text, one below the other."""
+    with PIL.Image.open(rng.choice(photographs)) as opened:
+        made = opened.convert("RGB").resize((side, side))
+    for number in range(LINES):
+        text = line(photographs, rng)
+        width = round(side * rng.uniform(0.3, 0.7))
+        text = text.resize((width, width * HEIGHT // WIDTH))
+        free = side // LINES - text.height
+        made.paste(text, (rng.randint(0, side - width), number * side // LINES + rng.randint(0, free)))
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path, help="folder of images, searched with its subfolders")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", type=int, help="square photographs with several lines instead, in pixels")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
     found = sorted(path for path in args.photographs.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -57,11 +76,13 @@ def main() -> None:
         parser.error(
             f"no photographs in {args.photographs}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
+    if args.side is not None and args.side < WIDTH:
+        parser.error(f"--side is {args.side}, but must be at least {WIDTH}")
     if args.output.exists():
         parser.error(f"{args.output} exists; give a new folder")
     rng = random.Random(args.seed)
     for number in range(args.count):
-        made, turned = line(found, rng), number % 2
+        made, turned = (line(found, rng), number % 2) if args.side is None else (scene(found, rng, args.side), 0)
         folder = args.output / str(turned)
         folder.mkdir(parents=True, exist_ok=True)
         (made.rotate(180) if turned else made).save(folder / f"{number:05d}.png")

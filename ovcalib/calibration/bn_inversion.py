@@ -1,10 +1,11 @@
 """BatchNorm inversion: fractals, optimised for the statistics in the network's BatchNorm layers.
 
 Fractals have the colours and the spectrum of photographs. A few optimisation steps match the statistics of the whole
-set to those stored in every layer, and DGH's output stretching widens the range of the outputs: with matched means and
-variances alone the tails are too short, and INT8 clips larger activations. Many images with few steps give a smaller
-output error than few images with many steps. This is the default source: of the inversion methods it has the smallest
-output error for the time that it takes (benchmarks/results/calibration.md).
+set to those stored in every layer, each in units of what it has stored: activations of one layer are often thirty times
+as large as those of another, which would hardly count. DGH's output stretching widens the range of the outputs: with
+matched means and variances alone the tails are too short, and INT8 clips larger activations. Many images with few steps
+give a smaller output error than few images with many steps. This is the default source: of the inversion methods it has
+the smallest output error for the time that it takes (benchmarks/results/calibration.md).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ class Options(InversionOptions):
     __doc__ = InversionOptions.__doc__
 
     scope: Literal["sample", "batch", "set"] = "set"
+    relative: bool = True
     input_weight: float | None = 0.0
     init: Literal["gaussian", "uniform", "fractal"] = "fractal"
     output: Literal["none", "stretch", "labels"] = "stretch"
-    output_weight: float | None = 1e-3
+    output_weight: float | None = 3e-4
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"steps": 20, "batch": 8, "rate": 0.05, "schedule": "cosine"},

@@ -811,6 +811,9 @@ def alignment(
     """[S]: how far the statistics at one layer are from the stored ones."""
     spread, spread0 = spreads(options, mean, square, layer, count)
     reduce = losses.sum_over_channels if options.reduction == "sum" else losses.mean_over_channels
-    gap = reduce(losses.slack_gap(mean, layer.mean0, slack[0]))
+    gaps = [reduce(losses.slack_gap(mean, layer.mean0, slack[0])), reduce(losses.slack_gap(spread, spread0, slack[1]))]
+    if options.relative:
+        units = layer.var0, spread0.square()
+        gaps = [gap / unit.mean().clamp_min(losses.EPS) for gap, unit in zip(gaps, units, strict=True)]
     assert options.spread_weight is not None
-    return gap + options.spread_weight * reduce(losses.slack_gap(spread, spread0, slack[1]))
+    return gaps[0] + options.spread_weight * gaps[1]

@@ -62,6 +62,8 @@ class InversionOptions(LoopOptions):
     spread          what is compared beside the mean: standard deviation or variance
     unbiased        spread with n - 1 in the denominator
     reduction       sum or mean over channels and layers
+    relative        in units of what the layer has stored, its channels' average, so that layers with large activations
+                    do not outweigh the others
     spread_weight   weight of the spread against the mean
     input_weight    weight of the images themselves, compared with mean 0 and std 1 as one more layer; 0 leaves them
                     out. Statistics of a batch are those of each of its images here
@@ -100,6 +102,7 @@ class InversionOptions(LoopOptions):
     spread: Literal["std", "var"] = "std"
     unbiased: bool = False
     reduction: Literal["sum", "mean"] = "mean"
+    relative: bool = False
     spread_weight: float | None = 1.0
     input_weight: float | None = 1.0
     slack: float = 0.0

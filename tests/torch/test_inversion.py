@@ -550,7 +550,7 @@ def test_one_batch_makes_the_whole_set_and_the_batch_the_same(toy) -> None:
 
 
 @pytest.mark.parametrize("axis", [
-    {"refresh": True}, {"spread": "var"}, {"reduction": "sum"}, {"spread_weight": 10}, {"input_weight": 1}, {"init": "uniform"},
+    {"refresh": True}, {"spread": "var"}, {"reduction": "sum"}, {"relative": False}, {"spread_weight": 10}, {"input_weight": 1}, {"init": "uniform"},
     {"optimizer": "radam"}, {"schedule": "plateau", "patience": 1}, {"pipeline": "smooth-augment"}, {"output": "none"}, {"rate": 0.2},
     {"swing": True}, {"scope": "sample"}, {"pipeline": "local-object"}, {"precision": "bf16"},
 ])  # fmt: skip

@@ -306,6 +306,7 @@ def set_loss(net, table, shares, view, form):
         mean, square = (sum(share * part[layer][k] for share, part in zip(shares, table, strict=True)) for k in (0, 1))
         std = (square - mean**2 + 1e-6).sqrt()
         gap = ((mean - targets[layer][0]) ** 2).mean() + form["spread"] * ((std - targets[layer][1]) ** 2).mean()
+        gap = gap / (targets[layer][1] ** 2).mean() if form.get("relative") else gap
         total = total + (form["input"] * gap if layer == 3 else gap)
     inputs, _, logits = seen(net, view)
     reach = logits.max(1).values - logits.min(1).values
@@ -362,11 +363,11 @@ def test_dgh_matches_the_whole_set_in_three_forms(net, variant) -> None:
 
 def test_bn_inversion_matches_the_whole_set(net) -> None:
     options = SOURCES["bn-inversion"].Options()
-    assert (options.init, options.output_weight) == ("fractal", 1e-3)
+    assert (options.init, options.output_weight) == ("fractal", 3e-4)
     found, images, _ = engine_run(net, "bn-inversion", 5, batch=3, rate=0.05, output_weight=0.05, init="gaussian")
     leaves = [part.clone().requires_grad_() for part in noise(0, 5).split(3)]
     optimizers = [torch.optim.Adam([leaf], 0.05) for leaf in leaves]
-    form = {"refresh": False, "squared": False, "leash": True, "spread": 1, "input": 0, "weight": 0.05}
+    form = {**DGH["leashed"], "input": 0, "weight": 0.05, "relative": True}
     expected, wanted = whole_set(net, leaves, optimizers, form, lambda leaf, rng: leaf.clone(), torch.clone)
     agree(found, expected)
     same_pixels(images, wanted, 0.05)
