@@ -4,7 +4,8 @@ Fractals have the colours and the spectrum of photographs. A few optimisation st
 set to those stored in every layer, each in units of what it has stored: activations of one layer are often thirty times
 as large as those of another, which would hardly count. DGH's output stretching widens the range of the outputs: with
 matched means and variances alone the tails are too short, and INT8 clips larger activations. Many images with few steps
-give a smaller output error than few images with many steps. This is the default source: of the inversion methods it has
+give a smaller output error than few images with many steps. Few steps are small ones: each moves every pixel by the
+learning rate, and leaves noise that the first layers see. This is the default source: of the inversion methods it has
 the smallest output error for the time that it takes (benchmarks/results/calibration.md).
 """
 
@@ -32,7 +33,7 @@ class Options(InversionOptions):
     output_weight: float | None = 3e-4
 
     BUDGETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 20, "batch": 8, "rate": 0.05, "schedule": "cosine"},
+        "quick": {"steps": 20, "batch": 8, "rate": 0.02, "schedule": "cosine"},
         "standard": {"steps": 120, "batch": 16, "rate": 0.05, "schedule": "cosine"},
         "paper": {"steps": 1000, "batch": 32, "rate": 0.05, "schedule": "cosine"},
     }
