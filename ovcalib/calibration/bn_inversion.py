@@ -4,9 +4,9 @@ Fractals have the colours and the spectrum of photographs. A few optimisation st
 set to those stored in every layer, each in units of what it has stored: activations of one layer are often thirty times
 as large as those of another, which would hardly count. DGH's output stretching widens the range of the outputs: with
 matched means and variances alone the tails are too short, and INT8 clips larger activations. Many images with few steps
-give a smaller output error than few images with many steps. Few steps are small ones: each moves every pixel by the
-learning rate, and leaves noise that the first layers see. This is the default source: of the inversion methods it has
-the smallest output error for the time that it takes (benchmarks/results/calibration.md).
+give a smaller output error than few images with many steps. Steps are small: Adam moves every pixel by the learning
+rate, and larger moves leave noise that the first layers see. This is the default source: of the inversion methods it
+has the smallest output error for the time that it takes (benchmarks/results/calibration.md).
 """
 
 from __future__ import annotations
