@@ -504,8 +504,8 @@ def bn_loss(toy, images):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("bn-inversion", {"steps": 80}),
-        ("bn-inversion", {"steps": 80, "precision": "bf16"}),
+        ("bn-inversion", {"steps": 80, "rate": 0.05}),
+        ("bn-inversion", {"steps": 80, "rate": 0.05, "precision": "bf16"}),
         ("dgh", {"steps": 250, "patience": 10}),
     ],
 )

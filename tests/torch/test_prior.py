@@ -65,7 +65,9 @@ def statistics_loss(net, images):
 
 def test_the_images_get_the_statistics_of_the_prior(toy, remembered) -> None:
     made = {
-        steps: source.generate(request(toy, plain()), source.Options(steps=steps, batch=4, output_weight=0.0))
+        steps: source.generate(
+            request(toy, plain()), source.Options(steps=steps, batch=4, rate=0.05, output_weight=0.0)
+        )
         for steps in (1, 80)
     }
     losses = {steps: statistics_loss(toy.net, found.images) for steps, found in made.items()}
