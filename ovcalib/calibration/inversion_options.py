@@ -62,8 +62,8 @@ class InversionOptions(LoopOptions):
     spread          what is compared beside the mean: standard deviation or variance
     unbiased        spread with n - 1 in the denominator
     reduction       sum or mean over channels and layers
-    relative        in units of what the layer has stored, its channels' average, so that layers with large activations
-                    do not outweigh the others
+    relative        divide squared deviations by the layer's stored variance, averaged over channels, so that layers
+                    with large activations do not outweigh the others
     spread_weight   weight of the spread against the mean
     input_weight    weight of the images themselves, compared with mean 0 and std 1 as one more layer; 0 leaves them
                     out. Statistics of a batch are those of each of its images here

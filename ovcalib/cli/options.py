@@ -216,7 +216,8 @@ def next_folder(root: Path, description: str, take_up: bool = True) -> Path:
     taken = [int(m[1]) for p in (root.iterdir() if root.is_dir() else ()) if (m := re.match(r"(\d{4,})-", p.name))]
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(description).name).strip("-.")
     target = root / f"{max(taken, default=0) + 1:04}-{plain}"
-    kept = [path for path in root.glob(f".*-{plain}{RESUME}") if re.match(r"\.\d{4,}-", path.name)]
+    own = re.compile(rf"\.\d{{4,}}-{re.escape(plain + RESUME)}")
+    kept = [path for path in root.glob(f".*{RESUME}") if own.fullmatch(path.name)]
     if take_up and kept and resume_folder(target) not in kept:
         max(kept, key=lambda path: path.stat().st_mtime).rename(resume_folder(target))
     return target

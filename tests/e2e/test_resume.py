@@ -1,5 +1,6 @@
 """An interrupted run says once what it kept, and the same command goes on from there."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def test_the_same_command_without_an_output_folder_goes_on(toy, tmp_path, monkey
 
 
 def test_the_state_of_another_run_is_left_alone(tmp_path):
-    for name in (".0003-a.resume", ".0003-b-a.resume", ".x-a.resume"):
+    for age, name in enumerate((".0003-b-a.resume", ".x-a.resume", ".0003-a.resume")):
         (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))  # its own is the oldest
     assert next_folder(tmp_path, "a") == tmp_path / "0001-a"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".0001-a.resume", ".0003-b-a.resume", ".x-a.resume"]
 
