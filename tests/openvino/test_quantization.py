@@ -661,14 +661,12 @@ def test_finetuning_starts_from_sums_that_cannot_saturate(toy, toy_graph, monkey
         lambda: False, Progress(),
     )  # fmt: skip
 
-    def integers(graph):
-        layer = next(layer for layer in quantized_layers(graph)[1:] if layer.op.get_type_name() == "Convolution")
-        return int(np.abs(integer_weights(layer)[0].astype(int)).max())
+    def largest(graph):
+        layers = quantized_layers(graph)[1:]
+        return max(int(np.abs(integer_weights(layer)[0].astype(int)).max()) for layer in layers)
 
-    before, start = map(integers, seen)
-    assert before == 127
-    # Of half the range the largest is 63 or 64, as rounding has it.
-    assert start <= 64 if halved else start == 127
+    # Of all layers: a single one may round its largest weight down.
+    assert [largest(graph) for graph in seen] == [127, 64 if halved else 127]
     assert made.int8 is seen[1 if kept else 0]
     fix = {"any": "first-layer", "vnni": "disable"}[options.deploy_isa] if options.overflow_fix == "auto" else "disable"
     assert made.record.overflow_fix == ("enable" if kept and halved else fix)
