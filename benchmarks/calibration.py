@@ -78,7 +78,8 @@ def make_set(args: argparse.Namespace, arm: str, seed: int) -> tuple[Path, float
 def quantize(args: argparse.Namespace, arm: str, seed: int, folder: Path, **more: Any) -> ovcalib.QuantizationResult:
     """The result with a calibration set that was made before."""
     source, options = source_of(arm)
-    settings = {"activation_ranges": args.activation_ranges, "deploy_isa": "vnni", "benchmark_time": 0, **more}
+    settings = {"activation_ranges": args.activation_ranges, "deploy_isa": "vnni", "benchmark_time": 0,
+                "allow_overlap": args.allow_overlap, **more}  # fmt: skip
     recipe = ovcalib.make_recipe(
         model=args.model, calib=source, options=options, num_samples=args.count, seed=seed, eval=args.eval,
         limit=args.limit, **args.about, **settings,
@@ -138,6 +139,9 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
     parser.add_argument("--activation-ranges", default="auto")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="judge even on images of the sets, which flatters them"
+    )
     parser.add_argument("--keep", help="folder of the sets, for runs with other settings")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()

@@ -103,7 +103,8 @@ def quantized_quickly(images: CalibrationSet, output: OutputError) -> ov.Model:
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize_default(output.fp32, images, settings), settings, output)
 
-    return select_activation_ranges(make(resolve_settings(QUICK, output.fp32)), make)[0].int8
+    seen = OutputError(output.fp32, images.inputs())
+    return select_activation_ranges(make(resolve_settings(QUICK, output.fp32)), make, seen)[0].int8
 
 
 def judges(sets: Sequence[CalibrationSet]) -> list[int]:

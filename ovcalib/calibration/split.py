@@ -30,14 +30,18 @@ class Split:
     corrections: CalibrationSet
     choices: CalibrationSet
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no other part has seen the images of the choices."""
+        return self.choices is not self.ranges
+
     def record(self) -> SetSplit:
         """How many images each part has, and which parts share some."""
-        fresh = self.choices is not self.ranges
         return SetSplit(
             ranges=len(self.ranges),
             corrections=len(self.corrections),
             choices=len(self.choices),
-            shared=("ranges", "corrections") if fresh else ("ranges", "corrections", "choices"),
+            shared=("ranges", "corrections") if self.fresh else ("ranges", "corrections", "choices"),
         )
 
 

@@ -99,7 +99,7 @@ def calibrate(
         make = functools.partial(
             quantize_default, output.fp32, parts.ranges, corrections=parts.corrections, tick=tick, log=log
         )
-        return select_settings(make, settings, auto, output, parts.corrections, progress)
+        return select_settings(make, settings, auto, output, parts, progress)
 
 
 def quantize_graph(
@@ -152,7 +152,8 @@ def quantize_graph(
         if other.equalized:
             equalization_nmse = best.error, other.error
             best = other if other.error <= best.error else best
-    int8, settings, saturation = best.selected.int8, best.selected.settings, best.selected.saturation
+    int8, settings = best.selected.int8, best.selected.settings
+    ranges, saturation = best.selected.ranges, best.selected.saturation
     if settings.bias_correction in ("fast", "full") and saturates_here(settings, options):
         warnings.append(
             f"NNCF's {settings.bias_correction} bias correction ran on this CPU, whose sums of products saturate with "
@@ -210,7 +211,8 @@ def quantize_graph(
         channel_headroom=settings.channel_headroom,
         smooth_quant=settings.smooth_quant,
         smooth_nmse=best.selected.smooth_nmse,
-        ranges_nmse=best.selected.ranges_nmse,
+        ranges_nmse=ranges.nmse if ranges else None,
+        ranges_ratio=ranges.ratio if ranges else None,
         rounding=settings.rounding,
         rounding_nmse=best.selected.rounding_nmse,
         bias_correction=settings.bias_correction,
@@ -304,7 +306,7 @@ def simulated(
     coarse = simulate(fp32, int8, bits, parts.ranges.inputs())
     selected = select_settings(
         lambda asked: fit_weights(fp32, coarse, asked, parts.corrections), settings,
-        auto_fields(options, settings) & {"rounding", "bias_correction"}, output, parts.corrections, progress,
+        auto_fields(options, settings) & {"rounding", "bias_correction"}, output, parts, progress,
     )  # fmt: skip
     graph, tuning = selected.int8, None
     if options.finetune:

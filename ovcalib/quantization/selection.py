@@ -16,6 +16,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
+from ovcalib.calibration.split import Split
 from ovcalib.errors import ModelError
 from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.metrics import nmse, nmse_by_item, ratio_interval
@@ -31,9 +32,8 @@ from ovcalib.runtime import outputs_of
 
 # Images of the calibration set from which the expected SQNR is computed.
 GUARD_IMAGES = 8
-# Above this error the extremes as ranges are compared with the means of the images' extremes. CIFAR-10 networks are
-# below it, but for RepVGG, whose few large activations bring it to 0.07, and the mean back to 0.003.
-SUSPECT_NMSE = 0.005
+# Up to this error the means of the images' extremes are not tried: there is little that better ranges could give back.
+SUSPECT_NMSE = 0.001
 # Smaller errors of an image are none, and have no logarithm that says anything.
 LEAST_NMSE = 1e-12
 # Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
@@ -163,6 +163,23 @@ class Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
+class RangesCompared:
+    """The extremes over all images as activation ranges, and the mean of each image's extremes.
+
+    nmse    NMSE of the outputs with the extremes and with the mean, on held-out images
+    ratio   the error of an image with the mean over that with the extremes: geometric mean over all calibration images,
+            and its 95 % interval
+    """
+
+    nmse: tuple[float, float]
+    ratio: tuple[float, float, float]
+
+    @property
+    def mean_is_better(self) -> bool:
+        return self.ratio[2] < 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Saturation:
     """NMSE of the outputs of an INT8 model.
 
@@ -194,7 +211,7 @@ class Selection:
     """An INT8 model, its settings, and the errors that they were chosen by; None where there was nothing to choose.
 
     smooth_nmse   see `select_smooth_quant`
-    ranges_nmse   see `select_activation_ranges`
+    ranges        see `select_activation_ranges`
     saturation    see `select_weight_range`
     rounding_nmse, bias_nmse   see `Fitted`
     """
@@ -202,7 +219,7 @@ class Selection:
     int8: ov.Model
     settings: Settings
     smooth_nmse: tuple[float, float] | None
-    ranges_nmse: tuple[float, float] | None
+    ranges: RangesCompared | None
     saturation: Saturation | None
     rounding_nmse: tuple[float, float] | None
     bias_nmse: tuple[float, float] | None
@@ -213,37 +230,41 @@ def select_settings(
     settings: Settings,
     auto: Container[str],
     output: OutputError,
-    corrections: CalibrationSet,
+    parts: Split,
     progress: Progress,
 ) -> Selection:
     """Quantize, and replace settings that were left open where the output error is smaller with others.
 
     quantize   makes the INT8 model of settings
-    corrections   images that rounding is fitted on
     auto       of "smooth_quant", "activation_ranges", "overflow_fix", "rounding" and "bias_correction" those that were
                left open
+    output     the error on `parts.choices`
     """
 
     def make(settings: Settings) -> QuantizedCandidate:
         return QuantizedCandidate(quantize(settings), settings, output)
 
     best = make(settings)
-    smooth_nmse = ranges_nmse = saturation = None
+    smooth_nmse = ranges = saturation = None
     if "smooth_quant" in auto:
         best, smooth_nmse = select_smooth_quant(best, make)
     if "activation_ranges" in auto:
-        best, ranges_nmse = select_activation_ranges(best, make)
+        seen = OutputError(output.fp32, parts.corrections.inputs()) if parts.fresh else None
+        best, ranges = select_activation_ranges(best, make, seen)
     candidates = [best]
     if "overflow_fix" in auto and best.saturates(SHARE_BEFORE_ROUNDING):
         candidates.append(make(halved(best.settings)))
-    fitted = select_rounding(candidates, corrections, progress) if "rounding" in auto else list(map(Fitted, candidates))
+    if "rounding" in auto:
+        fitted = select_rounding(candidates, parts.corrections, progress)
+    else:
+        fitted = [Fitted(candidate) for candidate in candidates]
     if "bias_correction" in auto:
         fitted = list(map(select_bias_correction, fitted))
     found = fitted[0]
     if "overflow_fix" in auto:
         found, saturation = select_weight_range(found, fitted[1] if len(fitted) > 1 else None)
     int8, chosen = found.best.int8, found.best.settings
-    return Selection(int8, chosen, smooth_nmse, ranges_nmse, saturation, found.rounding_nmse, found.bias_nmse)
+    return Selection(int8, chosen, smooth_nmse, ranges, saturation, found.rounding_nmse, found.bias_nmse)
 
 
 Make = Callable[[Settings], QuantizedCandidate]
@@ -268,28 +289,28 @@ def select_smooth_quant(plain: QuantizedCandidate, make: Make) -> tuple[Quantize
 
 
 def select_activation_ranges(
-    extremes: QuantizedCandidate, make: Make
-) -> tuple[QuantizedCandidate, tuple[float, float] | None]:
+    extremes: QuantizedCandidate, make: Make, seen: OutputError | None
+) -> tuple[QuantizedCandidate, RangesCompared | None]:
     """Use the mean of each image's extremes where a few images widen the extremes over all images too far.
 
     Activations beyond their range are clipped, which costs more than coarser levels: on most CIFAR-10 networks, NNCF's
     mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels. Coarse
-    levels cost on every image, and clipping much on few, which held-out images can lack. So the mean has to be better
-    image by image as well.
-    returns   the better one, and NMSE with the extremes and with the mean; None where the mean was not tried
+    levels cost on every image, and clipping much on few, which the images can have or lack. So the mean has to be
+    better image by image, whatever the loudest ones do to the NMSE. Images that the ranges were taken from count as
+    well: the extremes clip nothing of them, so they speak against the mean, if for either.
+    seen      the error on images that ranges were taken from; None where those of the candidates are these
+    returns   the better one, and how they compare; None where the mean was not tried
     """
-    if extremes.error <= SUSPECT_NMSE:
+
+    def by_image(candidate: QuantizedCandidate) -> NDArray[np.float64]:
+        errors = candidate.errors if seen is None else np.append(candidate.errors, seen.by_image(candidate.int8))
+        return np.maximum(errors, LEAST_NMSE)
+
+    if extremes.error <= SUSPECT_NMSE or len(extremes.errors) < 2:
         return extremes, None
     mean = make(dataclasses.replace(extremes.settings, activation_ranges="mean-min-max"))
-    better = mean.error < extremes.error and smaller_by_image(mean.errors, extremes.errors)
-    return mean if better else extremes, (extremes.error, mean.error)
-
-
-def smaller_by_image(errors: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
-    """Whether the 95 % interval of errors / than, by image, lies below one."""
-    if len(errors) < 2:
-        return False
-    return ratio_interval(np.maximum(errors, LEAST_NMSE), np.maximum(than, LEAST_NMSE))[2] < 1
+    compared = RangesCompared((extremes.error, mean.error), ratio_interval(by_image(mean), by_image(extremes)))
+    return mean if compared.mean_is_better else extremes, compared
 
 
 def select_rounding(

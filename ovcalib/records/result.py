@@ -406,6 +406,8 @@ class Quantization(Frozen):
                        it was not compared
     ranges_nmse        NMSE of the outputs with ranges min-max and mean-min-max, on held-out calibration images; None
                        where the first gave no reason to try the other
+    ranges_ratio       error of an image with mean-min-max over that with min-max: geometric mean over all calibration
+                       images, and its 95 % interval, which decides; None in records of earlier versions, too
     rounding           of weights, what it came to; with "compensated" the biases were solved along with it
     rounding_nmse      NMSE of the outputs with weights rounded to the nearest and with compensation; None where it was
                        not compared
@@ -443,6 +445,7 @@ class Quantization(Frozen):
     smooth_quant: bool | None = None
     smooth_nmse: tuple[float, float] | None = None
     ranges_nmse: tuple[float, float] | None = None
+    ranges_ratio: tuple[float, float, float] | None = None
     rounding: str = "nearest"
     rounding_nmse: tuple[float, float] | None = None
     bias_correction: str

@@ -276,7 +276,11 @@ def activation_ranges(quantization: Quantization) -> str:
         chosen += f", {quantization.channel_headroom:g} times as wide for single channels"
     if quantization.ranges_nmse is None:
         return chosen
-    return "{} (NMSE {:.2g} with min-max and {:.2g} with mean-min-max)".format(chosen, *quantization.ranges_nmse)
+    compared = "NMSE {:.2g} with min-max and {:.2g} with mean-min-max".format(*quantization.ranges_nmse)
+    if quantization.ranges_ratio is not None:
+        ratio = "{:.2g} times that with min-max, 95 % interval {:.2g} to {:.2g}".format(*quantization.ranges_ratio)
+        compared += f"; with the latter an image's error is {ratio}"
+    return f"{chosen} ({compared})"
 
 
 def rounding(quantization: Quantization) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import openvino as ov
 import pytest
+import scipy.stats
 from openvino import opset13 as ops
 
 from ovcalib import Preprocessing
@@ -525,14 +526,43 @@ def test_one_image_far_beyond_the_others_does_not_spoil_the_ranges(rng) -> None:
 
     def choose(calibration):
         make = maker(graph, calibration)
-        return select_activation_ranges(make(settings), make)
+        return select_activation_ranges(make(settings), make, None)
 
     kept, errors = choose(network_set(images))
     assert (kept.settings, errors) == (settings, None)
     images[17] *= 1000
-    chosen, (extremes, mean) = choose(network_set(images))
+    chosen, compared = choose(network_set(images))
+    extremes, mean = compared.nmse
     assert chosen.settings == replace(settings, activation_ranges="mean-min-max")
     assert chosen.error == mean < extremes / 10
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(32, 8), (6, 0)])
+def test_ranges_are_compared_on_images_they_were_taken_from_and_held_out_ones_once_each(
+    rng, monkeypatch, count, held_out
+) -> None:
+    monkeypatch.setattr("ovcalib.quantization.selection.SUSPECT_NMSE", 0.0)
+    graph = positive_convolution(rng)
+    images = rng.uniform(0, 1, (count, 8, 8, 8)).astype(np.float32)
+    images[2] *= 1000
+    options = QuantizationOptions(bias_correction="none", overflow_fix="disable", rounding="nearest", guard=False)
+    settings = resolve_settings(options, graph)
+    record = quantize_graph(
+        options, settings, graph, network_set(images), None, "classification", lambda: False, Progress()
+    ).record
+    everything = list(images[:, None])
+    expected = outputs_of(graph, everything).reshape(count, -1)
+
+    def errors(ranges):
+        int8 = quantize_default(
+            graph, network_set(images[: count - held_out]), replace(settings, activation_ranges=ranges)
+        )
+        return ((outputs_of(without_saturation(int8), everything).reshape(count, -1) - expected) ** 2).sum(1)
+
+    logs = np.log(errors("mean-min-max") / errors("min-max"))
+    interval = scipy.stats.t.interval(0.95, count - 1, logs.mean(), scipy.stats.sem(logs))
+    assert record.ranges_ratio == pytest.approx(np.exp([logs.mean(), *interval]), rel=1e-3)
+    assert record.activation_ranges == ("mean-min-max" if interval[1] < 0 else "min-max")
 
 
 @pytest.fixture

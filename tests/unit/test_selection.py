@@ -27,12 +27,12 @@ from ovcalib.quantization.selection import (
     select_settings,
     select_smooth_quant,
     select_weight_range,
-    smaller_by_image,
 )
 from ovcalib.quantization.settings import Settings
 
 SETTINGS = Settings()
 CORRECTIONS: Any = SimpleNamespace(inputs=list)
+PARTS: Any = SimpleNamespace(corrections=CORRECTIONS, fresh=False)
 
 
 class GivenError(OutputError):
@@ -63,14 +63,15 @@ def not_tried(settings):
 
 
 def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_it_is_smaller() -> None:
-    found = select_activation_ranges(candidate("first", GivenError({"first": SUSPECT_NMSE})), not_tried)
+    found = select_activation_ranges(candidate("first", GivenError({"first": SUSPECT_NMSE})), not_tried, None)
     assert (found[0].int8, found[1]) == ("first", None)
     for mean, chosen in ((0.2, "first"), (0.05, "mean")):
         errors = GivenError({"first": 0.1, "mean": mean})
-        best, tried = select_activation_ranges(
-            candidate("first", errors), partial(QuantizedCandidate, "mean", output=errors)
+        best, compared = select_activation_ranges(
+            candidate("first", errors), partial(QuantizedCandidate, "mean", output=errors), None
         )
-        assert (best.int8, tried) == (chosen, (0.1, mean))
+        assert (best.int8, compared.nmse) == (chosen, (0.1, mean))
+        assert compared.ratio == pytest.approx((mean / 0.1,) * 3)
         assert best.settings.activation_ranges == ("mean-min-max" if chosen == "mean" else "min-max")
 
 
@@ -87,31 +88,49 @@ def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_i
 )
 def test_the_mean_of_extremes_has_to_be_better_image_by_image(mean, chosen) -> None:
     errors = GivenError({"first": (0.1, 0.2, 0.1, 1.0), "mean": mean})
-    best, _ = select_activation_ranges(candidate("first", errors), partial(QuantizedCandidate, "mean", output=errors))
-    assert best.int8 == chosen
+    make = partial(QuantizedCandidate, "mean", output=errors)
+    assert select_activation_ranges(candidate("first", errors), make, None)[0].int8 == chosen
 
 
-def test_the_mean_of_extremes_is_not_kept_where_it_is_better_on_most_images_and_worse_on_average() -> None:
+def test_the_loudest_image_does_not_choose_the_ranges() -> None:
     errors = GivenError({"first": (0.1,) * 15 + (1.0,), "mean": (0.05,) * 15 + (3.0,)})
     first, mean = (candidate(name, errors) for name in ("first", "mean"))
-    assert smaller_by_image(mean.errors, first.errors)
-    assert select_activation_ranges(first, lambda settings: mean)[0].int8 == "first"
+    assert mean.error > first.error
+    assert select_activation_ranges(first, lambda settings: mean, None)[0].int8 == "mean"
+
+
+@pytest.mark.parametrize(("seen", "chosen"), [(0.05, "mean"), (0.4, "first")])
+def test_images_that_ranges_were_taken_from_count_as_well(seen, chosen) -> None:
+    """Four held-out images leave the choice open; twelve others settle it."""
+    held_out = GivenError({"first": 0.1, "mean": (0.02, 0.06, 0.15, 0.09)})
+    others = GivenError({"first": (0.1,) * 12, "mean": (seen,) * 12})
+    first, mean = (candidate(name, held_out) for name in ("first", "mean"))
+    assert select_activation_ranges(first, lambda settings: mean, None)[0].int8 == "first"
+    best, compared = select_activation_ranges(first, lambda settings: mean, others)
+    assert best.int8 == chosen
+    ratios = np.append(mean.errors, others.by_image("mean")) / 0.1
+    assert compared.ratio[0] == pytest.approx(scipy.stats.gmean(ratios))
+    assert compared.nmse == pytest.approx((0.1, 0.08))
 
 
 @pytest.mark.filterwarnings("error")
 def test_one_image_does_not_show_which_ranges_are_better() -> None:
-    assert not smaller_by_image(np.array([0.1]), np.array([0.9]))
+    first = candidate("first", GivenError({"first": (0.9,)}))
+    assert select_activation_ranges(first, not_tried, None) == (first, None)
 
 
-def test_smaller_by_image_is_a_paired_t_test_of_logarithms() -> None:
+def test_the_mean_is_chosen_by_a_paired_t_test_of_logarithms() -> None:
     rng = np.random.default_rng(0)
     found = set()
     for shift in np.linspace(-1.5, 0.5, 41):
-        errors, than = np.exp(rng.standard_normal((2, 12)) + np.array([[shift], [0]]))
-        test = scipy.stats.ttest_rel(np.log(errors), np.log(than))
-        assert smaller_by_image(errors, than) == (test.statistic < 0 and test.pvalue < 0.05)
-        found.add(smaller_by_image(errors, than))
-    assert found == {True, False}
+        mean, extremes = np.exp(rng.standard_normal((2, 12)) + np.array([[shift], [0]]))
+        test = scipy.stats.ttest_rel(np.log(mean), np.log(extremes))
+        errors = GivenError({"first": extremes, "mean": mean})
+        first = candidate("first", errors)
+        chosen = select_activation_ranges(first, partial(QuantizedCandidate, "mean", output=errors), None)[0].int8
+        assert (chosen == "mean") == (test.statistic < 0 and test.pvalue < 0.05)
+        found.add(chosen)
+    assert found == {"first", "mean"}
 
 
 def test_smooth_quant_has_to_be_better_and_may_fail() -> None:
@@ -168,7 +187,7 @@ def test_weight_ranges_are_compared_after_rounding(monkeypatch, saturated, compe
         SETTINGS,
         {"overflow_fix", "rounding"},
         errors,
-        CORRECTIONS,
+        PARTS,
         Progress(),
     )
     assert (found.settings.overflow_fix, found.settings.rounding) == chosen
@@ -211,12 +230,12 @@ def test_leaving_bias_correction_out_has_to_be_better(other, chosen) -> None:
 def test_compensated_rounding_solves_biases_so_they_are_not_chosen(compensated, uncorrected, chosen) -> None:
     errors = GivenError({"first": 0.1, "compensated": compensated, "uncorrected": uncorrected})
     found = select_settings(
-        lambda settings: "first", SETTINGS, {"rounding", "bias_correction"}, errors, CORRECTIONS, Progress()
+        lambda settings: "first", SETTINGS, {"rounding", "bias_correction"}, errors, PARTS, Progress()
     )
     assert found.int8 == chosen
     assert found.rounding_nmse == (0.1, compensated)
     assert (found.bias_nmse is None) == (chosen == "compensated")
-    assert (found.ranges_nmse, found.saturation) == (None, None)
+    assert (found.ranges, found.saturation) == (None, None)
 
 
 @pytest.mark.parametrize(("share", "made"), [(0.0, ["full"]), (0.03, ["full"]), (0.07, ["full", "half"])])
@@ -235,13 +254,13 @@ def test_half_the_range_is_made_where_rounding_may_bring_saturation_out(monkeypa
         asked.append("half" if settings.overflow_fix == "enable" else "full")
         return asked[-1]
 
-    found = select_settings(make, SETTINGS, {"overflow_fix", "rounding"}, errors, CORRECTIONS, Progress())
+    found = select_settings(make, SETTINGS, {"overflow_fix", "rounding"}, errors, PARTS, Progress())
     assert asked == made
     assert found.int8 == f"{made[-1]}, compensated"
 
 
 def test_what_was_given_is_not_chosen() -> None:
-    found = select_settings(lambda settings: "first", SETTINGS, frozenset(), GivenError({}), CORRECTIONS, Progress())
+    found = select_settings(lambda settings: "first", SETTINGS, frozenset(), GivenError({}), PARTS, Progress())
     assert (found.int8, found.settings) == ("first", SETTINGS)
 
 
