@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
+import openvino as ov
 from calibration import source_of
 
 import ovcalib
 from ovcalib.calibration.make import export_once
-from ovcalib.calibration.split import split
+from ovcalib.calibration.split import Split, split
 from ovcalib.measurement.environment import environment
 from ovcalib.quantization import selection
 from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.selection import OutputError, QuantizedCandidate, select_activation_ranges
+from ovcalib.quantization.selection import OutputError, QuantizedCandidate, RangesCompared, select_activation_ranges
 from ovcalib.quantization.settings import Settings, resolve_settings
 from ovcalib.records.options import QuantizationOptions
 
@@ -56,20 +56,9 @@ def main() -> None:
     for seed in range(args.seeds):
         for arm in args.arm:
             source, options = source_of(arm)
-            parts = split(ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **about))
-            output = OutputError(fp32, parts.choices.inputs())
-
-            @functools.cache
-            def make(settings: Settings, parts=parts, output=output) -> QuantizedCandidate:
-                int8 = quantize_default(fp32, parts.ranges, settings, corrections=parts.corrections)
-                return QuantizedCandidate(int8, settings, output)
-
-            seen = OutputError(fp32, parts.corrections.inputs())
-            chosen, compared = select_activation_ranges(make(settings), make, seen)
-            assert compared is not None
-            both = (make(dataclasses.replace(settings, activation_ranges=r)) for r in ("min-max", "mean-min-max"))
-            extremes, mean = (judge.nmse(candidate.int8) for candidate in both)
-            taken = chosen.settings.activation_ranges
+            images = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **about)
+            candidates, taken, compared = both(fp32, settings, split(images))
+            extremes, mean = (judge.nmse(candidate.int8) for candidate in candidates)
             cells.append({
                 "arm": arm, "seed": seed, "ratio": compared.ratio, "held_out_nmse": compared.nmse, "chosen": taken,
                 "judge_nmse": (extremes, mean),
@@ -79,6 +68,22 @@ def main() -> None:
             about_run = {key: value for key, value in vars(args).items() if key != "output"}
             record = {**about_run, "environment": environment().model_dump(), "cells": cells}
             args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def both(
+    fp32: ov.Model, settings: Settings, parts: Split
+) -> tuple[tuple[QuantizedCandidate, QuantizedCandidate], str, RangesCompared]:
+    """The candidates with the extremes and with their mean, the ranges that the default takes, and why."""
+    output, seen = (OutputError(fp32, images.inputs()) for images in (parts.choices, parts.corrections))
+
+    def make(settings: Settings) -> QuantizedCandidate:
+        int8 = quantize_default(fp32, parts.ranges, settings, corrections=parts.corrections)
+        return QuantizedCandidate(int8, settings, output)
+
+    extremes, mean = make(settings), make(dataclasses.replace(settings, activation_ranges="mean-min-max"))
+    chosen, compared = select_activation_ranges(extremes, lambda settings: mean, seen)
+    assert compared is not None
+    return (extremes, mean), chosen.settings.activation_ranges, compared
 
 
 if __name__ == "__main__":
