@@ -297,7 +297,7 @@ def select_activation_ranges(
     mean has 2 to 20 times the NMSE of the extremes. But values far beyond all others leave those few levels. Coarse
     levels cost on every image, and clipping much on few, which the images can have or lack. So the mean has to be
     better image by image, whatever the loudest ones do to the NMSE. Images that the ranges were taken from count as
-    well: the extremes clip nothing of them, so they speak against the mean, if for either.
+    well: the extremes clip nothing of them, so these favour the extremes.
     seen      the error on images that ranges were taken from; None where those of the candidates are these
     returns   the better one, and how they compare; None where the mean was not tried
     """
