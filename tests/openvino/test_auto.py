@@ -27,7 +27,7 @@ from ovcalib.kernels import without_saturation
 from ovcalib.models import builtin
 from ovcalib.models.load import Model
 from ovcalib.quantization.nncf_backend import quantize_default
-from ovcalib.quantization.selection import OutputError, compared_outputs
+from ovcalib.quantization.selection import OutputError, compared_outputs, select_activation_ranges
 from ovcalib.quantization.settings import resolve_settings
 from ovcalib.records.calibration import Provenance
 from ovcalib.records.options import EvaluationOptions
@@ -124,6 +124,22 @@ def test_ranges_are_those_that_do_better_on_the_other_half(graph) -> None:
     assert by_ranges["mean-min-max"] < by_ranges["min-max"]
     found = quantized_quickly(own.subset(range(32)), OutputError(graph, own.inputs(32, 64)))
     assert error(found) == pytest.approx(by_ranges["mean-min-max"])
+
+
+def test_ranges_are_compared_on_the_half_that_calibrates_as_well(graph, monkeypatch) -> None:
+    own = made_of(np.random.default_rng(0).standard_normal((8, 3, 16, 16), np.float32), domain="network")
+    compared = []
+
+    def watched(extremes, make, seen):
+        compared.append((extremes.output, seen))
+        return select_activation_ranges(extremes, make, seen)
+
+    monkeypatch.setattr("ovcalib.calibration.auto.select_activation_ranges", watched)
+    output = OutputError(graph, own.inputs(4, 8))
+    quantized_quickly(own.subset(range(4)), output)
+    ((judge, seen),) = compared
+    assert (judge, seen.fp32) == (output, graph)
+    assert np.array_equal(np.concatenate(list(seen.inputs)), np.concatenate(list(own.inputs(0, 4))))
 
 
 def test_each_set_calibrates_with_one_half_and_judges_with_the_other(make, files, graph) -> None:
