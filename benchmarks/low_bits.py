@@ -7,10 +7,11 @@
 Bits are WEIGHTS/ACTIVATIONS. Ranges of weights and activations have the least squared error (`--ranges`); `--edges
 academic` leaves the first and the last layer at 8 bits, `full` quantizes them and the outputs too. `nearest` rounds
 each weight to the nearest level and corrects biases layer by layer; `adaround` learns whether to round up or down
-(ovcalib.quantization.adaround); `compensated` rounds by ovcalib.quantization.rounding, and `finetuned` goes on from
-there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with FP32 and
-the NMSE of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file. Graphs
-compute in float32 with values on the low-bit grids, on any CPU.
+(ovcalib.quantization.adaround), and `brecq` learns it block by block, and ranges too
+(ovcalib.quantization.reconstruction); `compensated` rounds by ovcalib.quantization.rounding, and `finetuned` goes on
+from there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with
+FP32 and the NMSE of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file.
+Graphs compute in float32 with values on the low-bit grids, on any CPU.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ovcalib.quantization.adaround import choose_adaround
 from ovcalib.quantization.finetuning import finetune
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
+from ovcalib.quantization.reconstruction import Schedule, reconstruct
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
 from ovcalib.records.model import ModelSpec
@@ -47,7 +49,7 @@ from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "rounding")
 STEPS = QuantizationOptions().finetune_steps
-ROUNDINGS = ("nearest", "adaround", "compensated", "finetuned")
+ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", "finetuned")
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
     parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=["nearest"])
     parser.add_argument("--finetune-steps", type=int, default=STEPS)
+    parser.add_argument("--brecq-steps", type=int, default=Schedule().weight_steps, help="of the weights of each block")
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -77,7 +80,7 @@ def main() -> None:
             for _, _, bits, rounding in wanted:
                 weights, activations = map(int, bits.split("/"))
                 grid = Bits(weights, activations, args.edges, args.ranges)
-                graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps)
+                graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps, args.brecq_steps)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits, "rounding": rounding,
@@ -117,16 +120,21 @@ def int8_of(fp32: Any, made: CalibrationSet) -> Any:
     return quantize_default(fp32, split(made).ranges, Settings(overflow_fix="disable", bias_correction="none"))
 
 
-def quantized(fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str, steps: int = STEPS) -> Any:
-    """The simulated graph of one cell; steps of fine-tuning."""
+def quantized(
+    fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str, finetune_steps: int = STEPS,
+    brecq_steps: int = Schedule().weight_steps,
+) -> Any:  # fmt: skip
+    """The simulated graph of one cell."""
     parts = split(made)
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
     if rounding == "nearest":
         return fit_weights(fp32, graph, Settings(), parts.corrections)
     if rounding == "adaround":
         return compensated(fp32, [graph], parts.corrections.inputs(), choose_adaround)[0]
+    if rounding == "brecq":
+        return reconstruct(fp32, graph, made.inputs(), Schedule.shortened(brecq_steps))
     graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
-    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs(), steps)[0]
+    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs(), finetune_steps)[0]
 
 
 def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mob
         "ovcalib/models/shufflenetv2.py", "ovcalib/models/repvgg.py", "ovcalib/models/vit.py",
         "ovcalib/models/mobilenetv3.py", "ovcalib/models/convnext.py",
         "ovcalib/models/graph_module.py", "ovcalib/models/detectors.py",
-        "ovcalib/quantization/finetuning.py", "ovcalib/quantization/adaround.py",
+        "ovcalib/quantization/finetuning.py", "ovcalib/quantization/adaround.py", "ovcalib/quantization/reconstruction.py",
         *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
                                                         "genie_generator", "generator_training", "bfloat16", "parallel",
                                                         "attention_taps", "patch_losses", "patch_run", "joint"))}  # fmt: skip
