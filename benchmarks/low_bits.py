@@ -17,6 +17,7 @@ Graphs compute in float32 with values on the low-bit grids, on any CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -47,7 +48,7 @@ from ovcalib.records.model import ModelSpec
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.runtime import outputs_of
 
-KEY = ("arm", "seed", "bits", "rounding")
+KEY = ("arm", "seed", "bits", "edges", "rounding")
 STEPS = QuantizationOptions().finetune_steps
 ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", "finetuned")
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arms(parser)
     parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
-    parser.add_argument("--edges", choices=["academic", "full"], default="academic")
+    parser.add_argument("--edges", nargs="+", choices=["academic", "full"], default=["academic"])
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
     parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=["nearest"])
     parser.add_argument("--finetune-steps", type=int, default=STEPS)
@@ -71,19 +72,19 @@ def main() -> None:
     print(f"FP32 top-1 {100 * top1:.2f} %")
     for seed in range(args.seeds):
         for arm in args.arm:
-            wanted = [(arm, seed, bits, rounding) for bits in args.bits for rounding in args.rounding]
+            wanted = [(arm, seed, *setting) for setting in itertools.product(args.bits, args.edges, args.rounding)]
             if done.issuperset(wanted):
                 continue
             source, options = source_of(arm)
             made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
             int8 = int8_of(fp32, made)
-            for _, _, bits, rounding in wanted:
+            for _, _, bits, edges, rounding in wanted:
                 weights, activations = map(int, bits.split("/"))
-                grid = Bits(weights, activations, args.edges, args.ranges)
+                grid = Bits(weights, activations, edges, args.ranges)
                 graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps, args.brecq_steps)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
-                    "arm": arm, "seed": seed, "bits": bits, "rounding": rounding,
+                    "arm": arm, "seed": seed, "bits": bits, "edges": edges, "rounding": rounding,
                     "top1": float(hits(found, labels).mean()),
                     "agreement": float(same_class(reference, found).mean()), "nmse": nmse(reference, found),
                 })  # fmt: skip
@@ -139,16 +140,14 @@ def quantized(
 
 def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:
     lines = [
-        "| bits | rounding | calibration | top-1 % | agreement % | NMSE | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| bits | edges | rounding | calibration | top-1 % | agreement % | NMSE | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for bits in args.bits:
-        for rounding in args.rounding:
-            for arm in args.arm:
-                own = [c for c in cells if (c["arm"], c["bits"], c["rounding"]) == (arm, bits, rounding)]
-                columns = [spread([100 * c[k] for c in own], 2) for k in ("top1", "agreement")]
-                columns += [spread([c["nmse"] for c in own], 4), str(len(own))]
-                lines.append(f"| {bits} | {rounding} | {arm} | " + " | ".join(columns) + " |")
+    for *setting, arm in itertools.product(args.bits, args.edges, args.rounding, args.arm):
+        own = [c for c in cells if [c["bits"], c["edges"], c["rounding"], c["arm"]] == [*setting, arm]]
+        columns = [spread([100 * c[k] for c in own], 2) for k in ("top1", "agreement")]
+        columns += [spread([c["nmse"] for c in own], 4), str(len(own))]
+        lines.append(f"| {' | '.join([*setting, arm, *columns])} |")
     return "\n".join(lines)
 
 
