@@ -42,6 +42,8 @@ BATCH = 32
 # Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of the logarithm
 # of scales, of biases in standard deviations of their layer's output, and of the logarithm of ranges.
 WEIGHT_RATE, SCALE_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.01, 0.0001, 0.01
+# Of the network's outputs, beside the mean over layers. With more, they fit the images and nothing else.
+OUTPUT_WEIGHT = 0.25
 # Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
 # Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
 MARGIN = 0.1
@@ -64,11 +66,11 @@ def distillation_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], powers:
 
     found, wanted   [N, ...] of the quantized and of the float graph: layers in order, then `heads` outputs
     powers          variance of each
-    returns         mean over layers plus mean over outputs
+    returns         mean over layers plus OUTPUT_WEIGHT times the mean over outputs
     """
     errors = [F.mse_loss(a, b) / power for a, b, power in zip(found, wanted, powers, strict=True)]
     layers, outputs = errors[: len(errors) - heads], errors[len(errors) - heads :]
-    return torch.stack(layers).mean() + torch.stack(outputs).mean()
+    return torch.stack(layers).mean() + OUTPUT_WEIGHT * torch.stack(outputs).mean()
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
