@@ -17,7 +17,6 @@ from ovcalib.calibration.make import make_set, resolve_calibration
 from ovcalib.diagnosis.distortion import Distortion, Histogram, Spread
 from ovcalib.diagnosis.remedies import NOT_INSTALLED, can_quantize, try_remedies
 from ovcalib.errors import ModelError
-from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.dataset import calibration_images, open_dataset
 from ovcalib.evaluation.metrics import hits, nmse, same_class
 from ovcalib.evaluation.outputs import Item, Items, Outputs, collect
@@ -87,7 +86,7 @@ def diagnose(about: ModelOptions, int8: str, options: DiagnosisOptions, progress
         OperationDiagnosis(
             name=layer_name(op),
             kind=op.get_type_name(),
-            output_nmse=finite(harm[name]),
+            output_nmse=harm[name],
             **signals[name],
         )
         for name in worst
@@ -335,7 +334,7 @@ class Search:
         return Metrics(
             top1=None if labels is None else float(hits(outputs.values, labels).mean()),
             agreement=float(same_class(self.reference.values, outputs.values).mean()) if self.classification else None,
-            nmse=finite(error),
+            nmse=error,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +39,7 @@ def agreement(
         OutputAgreement(
             name=port.name,
             shape=port.shape,
-            nmse=finite(nmse(expected[port.name], found[port.name])),
+            nmse=nmse(expected[port.name], found[port.name]),
             pixels=same_pixels(expected[port.name], found[port.name])
             if task == "segmentation" and is_class_map(port.shape)
             else None,
@@ -51,14 +50,10 @@ def agreement(
         count=len(reference),
         top1=float(same_class(reference.values, other.values).mean()) if task == "classification" else None,
         pixels=next((output.pixels for output in outputs if output.pixels is not None), None),
-        nmse=finite(nmse(reference.values, other.values)),
+        nmse=nmse(reference.values, other.values),
         on=on,
         outputs=outputs,
     )
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def per_class(

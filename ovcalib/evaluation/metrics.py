@@ -124,14 +124,18 @@ def nmse(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:
 
 
 def nmse_by_item(reference: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The squared error of each item over the mean square of the reference, float64 [N]; their mean is the NMSE."""
+    """The squared error of each item over the mean square of the reference, float64 [N]; their mean is the NMSE.
+
+    It is infinite where an output is not finite.
+    """
     step = max(1, CHUNK // max(1, reference[:1].size))
     errors, powers = np.empty(len(reference)), np.empty(len(reference))
     for i in range(0, len(reference), step):
         expected = reference[i : i + step].astype(np.float64).reshape(len(reference[i : i + step]), -1)
         errors[i : i + step] = ((expected - values[i : i + step].reshape(expected.shape)) ** 2).sum(1)
         powers[i : i + step] = (expected**2).sum(1)
-    return errors / max(float(powers.mean()), float(np.finfo(np.float64).tiny))
+    found = errors / max(float(powers.mean()), float(np.finfo(np.float64).tiny))
+    return np.where(np.isfinite(found), found, np.inf)
 
 
 def same_pixels(reference: NDArray[np.float32], values: NDArray[np.float32]) -> float:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import Split, split
-from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.dataset import Images
 from ovcalib.evaluation.outputs import Outputs
 from ovcalib.graph.editing import float_activations
@@ -264,8 +263,8 @@ def finetuned(
         on_probe = error(judge, before), error(judge, after)
         kept = kept and on_probe[1] <= on_probe[0]
     record = FineTuning(
-        steps=made, images=len(images), nmse=(finite(first), finite(second)),
-        probe_nmse=None if on_probe is None else (finite(on_probe[0]), finite(on_probe[1])), kept=kept,
+        steps=made, images=len(images), nmse=(first, second),
+        probe_nmse=on_probe, kept=kept,
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     return after if kept else before, record

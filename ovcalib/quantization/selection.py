@@ -8,6 +8,7 @@ estimator of activations, half or full range of the weights, and bias correction
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property
 
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from ovcalib.calibration.sets import CalibrationSet
 from ovcalib.calibration.split import Split
 from ovcalib.errors import ModelError
-from ovcalib.evaluation.classification import finite
 from ovcalib.evaluation.metrics import nmse, nmse_by_item, ratio_interval
 from ovcalib.graph.editing import before_softmax, float_activations, restore_biases
 from ovcalib.graph.reading import layer_name
@@ -34,8 +34,8 @@ from ovcalib.runtime import outputs_of
 GUARD_IMAGES = 8
 # Up to this error the means of the images' extremes are not tried: there is little that better ranges could give back.
 SUSPECT_NMSE = 0.001
-# Smaller errors of an image are none, and have no logarithm that says anything.
-LEAST_NMSE = 1e-12
+# Smaller errors of an image are none, and larger ones may be infinite; their logarithms say nothing.
+LEAST_NMSE, MOST_NMSE = 1e-12, 1e12
 # Sums saturate where the error on the kernels of AVX2 is larger by more than this share: by a hundredth it differs
 # without, see ovcalib.kernels.
 SATURATED_SHARE = 0.1
@@ -82,6 +82,7 @@ class OutputError:
     """The error of INT8 models against FP32 on images that they were not made from, see `compared_outputs`.
 
     inputs   of the network, float32 [1, C, H, W] each
+    raises   ModelError where FP32 itself gives outputs that are not finite; those of INT8 are an infinite error
     """
 
     def __init__(self, fp32: ov.Model, inputs: Sequence[NDArray[np.float32]]) -> None:
@@ -89,7 +90,13 @@ class OutputError:
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:
-        return compared_outputs(self.fp32, self.inputs)
+        outputs = compared_outputs(self.fp32, self.inputs)
+        if broken := int((~np.isfinite(outputs)).any(axis=1).sum()):
+            raise ModelError(
+                f"FP32 gives NaN or infinite outputs for {broken} of {len(outputs)} calibration images, so "
+                "INT8 cannot be compared with it. Check the model and its preprocessing, or calibrate on other images."
+            )
+        return outputs
 
     def by_image(self, int8: ov.Model) -> NDArray[np.float64]:
         """What each image adds to the NMSE of the outputs where no sum saturates, float64 [N]; see `nmse_by_item`."""
@@ -116,7 +123,7 @@ class WeightError(OutputError):
 
 
 def kernels_error(kernels: Kernels, error: float) -> KernelsError:
-    return KernelsError(kernels=kernels, nmse=finite(error), emulated=is_emulated(kernels))
+    return KernelsError(kernels=kernels, nmse=error, emulated=is_emulated(kernels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +183,8 @@ class RangesCompared:
 
     @property
     def mean_is_better(self) -> bool:
-        return self.ratio[2] < 1
+        # An output that is not finite is worse than any error, though it be that of one image.
+        return self.ratio[2] < 1 or self.nmse[1] < self.nmse[0] == math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +312,7 @@ def select_activation_ranges(
 
     def by_image(candidate: QuantizedCandidate) -> NDArray[np.float64]:
         errors = candidate.errors if seen is None else np.append(candidate.errors, seen.by_image(candidate.int8))
-        return np.maximum(errors, LEAST_NMSE)
+        return np.clip(errors, LEAST_NMSE, MOST_NMSE)
 
     if extremes.error <= SUSPECT_NMSE or len(extremes.errors) < 2:
         return extremes, None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ovcalib.errors import InvalidOptionError, UnknownNameError, UsageError, excerpt
 
@@ -19,6 +20,14 @@ Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 # (C, H, W) of one image.
 ImageShape = tuple[Channels, Pixels, Pixels]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# A measured number; None where it is not finite, which JSON cannot say.
+Measured = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Frozen(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ovcalib.records.base import Frozen
+from ovcalib.records.base import Frozen, Measured
 
 
 class SignalQuality(Frozen):
@@ -64,7 +64,7 @@ class OperationDiagnosis(Frozen):
 
     name: str
     kind: str
-    output_nmse: float | None
+    output_nmse: Measured
     cumulative: SignalQuality
     alone: SignalQuality
     weights: SignalQuality | None
@@ -82,7 +82,7 @@ class Metrics(Frozen):
 
     top1: float | None
     agreement: float | None
-    nmse: float | None
+    nmse: Measured
 
 
 class Candidate(Metrics):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ovcalib.records.base import Frozen
+from ovcalib.records.base import Frozen, Measured
 from ovcalib.records.calibration import Calibration
 from ovcalib.records.environment import Environment
 from ovcalib.records.model import ModelRecord
@@ -84,7 +84,7 @@ class OutputAgreement(Frozen):
 
     name: str
     shape: tuple[int, ...]
-    nmse: float | None
+    nmse: Measured
     pixels: float | None = None
 
 
@@ -144,7 +144,7 @@ class Agreement(Frozen):
     top1: float | None
     pixels: float | None = None
     boxes: BoxAgreement | None = None
-    nmse: float | None
+    nmse: Measured
     on: str
     outputs: tuple[OutputAgreement, ...] = ()
     kernels: Kernels | None = None
@@ -165,7 +165,7 @@ class ProbeError(Frozen):
     agreement: float
     expected_loss: float
     confidence: float
-    nmse: float | None
+    nmse: Measured
 
 
 class PredictedLoss(Frozen):
@@ -286,8 +286,8 @@ class FineTuning(Frozen):
 
     steps: int
     images: int
-    nmse: tuple[float | None, float | None]
-    probe_nmse: tuple[float | None, float | None] | None = None
+    nmse: tuple[Measured, Measured]
+    probe_nmse: tuple[Measured, Measured] | None = None
     kept: bool
     seconds: float
 
@@ -307,7 +307,7 @@ class SpeedSearch(Frozen):
     over_int8_ci95: tuple[float, float]
     over_fp32: float
     over_fp32_ci95: tuple[float, float]
-    nmse: tuple[float | None, float | None]
+    nmse: tuple[Measured, Measured]
 
 
 class SetSplit(Frozen):
@@ -346,7 +346,7 @@ class KernelsError(Frozen):
     """
 
     kernels: Kernels
-    nmse: float | None
+    nmse: Measured
     emulated: bool
 
 
@@ -436,24 +436,24 @@ class Quantization(Frozen):
     images: SetSplit | None = None
     overflow_fix: str
     output_error: tuple[KernelsError, ...] = ()
-    saturation_nmse: tuple[float, float] | None = None
-    halved_nmse: float | None = None
+    saturation_nmse: tuple[Measured, Measured] | None = None
+    halved_nmse: Measured = None
     deploy_isa: str
     # Records of earlier versions have NNCF's default.
     activation_ranges: str = "mean-min-max"
     channel_headroom: float = 1.0
     smooth_quant: bool | None = None
-    smooth_nmse: tuple[float, float] | None = None
-    ranges_nmse: tuple[float, float] | None = None
+    smooth_nmse: tuple[Measured, Measured] | None = None
+    ranges_nmse: tuple[Measured, Measured] | None = None
     ranges_ratio: tuple[float, float, float] | None = None
     rounding: str = "nearest"
-    rounding_nmse: tuple[float, float] | None = None
+    rounding_nmse: tuple[Measured, Measured] | None = None
     bias_correction: str
-    bias_nmse: tuple[float, float] | None = None
+    bias_nmse: tuple[Measured, Measured] | None = None
     transformer: bool
     ignored: tuple[str, ...]
     equalized: tuple[Equalized, ...] = ()
-    equalization_nmse: tuple[float, float] | None = None
+    equalization_nmse: tuple[Measured, Measured] | None = None
     expected_sqnr: dict[str, float] = Field(default={})
     guarded: dict[str, float] = Field(default={})
     input_range: tuple[float, float] | None = None

@@ -225,7 +225,7 @@ def equalization(quantization: Quantization) -> str:
     what = f"{groups} groups of signals" if groups else "none"
     if quantization.equalization_nmse is None:
         return what
-    return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(what, *quantization.equalization_nmse)
+    return "{} (NMSE {} without it and {} with it)".format(what, *map(figure, quantization.equalization_nmse))
 
 
 def finetuning_facts(found: FineTuning | None) -> list[tuple[str, str]]:
@@ -241,20 +241,23 @@ def finetuning_facts(found: FineTuning | None) -> list[tuple[str, str]]:
 
 
 def before_and_after(errors: Sequence[float | None]) -> str:
-    return ", then ".join("not finite" if error is None else f"{error:.2g}" for error in errors)
+    return ", then ".join(map(figure, errors))
+
+
+def figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2g}"
 
 
 def kernels_error(found: KernelsError) -> str:
     """NMSE on the last calibration images, and whether this CPU executed it."""
-    nmse = "not finite" if found.nmse is None else f"NMSE {found.nmse:.2g}"
-    return f"{nmse} ({'emulated' if found.emulated else 'executed'})"
+    return f"NMSE {figure(found.nmse)} ({'emulated' if found.emulated else 'executed'})"
 
 
 def overflow_fix(quantization: Quantization) -> str:
     """What the overflow fix came to, and why."""
     reasons = [f"deployment ISA: {quantization.deploy_isa}"]
     if quantization.saturation_nmse is not None:
-        reasons.append("NMSE {:.2g} with VNNI and {:.2g} without".format(*quantization.saturation_nmse))
+        reasons.append("NMSE {} with VNNI and {} without".format(*map(figure, quantization.saturation_nmse)))
     if quantization.halved_nmse is not None:
         reasons.append(f"{quantization.halved_nmse:.2g} with half the range of weights")
     return f"{quantization.overflow_fix} ({', '.join(reasons)})"
@@ -266,7 +269,7 @@ def smooth_quant(quantization: Quantization) -> str:
     chosen = "off" if quantization.smooth_quant is False else "on"
     if quantization.smooth_nmse is None:
         return chosen
-    return "{} (NMSE {:.2g} without it and {:.2g} with it)".format(chosen, *quantization.smooth_nmse)
+    return "{} (NMSE {} without it and {} with it)".format(chosen, *map(figure, quantization.smooth_nmse))
 
 
 def activation_ranges(quantization: Quantization) -> str:
@@ -276,7 +279,7 @@ def activation_ranges(quantization: Quantization) -> str:
         chosen += f", {quantization.channel_headroom:g} times as wide for single channels"
     if quantization.ranges_nmse is None:
         return chosen
-    compared = "NMSE {:.2g} with min-max and {:.2g} with mean-min-max".format(*quantization.ranges_nmse)
+    compared = "NMSE {} with min-max and {} with mean-min-max".format(*map(figure, quantization.ranges_nmse))
     if quantization.ranges_ratio is not None:
         ratio = "{:.2g} times that with min-max, 95 % interval {:.2g} to {:.2g}".format(*quantization.ranges_ratio)
         compared += f"; with the latter an image's error is {ratio}"
@@ -287,8 +290,8 @@ def rounding(quantization: Quantization) -> str:
     """How weights were rounded, and why so."""
     if quantization.rounding_nmse is None:
         return quantization.rounding
-    return "{} (NMSE {:.2g} with nearest and {:.2g} with compensated)".format(
-        quantization.rounding, *quantization.rounding_nmse
+    return "{} (NMSE {} with nearest and {} with compensated)".format(
+        quantization.rounding, *map(figure, quantization.rounding_nmse)
     )
 
 
@@ -296,7 +299,9 @@ def bias_correction(quantization: Quantization) -> str:
     """What bias correction came to, and why."""
     if quantization.bias_nmse is None:
         return quantization.bias_correction
-    return "{} (NMSE {:.2g} with it and {:.2g} without)".format(quantization.bias_correction, *quantization.bias_nmse)
+    return "{} (NMSE {} with it and {} without)".format(
+        quantization.bias_correction, *map(figure, quantization.bias_nmse)
+    )
 
 
 def model_card(result: Result) -> list[str]:

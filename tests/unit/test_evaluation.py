@@ -126,6 +126,13 @@ def test_nmse_has_its_closed_form() -> None:
     assert metrics.nmse(reference, reference + 1) == pytest.approx(4 / 50)
 
 
+def test_an_output_that_is_not_finite_is_an_infinite_error_of_its_item() -> None:
+    reference = np.ones((3, 2), np.float32)
+    values = np.array([[1, 1], [np.nan, 1], [1, np.inf]], np.float32)
+    np.testing.assert_array_equal(metrics.nmse_by_item(reference, values), [0, np.inf, np.inf])
+    assert np.isinf(metrics.nmse_by_item(values, reference)).all()
+
+
 def test_compare_gives_accuracy_of_both_and_the_drop_in_points() -> None:
     labels = np.array([0, 1, 2, 0])
     good = Outputs(np.eye(3, dtype=np.float32)[labels], labels, "d")

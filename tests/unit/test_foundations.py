@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ import ovcalib
 from ovcalib import errors, progress
 from ovcalib.calibration import SOURCES
 from ovcalib.measurement import benchmark
+from ovcalib.records.result import KernelsError
 from ovcalib.registry import Registry
 from ovcalib.rundir import RunDir, write_atomically, write_json
 
@@ -270,3 +272,10 @@ def test_progress_is_shown_where_somebody_looks_on(monkeypatch):
     assert type(usual_progress()) is Progress
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert isinstance(usual_progress(), Terminal)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_measured_number_that_is_not_finite_is_null(value) -> None:
+    found = KernelsError(kernels="vnni", nmse=value, emulated=False)
+    assert found.nmse is None
+    assert KernelsError.model_validate_json(found.model_dump_json()) == found

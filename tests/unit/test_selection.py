@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 import scipy.stats
+from openvino import opset13 as ops
 
 from ovcalib.errors import ModelError
 from ovcalib.progress import Progress
@@ -82,7 +84,7 @@ def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_i
         ((0.02, 0.04, 0.03, 0.4), "mean"),
         # Much better on one image alone, and on average.
         ((0.1, 0.2, 0.11, 0.1), "first"),
-        ((math.nan, 0.1, 0.05, 0.5), "first"),
+        ((math.inf, 0.1, 0.05, 0.5), "first"),
         ((0.0, 0.0, 0.0, 0.0), "mean"),
     ],
 )
@@ -90,6 +92,37 @@ def test_the_mean_of_extremes_has_to_be_better_image_by_image(mean, chosen) -> N
     errors = GivenError({"first": (0.1, 0.2, 0.1, 1.0), "mean": mean})
     make = partial(QuantizedCandidate, "mean", output=errors)
     assert select_activation_ranges(candidate("first", errors), make, None)[0].int8 == chosen
+
+
+@pytest.mark.parametrize(("mean", "chosen"), [(0.3, "mean"), (math.inf, "first")])
+def test_ranges_without_finite_outputs_are_not_taken_where_others_have_them(mean, chosen) -> None:
+    errors = GivenError({"first": (0.1, 0.2, 0.1, math.inf), "mean": (0.3, 0.3, 0.3, mean)})
+    first, other = (candidate(name, errors) for name in ("first", "mean"))
+    best, compared = select_activation_ranges(first, lambda settings: other, None)
+    assert best.int8 == chosen
+    assert np.isfinite(compared.ratio).all()
+
+
+def logarithm():
+    """A network that is finite where all pixels are positive, and what rounding to multiples of 0.5 makes of it."""
+    x = ops.parameter([1, 2], np.float32)
+    rounded = ops.multiply(ops.round(ops.multiply(x, ops.constant(np.float32(2)))), ops.constant(np.float32(0.5)))
+    return (ov.Model([ops.log(value)], [x], "log") for value in (x, rounded))
+
+
+def test_outputs_that_are_not_finite_are_an_infinite_error() -> None:
+    fp32, int8 = logarithm()
+    images = [np.array([values], np.float32) for values in ((0.5, 1), (0.1, 1))]
+    output = OutputError(fp32, images)
+    np.testing.assert_array_equal(output.by_image(int8), [0, math.inf])
+    assert output.nmse(int8) == math.inf
+
+
+def test_a_float_network_that_is_not_finite_is_refused() -> None:
+    fp32, int8 = logarithm()
+    output = OutputError(fp32, [np.array([values], np.float32) for values in ((0.5, 1), (1, -1), (0, 1))])
+    with pytest.raises(ModelError, match="FP32 gives NaN or infinite outputs for 2 of 3 calibration images"):
+        output.nmse(int8)
 
 
 def test_the_loudest_image_does_not_choose_the_ranges() -> None:

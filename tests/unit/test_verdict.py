@@ -122,6 +122,7 @@ def test_the_report_says_which_ranges_were_taken_and_why(result):
 
     by_nmse = "mean-min-max (NMSE 0.0022 with min-max and 0.0027 with mean-min-max"
     assert f"{by_nmse})" in report(ranges_nmse=(0.0022, 0.0027))
+    assert "NMSE 0.0022 with min-max and not finite with mean-min-max" in report(ranges_nmse=(0.0022, None))
     assert (
         f"{by_nmse}; with the latter an image's error is 0.47 times that with min-max, 95 % interval 0.31 to 0.71)"
     ) in report(ranges_nmse=(0.0022, 0.0027), ranges_ratio=(0.47, 0.31, 0.71))
