@@ -46,7 +46,8 @@ class Bits:
     edges    "full": all layers, and the network's outputs; "academic": the first and the last layer keep 8 bits, and
              outputs are float. Publications differ in it
     ranges   "extremes" of weights and activations, "mse": those of least squared error, or "power-of-two": of least
-             squared error among powers of two, which hardware scales by shifts
+             squared error among powers of two, which hardware scales by shifts. With 8 bits, weights and inner
+             activations keep the ranges that NNCF gave them, but for powers of two
     """
 
     weights: int = 8
@@ -157,15 +158,14 @@ def simulate(fp32: ov.Model, int8: ov.Model, bits: Bits, images: Sequence[NDArra
     images       network inputs, float32 [1, C, H, W] each, for the ranges of activations
     """
     graph = int8.clone()
-    if bits.weights < 8:
-        _coarser_weights(fp32, graph, bits)
-    if bits.activations < 8:
-        _coarser_activations(fp32, graph, bits, images)
+    if bits.weights < 8 or bits.ranges == "power-of-two":
+        _other_weights(fp32, graph, bits)
+    _other_activations(fp32, graph, bits, images)
     graph.validate_nodes_and_infer_types()
     return graph
 
 
-def _coarser_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
+def _other_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
     exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
     limit = 2 ** (bits.weights - 1) - 1
     layers = quantized_layers(graph)
@@ -181,15 +181,18 @@ def _coarser_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
         rounding.write(integers.reshape(rounding.exact.shape), scale.reshape(rounding.exact.shape[:2]))
 
 
-def _coarser_activations(fp32: ov.Model, graph: ov.Model, bits: Bits, images: Sequence[NDArray[np.float32]]) -> None:
+def _other_activations(fp32: ov.Model, graph: ov.Model, bits: Bits, images: Sequence[NDArray[np.float32]]) -> None:
     levels = 2**bits.activations
-    quantizers = activation_quantizers(graph)
+    unlike = bits.activations < 8 or bits.ranges == "power-of-two"
+    quantizers = activation_quantizers(graph) if unlike else []
     if bits.edges == "academic":
         layers = quantized_layers(graph)
         kept = {fq.get_name() for layer in (layers[0], layers[-1]) for fq in _quantizers(layer.op.input_value(0))}
         quantizers = [fq for fq in quantizers if fq.get_name() not in kept]
     else:
         quantizers += quantize_outputs(graph, levels)
+    if not quantizers:
+        return
     by_channel = [_range(fq)[0].size > 1 for fq in quantizers]
     samples = sampled(quantizer_inputs(graph, fp32, [fq.get_friendly_name() for fq in quantizers]), by_channel, images)
     for fq, values in zip(quantizers, samples, strict=True):

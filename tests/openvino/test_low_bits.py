@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ovcalib.export.to_onnx import to_onnx
 from ovcalib.graph.files import read_graph
-from ovcalib.graph.reading import activation_quantizers, integer_weights, quantized_layers
+from ovcalib.graph.reading import activation_quantizers, constant_value, integer_weights, quantized_layers
 from ovcalib.kernels import without_saturation
 from ovcalib.quantization.low_bits import Bits, choose_range, choose_scale, fake_quantize, simulate, zero_on_grid
 from ovcalib.quantization.nncf_backend import quantize_default
@@ -177,6 +177,31 @@ def test_bits_are_levels(small) -> None:
     academic = simulate(fp32, int8, Bits(weights=3, activations=4), inputs)
     largest = [np.abs(integer_weights(layer)[0]).max() for layer in quantized_layers(academic)]
     assert largest == [127, 3, 127]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_that_hardware_shifts_by_are_powers_of_two(small, bits) -> None:
+    _, fp32, int8, inputs = small
+    graph = simulate(fp32, int8, Bits(bits, bits, "full", "power-of-two"), inputs)
+    scales = [integer_weights(layer)[1] for layer in quantized_layers(graph)]
+    for fq in activation_quantizers(graph):
+        assert fq.get_attributes()["levels"] == 2**bits
+        low, high = (constant_value(fq.input_value(i)) for i in (1, 2))
+        scales.append((high - low) / (2**bits - 1))
+    assert len(scales) == 3 + len(activation_quantizers(int8)) + 1  # the output's
+    for scale in scales:
+        exponents = np.log2(scale)
+        np.testing.assert_allclose(exponents, np.rint(exponents), atol=1e-5)
+
+
+def test_outputs_are_quantized_with_8_bits_as_well(small) -> None:
+    _, fp32, int8, inputs = small
+    graph = simulate(fp32, int8, Bits(8, 8, "full"), inputs)
+    assert len(activation_quantizers(graph)) == len(activation_quantizers(int8)) + 1
+    assert len(np.unique(outputs_of(without_saturation(graph), inputs))) <= 256
+    before = {fq.get_friendly_name(): constant_value(fq.input_value(2)) for fq in activation_quantizers(int8)}
+    after = {fq.get_friendly_name(): constant_value(fq.input_value(2)) for fq in activation_quantizers(graph)}
+    assert before == {name: value for name, value in after.items() if name in before}
 
 
 def test_bits_are_refused_out_of_range() -> None:
