@@ -390,7 +390,7 @@ NOTHING = "none"
 
 
 class Quantization(Frozen):
-    """How INT8 was made, resolved.
+    """How INT8 was made, resolved. An NMSE of outputs that are not finite is None.
 
     weight_bits        with activation_bits and edges, of a simulated model; edges is None for any other
     overflow_fix       what it came to, whatever was asked
