@@ -2,8 +2,9 @@
 the ranges of activations learn the same (Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block
 Reconstruction", ICLR 2021). Publications on calibration data judge their images by it.
 
-As in the authors' main script, the error is that of a block's output without Fisher information, weights are learned
-while activations are float, and a block reads what the quantized blocks before it give. Rounding is that of AdaRound.
+As in the authors' main script, the error is that of a block's output without Fisher information, and weights are
+learned while activations are float, from what the quantized blocks before them give. Ranges are learned from what those
+give as well; the script takes what FP32 gives. Rounding is that of AdaRound.
 
 A block lies between two values through which everything after them has to go: a residual block, or one layer where
 nothing goes around it.
