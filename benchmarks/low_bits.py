@@ -72,8 +72,9 @@ def main() -> None:
     print(f"FP32 top-1 {100 * top1:.2f} %")
     for seed in range(args.seeds):
         for arm in args.arm:
-            wanted = [(arm, seed, *setting) for setting in itertools.product(args.bits, args.edges, args.rounding)]
-            if done.issuperset(wanted):
+            settings = itertools.product(args.bits, args.edges, args.rounding)
+            wanted = [cell for setting in settings if (cell := (arm, seed, *setting)) not in done]
+            if not wanted:
                 continue
             source, options = source_of(arm)
             made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
