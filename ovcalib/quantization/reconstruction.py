@@ -259,20 +259,22 @@ def reconstruct(
     raises            ModelError where torch has no operation of the network
     """
     schedule, copy = schedule or Schedule(), quantized.clone()
+    # Probabilities that are quantized themselves are compared as they are.
+    observed = before_softmax if before_softmax(copy) is not copy else ov.Model.clone
     exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
     found = [Rounding.of(layer, exact[layer.name]) for layer in quantized_layers(copy) if layer.name in exact]
     roundings = {rounding.layer.name: rounding for rounding in found if rounding is not None}
     blocks = blocks_of(fp32, list(roundings))
     x = torch.from_numpy(np.concatenate(list(images)))
-    logits, wanted = before_softmax(fp32), [[x]]
+    wanted = [[x]]
     for block in blocks:
-        wanted.append(all_outputs(as_module(part(logits, block)), wanted[-1][0], {}))
+        wanted.append(all_outputs(as_module(part(observed(fp32), block)), wanted[-1][0], {}))
     generator, made = torch.Generator().manual_seed(SEED), itertools.count(1)
 
     def task(graph: ov.Model, source: Tensor, outputs: Sequence[Tensor]) -> Task:
         return Task(as_module(graph), source, outputs, generator, lambda: tick(next(made)))
 
-    floats, source = before_softmax(float_activations(copy)), x
+    floats, source = observed(float_activations(copy)), x
     for block, outputs in zip(blocks, wanted[1:], strict=True):
         graph = part(floats, block)
         own = task(graph, source, outputs)
@@ -289,7 +291,7 @@ def reconstruct(
     source = x
     groups = [[quantizer.get_friendly_name() for quantizer in group] for group in quantizers_by_range(copy)]
     for block, outputs in zip(blocks, wanted[1:], strict=True):
-        graph = part(before_softmax(copy), block)
+        graph = part(observed(copy), block)
         own = task(graph, source, outputs)
         steps = {fq.get_friendly_name(): own.student.tensors[fq.get_name()] for fq in activation_quantizers(graph)}
         # A range that several blocks share is learned in the first of them.

@@ -346,15 +346,23 @@ def test_a_network_without_quantized_layers_stays_as_it_is(made) -> None:
     np.testing.assert_array_equal(outputs_of(reconstruct(fp32, fp32, images), images), outputs_of(fp32, images))
 
 
-def test_probabilities_are_compared_before_the_softmax(toy, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_probabilities_are_compared_before_the_softmax_but_where_they_are_quantized(
+    toy, tmp_path, monkeypatch, quantized
+) -> None:
     head = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 196, 5)
     )
     to_onnx(torch.nn.Sequential(head, torch.nn.Softmax(1)).eval(), (3, 16, 16), tmp_path / "net.onnx")
     fp32, images = read_graph(tmp_path / "net.onnx"), toy.calibration(8).inputs()
     watched = Watched(monkeypatch)
-    reconstruct(fp32, quantize_default(fp32, toy.calibration(8), PLAIN), images, Schedule(1, 1))
+    int8 = quantize_default(fp32, toy.calibration(8), PLAIN)
+    reconstruct(
+        fp32, simulate(fp32, int8, Bits(8, 8, "full" if quantized else "academic"), images), images, Schedule(1, 1)
+    )
     with torch.no_grad():
-        logits = head(stack(images))
+        wanted = head(stack(images)).softmax(1) if quantized else head(stack(images))
     task, *_ = watched.phases["learn_rounding"][-1]
-    torch.testing.assert_close(task.wanted[0], logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(task.wanted[0], wanted, rtol=1e-4, atol=1e-5)
+    (found,) = reconstruction.all_outputs(task.student, task.source, {})
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
