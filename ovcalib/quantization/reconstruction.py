@@ -59,6 +59,8 @@ class Schedule:
     @staticmethod
     def shortened(steps: int) -> Schedule:
         """With so many steps of weights, and rates that let them go as far as in the published schedule."""
+        if steps < 1:
+            raise ValueError(f"{steps} steps, but there must be at least one")
         whole = Schedule()
         share = steps / whole.weight_steps
         return Schedule(

@@ -187,6 +187,9 @@ def test_a_shorter_schedule_goes_as_far() -> None:
     short = Schedule.shortened(200)
     assert (short.weight_steps, short.range_steps) == (200, 50)
     assert (short.weight_rate, short.range_rate) == pytest.approx((0.1, 0.04))
+    assert Schedule.shortened(1).range_steps == 1
+    with pytest.raises(ValueError, match="0 steps, but there must be at least one"):
+        Schedule.shortened(0)
 
 
 class Watched:
