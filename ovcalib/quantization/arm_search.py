@@ -233,8 +233,7 @@ class Judge:
         graph = before_softmax(int8)
         for kernels in self.wanted:
             outputs = outputs_on(None if in_float else kernels, graph, self.inputs)
-            errors = nmse_by_item(self.reference, outputs)
-            found[kernels] = errors, outputs
+            found[kernels] = nmse_by_item(self.reference, outputs), outputs
         self.by_kernels[name] = tuple(
             kernels_error(kernels, float(errors.mean())) for kernels, (errors, _) in found.items()
         )

@@ -42,7 +42,8 @@ BATCH = 32
 # Adam's rates at the first step, which fall to 0 along a cosine: of weights in units of their scale, of the logarithm
 # of scales, of biases in standard deviations of their layer's output, and of the logarithm of ranges.
 WEIGHT_RATE, SCALE_RATE, BIAS_RATE, RANGE_RATE = 0.005, 0.01, 0.0001, 0.01
-# Of the network's outputs, beside the mean over layers. With more, they fit the images and nothing else.
+# Of the network's outputs, beside the mean over layers. With more, the error is smaller on the images that are learned
+# from, and larger on others.
 OUTPUT_WEIGHT = 0.25
 # Weights start at least this far from the middle between two levels, in units of their scale. Nearer ones flip in
 # Adam's first steps, which are as large for a small gradient as for any, and undo what compensated rounding has made.
