@@ -31,6 +31,7 @@ from ovcalib.quantization.selection import (
     OutputError,
     Selection,
     WeightError,
+    compared_outputs,
     expected_operations,
     guard_warning,
     halved,
@@ -258,14 +259,16 @@ def finetuned(
         after, made = finetune(output.fp32, start, images, steps, tick=tick, out_of_time=out_of_time)
     first, second = error(output, before), error(output, after)
     kept, on_probe = second < first, None
+    if probe:  # images on which FP32 itself is not finite tell nothing, and the user did not give them
+        outputs = compared_outputs(output.fp32, probe)
+        probe = [image for image, found in zip(probe, outputs, strict=True) if np.isfinite(found).all()]
     if probe:
         judge = OutputError(output.fp32, probe)
         on_probe = error(judge, before), error(judge, after)
         kept = kept and on_probe[1] <= on_probe[0]
     record = FineTuning(
         steps=made, images=len(images), nmse=(first, second),
-        probe_nmse=on_probe, kept=kept,
-        seconds=round(time.monotonic() - began, 3),
+        probe_nmse=on_probe, kept=kept, seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     return after if kept else before, record
 

@@ -715,14 +715,24 @@ def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_grap
     parts, other = split(toy.calibration(16)), tuple(toy.calibration(4).inputs())
     output = OutputError(toy_graph, parts.choices.inputs())
 
+    judged = []
+
     def error(judge, graph):
+        judged.append(judge.inputs)
         found = held_out if judge is output else probe
         return found[0] if graph is before else found[1]
 
-    seen = () if probe is None else other
+    # Those that FP32 itself fails on do not count.
+    broken = np.zeros_like(other[0])
+    monkeypatch.setattr(
+        "ovcalib.quantization.quantize.compared_outputs",
+        lambda fp32, images: np.array([[np.nan if image is broken else 0.0] for image in images]),
+    )
+    seen = (broken,) if probe is None else (broken, *other)
     taken, record = finetuned(output, before, start, parts, 9, seen, error, lambda: False, Progress())
     assert taken is (after if kept else before)
     assert record.kept == kept
     assert (record.steps, record.images) == (7, len(parts.ranges))
     assert record.nmse == (held_out[0], None if math.isinf(held_out[1]) else held_out[1])
     assert record.probe_nmse == probe
+    assert not any(image is broken for images in judged for image in images)
