@@ -120,6 +120,11 @@ def quantizable_operations(graph: ov.Model) -> list[Quantizable]:
     return found
 
 
+def exact_weights(graph: ov.Model) -> dict[str, NDArray[np.float64]]:
+    """The weights of the layers among `quantizable_operations`, by name."""
+    return {op.name: op.weights for op in quantizable_operations(graph) if op.weights is not None}
+
+
 def _channel_axis(op: ov.Node) -> int:
     """Of the output: the last of a matrix product, the second of everything else that has as many."""
     rank = len(op.output(0).get_partial_shape())

@@ -48,10 +48,14 @@ def beta_at(step: int, steps: int) -> float | None:
     return LAST_BETA + (FIRST_BETA - LAST_BETA) * max(0.0, 1 - (step - first) / (steps - first))
 
 
+def undecided(h: Tensor, beta: float | None) -> Tensor:
+    """What is left to decide of h, equation 24; nothing while the regularizer is off."""
+    return h.new_zeros(()) if beta is None else LAMBDA * (1 - (2 * h - 1).abs() ** beta).sum()
+
+
 def adaround_loss(error: Tensor, h: Tensor, hessian: Tensor, beta: float | None) -> Tensor:
     """The error [..., O, I] of weights by H [..., I, I], and what is left to decide of h."""
-    lost = ((error @ hessian) * error).sum()
-    return lost if beta is None else lost + LAMBDA * (1 - (2 * h - 1).abs() ** beta).sum()
+    return ((error @ hessian) * error).sum() + undecided(h, beta)
 
 
 def adaround(

@@ -30,12 +30,11 @@ from ovcalib.graph.reading import (
     Layer,
     float_operations,
     is_constant,
-    quantizable_operations,
     quantized_layers,
     quantizers_by_range,
 )
 from ovcalib.models.graph_module import GraphModule, check_module
-from ovcalib.quantization.rounding import Rounding
+from ovcalib.quantization.rounding import Rounding, roundings_in
 from ovcalib.runtime import size_of
 
 BATCH = 32
@@ -176,10 +175,8 @@ class Pair:
     @staticmethod
     def of(fp32: ov.Model, int8: ov.Model) -> Pair:
         """Raises ModelError where there is nothing to train, or torch has no such operation."""
-        exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
         quantized = before_softmax(int8).clone()
-        layers = [layer for layer in quantized_layers(quantized) if layer.name in exact]
-        roundings = [found for layer in layers if (found := Rounding.of(layer, exact[layer.name])) is not None]
+        roundings = roundings_in(quantized_layers(quantized), fp32)
         if not roundings:
             raise ModelError("No layer computes in INT8, so there is nothing to fine-tune. Omit `finetune`.")
         # Told by the graph, and so before `as_module` folds the scales into the weights.

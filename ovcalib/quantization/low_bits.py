@@ -24,10 +24,9 @@ from ovcalib.graph.reading import (
     _quantizers,
     _range,
     activation_quantizers,
-    quantizable_operations,
     quantized_layers,
 )
-from ovcalib.quantization.rounding import Rounding
+from ovcalib.quantization.rounding import roundings_in
 from ovcalib.records.options import Edges
 from ovcalib.runtime import Inference
 
@@ -166,15 +165,11 @@ def simulate(fp32: ov.Model, int8: ov.Model, bits: Bits, images: Sequence[NDArra
 
 
 def _other_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
-    exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
     limit = 2 ** (bits.weights - 1) - 1
     layers = quantized_layers(graph)
     if bits.edges == "academic":
         layers = layers[1:-1]
-    for layer in layers:
-        rounding = Rounding.of(layer, exact[layer.name]) if layer.name in exact else None
-        if rounding is None:
-            continue
+    for rounding in roundings_in(layers, fp32):
         rows = rounding.exact.reshape(-1, rounding.exact.shape[-1])
         scale = choose_scale(rows, limit, bits.ranges, rounding.by_channel)
         integers = nearest(rows, scale, limit).astype(np.int8)

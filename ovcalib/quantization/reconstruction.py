@@ -28,15 +28,14 @@ from ovcalib.graph.editing import before_softmax, float_activations, redirect, s
 from ovcalib.graph.reading import (
     activation_quantizers,
     float_operations,
-    quantizable_operations,
     quantized_layers,
     quantizers_by_range,
     signal_names,
 )
 from ovcalib.models.graph_module import GraphModule
-from ovcalib.quantization.adaround import LAMBDA, beta_at, softly, start
+from ovcalib.quantization.adaround import beta_at, softly, start, undecided
 from ovcalib.quantization.finetuning import TrainedRange, as_module
-from ovcalib.quantization.rounding import Rounding
+from ovcalib.quantization.rounding import Rounding, roundings_in
 
 BATCH = 32
 SEED = 0
@@ -130,19 +129,12 @@ def part(graph: ov.Model, block: Block) -> ov.Model:
     return ov.Model(outputs, parameters, "block")
 
 
-# The losses: tensors in, a tensor out -------------------------------------------------------------
+# The loss: tensors in, a tensor out ---------------------------------------------------------------
 
 
 def reconstruction_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], power: float) -> Tensor:
     """Distances of outputs [N, C, ...]: |difference| ** power, summed over channels and averaged over the rest."""
     return torch.stack([(a - b).abs().pow(power).sum(1).mean() for a, b in zip(found, wanted, strict=True)]).sum()
-
-
-def undecided(v: Tensor, beta: float | None) -> Tensor:
-    """What is left to decide of AdaRound's h; nothing counts while the regularizer is off."""
-    if beta is None:
-        return v.new_zeros(())
-    return LAMBDA * (1 - (2 * softly(v) - 1).abs() ** beta).sum()
 
 
 # What is trained ----------------------------------------------------------------------------------
@@ -211,7 +203,7 @@ def learn_rounding(task: Task, layers: Sequence[SoftRounding], steps: int, rate:
     optimizer = torch.optim.Adam([layer.v for layer in layers], rate)
     for step, loss in enumerate(task.losses(lambda: tensors_of(layers), steps, power=2)):
         beta = beta_at(step, steps)
-        descend(optimizer, loss + torch.stack([undecided(layer.v, beta) for layer in layers]).sum())
+        descend(optimizer, loss + torch.stack([undecided(softly(layer.v), beta) for layer in layers]).sum())
 
 
 def learn_ranges(task: Task, ranges: Sequence[TrainedRange], steps: int, rate: float) -> None:
@@ -262,21 +254,19 @@ def reconstruct(
     """
     schedule, copy = schedule or Schedule(), quantized.clone()
     # Probabilities that are quantized themselves are compared as they are.
-    observed = before_softmax if before_softmax(copy) is not copy else ov.Model.clone
-    exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
-    found = [Rounding.of(layer, exact[layer.name]) for layer in quantized_layers(copy) if layer.name in exact]
-    roundings = {rounding.layer.name: rounding for rounding in found if rounding is not None}
+    teacher = fp32 if before_softmax(copy) is copy else before_softmax(fp32)
+    roundings = {rounding.layer.name: rounding for rounding in roundings_in(quantized_layers(copy), fp32)}
     blocks = blocks_of(fp32, list(roundings))
     x = torch.from_numpy(np.concatenate(list(images)))
     wanted = [[x]]
     for block in blocks:
-        wanted.append(all_outputs(as_module(part(observed(fp32), block)), wanted[-1][0], {}))
+        wanted.append(all_outputs(as_module(part(teacher, block)), wanted[-1][0], {}))
     generator, made = torch.Generator().manual_seed(SEED), itertools.count(1)
 
     def task(graph: ov.Model, source: Tensor, outputs: Sequence[Tensor]) -> Task:
         return Task(as_module(graph), source, outputs, generator, lambda: tick(next(made)))
 
-    floats, source = observed(float_activations(copy)), x
+    floats, source = float_activations(before_softmax(copy)), x
     for block, outputs in zip(blocks, wanted[1:], strict=True):
         graph = part(floats, block)
         own = task(graph, source, outputs)
@@ -293,7 +283,7 @@ def reconstruct(
     source = x
     groups = [[quantizer.get_friendly_name() for quantizer in group] for group in quantizers_by_range(copy)]
     for block, outputs in zip(blocks, wanted[1:], strict=True):
-        graph = part(observed(copy), block)
+        graph = part(before_softmax(copy), block)
         own = task(graph, source, outputs)
         steps = {fq.get_friendly_name(): own.student.tensors[fq.get_name()] for fq in activation_quantizers(graph)}
         # A range that several blocks share is learned in the first of them.

@@ -8,7 +8,7 @@ is chosen on held-out images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ from ovcalib.graph.probing import quantized_inputs
 from ovcalib.graph.reading import (
     Layer,
     Window,
+    exact_weights,
     integer_weights,
-    quantizable_operations,
     quantized_layers,
     scale_count,
     smoothing,
@@ -142,6 +142,13 @@ def roundings_of(layers: Sequence[Layer], exact: NDArray[np.float64]) -> list[Ro
     """Of the same layer in several graphs; none where it is not understood in one of them. exact as in `Rounding.of`"""
     found = [Rounding.of(layer, exact) for layer in layers]
     return [rounding for rounding in found if rounding is not None] if None not in found else []
+
+
+def roundings_in(layers: Iterable[Layer], fp32: ov.Model) -> list[Rounding]:
+    """Of those layers of a quantized graph that are understood, in order; fp32 is the network before quantization."""
+    exact = exact_weights(fp32)
+    found = (Rounding.of(layer, exact[layer.name]) for layer in layers if layer.name in exact)
+    return [rounding for rounding in found if rounding is not None]
 
 
 def _is_turned(layer: Layer) -> bool:
@@ -270,7 +277,7 @@ def round_weights(
     tick         receives the share of the weights that is rounded
     returns      of each graph the layers that were looked at, in execution order; others, if any, keep their integers
     """
-    exact = {op.name: op.weights for op in quantizable_operations(fp32) if op.weights is not None}
+    exact = exact_weights(fp32)
     layers = list(zip(*map(quantized_layers, int8s), strict=True))
     possible = [roundings_of(same, exact[same[0].name]) for same in layers if same[0].name in exact]
     roundings = [same for same in possible if same]

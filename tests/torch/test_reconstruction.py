@@ -25,7 +25,7 @@ from ovcalib.graph.reading import (
 from ovcalib.kernels import without_saturation
 from ovcalib.models.builtin import build
 from ovcalib.quantization import reconstruction
-from ovcalib.quantization.adaround import beta_at, softly
+from ovcalib.quantization.adaround import beta_at, softly, undecided
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.reconstruction import (
@@ -35,7 +35,6 @@ from ovcalib.quantization.reconstruction import (
     part,
     reconstruct,
     reconstruction_loss,
-    undecided,
 )
 from ovcalib.quantization.settings import Settings
 from ovcalib.runtime import outputs_of
@@ -160,8 +159,8 @@ def test_the_loss_sums_channels_and_averages_images_and_positions(rng) -> None:
 def test_what_is_left_to_decide_counts_by_adarounds_weight() -> None:
     v = torch.tensor([[-0.3, 0.0], [1.0, 9.0]])
     left = sum(1 - abs(2 * h - 1) ** 3 for h in softly(v).ravel().tolist())
-    assert float(undecided(v, 3.0)) == pytest.approx(0.01 * left)
-    assert float(undecided(v, None)) == 0
+    assert float(undecided(softly(v), 3.0)) == pytest.approx(0.01 * left)
+    assert float(undecided(softly(v), None)) == 0
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -193,19 +192,23 @@ def test_a_shorter_schedule_goes_as_far() -> None:
 
 
 class Watched:
-    """The tasks of both phases as they begin, with what is trained; learning itself can be replaced."""
+    """The tasks of both phases, what is trained, and what was learned of it: before and after."""
 
-    def __init__(self, monkeypatch, learn=lambda phase, original: original) -> None:
+    def __init__(self, monkeypatch) -> None:
         self.phases: dict[str, list[Any]] = {"learn_rounding": [], "learn_ranges": []}
         for name, seen in self.phases.items():
-            original = learn(name, getattr(reconstruction, name))
+            original = getattr(reconstruction, name)
             monkeypatch.setattr(reconstruction, name, self.recording(seen, original))
 
     @staticmethod
     def recording(seen, original):
+        def values(trained):
+            return [getattr(one, "v" if hasattr(one, "v") else "growth").detach().clone() for one in trained]
+
         def learn(task, trained, steps, rate):
-            seen.append((task, trained, steps, rate))
+            before = values(trained)
             original(task, trained, steps, rate)
+            seen.append((task, trained, before, values(trained)))
 
         return learn
 
@@ -235,23 +238,10 @@ def test_each_block_learns_what_fp32_gives_from_what_quantized_blocks_give(made,
 def test_one_step_is_adams_on_the_loss_of_a_block(made, monkeypatch) -> None:
     """Adam's first step moves by its rate against the sign of the gradient; without a regularizer in the first fifth."""
     fp32, coarse, images, _ = made
-    starts: dict[str, list[Any]] = {"learn_rounding": [], "learn_ranges": []}
-
-    def keeping(phase, original):
-        def learn(task, trained, steps, rate):
-            values = [(one.v if phase == "learn_rounding" else one.growth).detach().clone() for one in trained]
-            original(task, trained, steps, rate)
-            starts[phase].append((task, trained, values))
-            moved = [(one.v if phase == "learn_rounding" else one.growth).detach().clone() for one in trained]
-            ends[phase].append(moved)
-
-        return learn
-
-    ends: dict[str, list[Any]] = {"learn_rounding": [], "learn_ranges": []}
-    Watched(monkeypatch, keeping)
+    watched = Watched(monkeypatch)
     reconstruct(fp32, coarse, images, Schedule(1, 1, 0.01, 0.02))
     for phase, power, rate in (("learn_rounding", 2, 0.01), ("learn_ranges", 2.4, 0.02)):
-        for (task, trained, values), moved in zip(starts[phase], ends[phase], strict=True):
+        for task, trained, values, moved in watched.phases[phase]:
             tensors, leaves = {}, [value.requires_grad_() for value in values]
             for one, leaf in zip(trained, leaves, strict=True):
                 if phase == "learn_rounding":
@@ -270,7 +260,7 @@ def test_one_step_is_adams_on_the_loss_of_a_block(made, monkeypatch) -> None:
                 torch.testing.assert_close(
                     (end - leaf.detach())[clear], -rate * leaf.grad[clear].sign(), rtol=0.02, atol=1e-5
                 )
-    assert len(starts["learn_rounding"]) == 6
+    assert len(watched.phases["learn_rounding"]) == 6
 
 
 def test_the_regularizer_and_the_rates_follow_the_schedule(made, monkeypatch) -> None:
@@ -279,9 +269,9 @@ def test_the_regularizer_and_the_rates_follow_the_schedule(made, monkeypatch) ->
     told: list[int] = []
     step = torch.optim.Adam.step
 
-    def watched_undecided(v, beta):
+    def watched_undecided(h, beta):
         betas.append(beta)
-        return undecided(v, beta)
+        return undecided(h, beta)
 
     def watched_step(self, *arguments):
         rates.append(self.param_groups[0]["lr"])
