@@ -84,6 +84,7 @@ def test_the_mean_of_extremes_is_tried_where_the_error_is_large_and_kept_where_i
         ((0.02, 0.04, 0.03, 0.4), "mean"),
         # Much better on one image alone, and on average.
         ((0.1, 0.2, 0.11, 0.1), "first"),
+        ((math.nan, 0.1, 0.05, 0.5), "first"),
         ((math.inf, 0.1, 0.05, 0.5), "first"),
         ((0.0, 0.0, 0.0, 0.0), "mean"),
     ],
