@@ -16,23 +16,25 @@ STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
 class CifarVGG(nn.Module):
     """VGG-11, -13, -16 or -19 with batch normalisation and two hidden layers of 512.
 
+    width     factor of all channels and hidden units
     forward   float32 [N, 3, 32, 32] -> logits float32 [N, num_classes]
     """
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         cin = 3
         for stage in STAGES[depth]:
-            for cout in stage:
+            for cout in (round(width * channels) for channels in stage):
                 layers += [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout), nn.ReLU(True)]
                 cin = cout
             layers.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*layers)
+        hidden = round(512 * width)
         self.classifier = nn.Sequential(
-            nn.Linear(512, 512), nn.ReLU(True), nn.Dropout(),
-            nn.Linear(512, 512), nn.ReLU(True), nn.Dropout(),
-            nn.Linear(512, num_classes),
+            nn.Linear(cin, hidden), nn.ReLU(True), nn.Dropout(),
+            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Dropout(),
+            nn.Linear(hidden, num_classes),
         )  # fmt: skip
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
