@@ -9,8 +9,10 @@ academic` leaves the first and the last layer at 8 bits, `full` quantizes them a
 each weight to the nearest level and corrects biases layer by layer; `adaround` learns whether to round up or down
 (ovcalib.quantization.adaround), and `brecq` learns it block by block, and ranges too
 (ovcalib.quantization.reconstruction); `compensated` rounds by ovcalib.quantization.rounding, and `finetuned` goes on
-from there by ovcalib.quantization.finetuning. All arms have the same number of images. Prints top-1, agreement with
-FP32 and the NMSE of the outputs, as mean ± standard deviation over seeds; finished cells are kept in the output file.
+from there by ovcalib.quantization.finetuning. `gdfq-finetuned` and `intraq-finetuned` learn classes and logits instead,
+from FP32's weights on (ovcalib.quantization.published_finetuning). `{seed}` in an arm is the seed, for sets that were
+made before. All arms have the same number of images. Prints top-1, agreement with FP32 and the NMSE of the outputs, as
+mean ± standard deviation over seeds; finished cells are kept in the output file.
 Graphs compute in float32 with values on the low-bit grids, on any CPU.
 """
 
@@ -38,9 +40,10 @@ from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.quantization.adaround import choose_adaround
-from ovcalib.quantization.finetuning import finetune
+from ovcalib.quantization.finetuning import BY_LAYER, finetune
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
+from ovcalib.quantization.published_finetuning import GDFQ, INTRAQ
 from ovcalib.quantization.reconstruction import Schedule, reconstruct
 from ovcalib.quantization.rounding import compensated
 from ovcalib.quantization.settings import Settings
@@ -50,7 +53,8 @@ from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "edges", "rounding")
 STEPS = QuantizationOptions().finetune_steps
-ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", "finetuned")
+ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", "finetuned", "gdfq-finetuned", "intraq-finetuned")
+RECIPES = {"finetuned": BY_LAYER, "gdfq-finetuned": GDFQ, "intraq-finetuned": INTRAQ}
 
 
 def main() -> None:
@@ -76,7 +80,7 @@ def main() -> None:
             wanted = [cell for setting in settings if (cell := (arm, seed, *setting)) not in done]
             if not wanted:
                 continue
-            source, options = source_of(arm)
+            source, options = source_of(arm.replace("{seed}", str(seed)))
             made = ovcalib.generate(source, args.model, args.count, seed=seed, options=options, **given)
             int8 = int8_of(fp32, made)
             for _, _, bits, edges, rounding in wanted:
@@ -135,8 +139,11 @@ def quantized(
         return compensated(fp32, [graph], parts.corrections.inputs(), choose_adaround)[0]
     if rounding == "brecq":
         return reconstruct(fp32, graph, made.inputs(), Schedule.shortened(brecq_steps))
-    graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
-    return graph if rounding == "compensated" else finetune(fp32, graph, parts.ranges.inputs(), finetune_steps)[0]
+    if rounding in ("compensated", "finetuned"):
+        graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
+    if rounding == "compensated":
+        return graph
+    return finetune(fp32, graph, parts.ranges.inputs(), finetune_steps, recipe=RECIPES[rounding])[0]
 
 
 def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:

@@ -236,22 +236,23 @@ def refuse_unknown_operations(fp32: ov.Model, model: str) -> None:
 # The training ------------------------------------------------------------------------------------
 
 
-def train(
-    pair: Pair,
-    images: Tensor,
-    generator: torch.Generator,
-    steps: int,
-    tick: Callable[[int], None],
-    out_of_time: Callable[[], bool],
-) -> int:
-    """Train the layers and ranges of a pair in place; returns the steps that were made."""
-    batch = min(len(images), batch_size(pair))
-    with torch.no_grad():
-        shown = pair.teacher.outputs(images[:batch])
-    powers = [power_of(value) for value in shown]
+@dataclass(frozen=True)
+class Recipe:
+    """How a pair is trained.
+
+    begin   sets up what is trained, and gives its optimizer; it is told the variance of each layer and output
+    loss    of what the student and the teacher give, with these variances and the number of outputs
+    """
+
+    begin: Callable[[Pair, Sequence[float]], torch.optim.Optimizer]
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float], int], Tensor]
+
+
+def by_adam(pair: Pair, powers: Sequence[float]) -> torch.optim.Optimizer:
+    """Everything that a pair has learns, each at its own rate."""
     for layer, power in zip(pair.layers, powers, strict=False):
         layer.unit = math.sqrt(power)
-    optimizer = torch.optim.Adam(
+    return torch.optim.Adam(
         [
             {"params": [layer.units for layer in pair.layers], "lr": WEIGHT_RATE},
             {"params": [layer.growth for layer in pair.layers], "lr": SCALE_RATE},
@@ -259,6 +260,26 @@ def train(
             {"params": [one.growth for one in pair.ranges], "lr": RANGE_RATE},
         ]
     )
+
+
+BY_LAYER = Recipe(by_adam, distillation_loss)
+
+
+def train(
+    pair: Pair,
+    images: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    tick: Callable[[int], None],
+    out_of_time: Callable[[], bool],
+    recipe: Recipe = BY_LAYER,
+) -> int:
+    """Train the layers and ranges of a pair in place; returns the steps that were made."""
+    batch = min(len(images), batch_size(pair))
+    with torch.no_grad():
+        shown = pair.teacher.outputs(images[:batch])
+    powers = [power_of(value) for value in shown]
+    optimizer = recipe.begin(pair, powers)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order: list[int] = []
     for step in range(steps):
@@ -271,7 +292,7 @@ def train(
         with torch.no_grad():
             wanted = pair.teacher.outputs(x)
         found = functional_call(pair.student, pair.tensors(), (x,))
-        loss = distillation_loss(found, wanted, powers, pair.heads)
+        loss = recipe.loss(found, wanted, powers, pair.heads)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -297,6 +318,7 @@ def finetune(
     images: Sequence[NDArray[np.float32]],
     steps: int,
     *,
+    recipe: Recipe = BY_LAYER,
     tick: Callable[[int], None] = lambda done: None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[ov.Model, int]:
@@ -309,7 +331,7 @@ def finetune(
     pair = Pair.of(fp32, int8)
     made = train(
         pair, torch.from_numpy(np.concatenate(list(images))), torch.Generator().manual_seed(SEED), steps, tick,
-        out_of_time,
+        out_of_time, recipe,
     )  # fmt: skip
     copy = int8.clone()
     layers = {layer.name: layer for layer in quantized_layers(copy)}

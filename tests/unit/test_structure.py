@@ -31,6 +31,7 @@ LAZY = {"ovcalib/models/resnet.py", "ovcalib/models/vgg.py", "ovcalib/models/mob
         "ovcalib/models/mobilenetv3.py", "ovcalib/models/convnext.py",
         "ovcalib/models/graph_module.py", "ovcalib/models/detectors.py",
         "ovcalib/quantization/finetuning.py", "ovcalib/quantization/adaround.py", "ovcalib/quantization/reconstruction.py",
+        "ovcalib/quantization/published_finetuning.py",
         *(f"ovcalib/calibration/{name}.py" for name in ("inversion", "bn_losses", "bn_taps", "network_outputs", "score",
                                                         "genie_generator", "generator_training", "bfloat16", "parallel",
                                                         "attention_taps", "patch_losses", "patch_run", "joint"))}  # fmt: skip
