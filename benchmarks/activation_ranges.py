@@ -16,6 +16,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import command
 import openvino as ov
 from calibration import source_of
 
@@ -37,11 +38,11 @@ def main() -> None:
     parser.add_argument("--input-shape", metavar="C,H,W")
     parser.add_argument("--mean", metavar="A,B,C")
     parser.add_argument("--std", metavar="A,B,C")
-    parser.add_argument("--short-side", type=int)
+    parser.add_argument("--short-side", type=command.positive)
     parser.add_argument("--judge", required=True, metavar="SOURCE", help="real images that no arm calibrates with")
-    parser.add_argument("--judged", type=int, default=500, help="number of judging images")
-    parser.add_argument("--count", type=int, default=64, help="images of every arm")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--judged", type=command.positive, default=500, help="number of judging images")
+    parser.add_argument("--count", type=command.positive, default=64, help="images of every arm")
+    parser.add_argument("--seeds", type=command.positive, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -87,4 +88,4 @@ def both(
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

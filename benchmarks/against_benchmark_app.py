@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
+import command
 import numpy as np
 
 import ovcalib
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--time", type=float, default=5.0, help="seconds a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=command.positive, default=5)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "against_benchmark_app.json")
     args = parser.parse_args()
     rows = [compare(model, hint, args.time, args.rounds) for model in args.models for hint in HINTS]
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command
 from settings import about, add_model, save
 
 import ovcalib
@@ -43,10 +44,10 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--candidates", nargs="+", default=[], help="instead of the usual ones of `auto`")
     parser.add_argument("--others", nargs="+", default=[], help="sources that `auto` does not try")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--count", type=command.positive, default=64)
+    parser.add_argument("--seeds", type=command.positive, default=1)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=command.positive)
     parser.add_argument("--deploy-isa", default="vnni")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

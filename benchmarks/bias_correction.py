@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import command
 import numpy as np
 from calibration import finished_cells, make_set, quantize, run, spread, write
 
@@ -63,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -134,9 +135,9 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
     parser.add_argument("--mean", metavar="A,B,C")
     parser.add_argument("--std", metavar="A,B,C")
     parser.add_argument("--eval", required=True, help="data reference of the evaluation images")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--count", type=int, default=128, help="images of every arm")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--limit", type=command.positive)
+    parser.add_argument("--count", type=command.positive, default=128, help="images of every arm")
+    parser.add_argument("--seeds", type=command.positive, default=1)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
     parser.add_argument("--activation-ranges", default="auto")
     parser.add_argument(
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -14,6 +14,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import command
 import matplotlib
 import numpy as np
 
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 
+import command
 import numpy as np
 
 from ovcalib.calibration import fractal
@@ -45,7 +46,9 @@ def reference_image(rng: np.random.Generator, system: fractal.System, height: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20, help="images of ours; the loop makes a tenth as many")
+    parser.add_argument(
+        "--images", type=command.positive, default=20, help="images of ours; the loop makes a tenth as many"
+    )
     images = parser.parse_args().images
     began = time.perf_counter()
     systems = [fractal.find_system(np.random.default_rng((0, 0, k))) for k in range(16)]
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,6 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
+import command
 import torch
 
 import ovcalib
@@ -26,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calib", required=True)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--num-samples", type=int, default=40)
+    parser.add_argument("--limit", type=command.positive)
+    parser.add_argument("--num-samples", type=command.positive, default=40)
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 30, 100, 300, 1000])
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -71,4 +72,4 @@ def widen(module: torch.nn.Module, factor: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

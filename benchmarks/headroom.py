@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import command
 from settings import about, add_model, numbers, save
 
 import ovcalib
@@ -31,10 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--calib", required=True)
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("--data", required=True)
     parser.add_argument("--skip", type=int, default=500)
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--limit", type=command.positive, default=200)
     parser.add_argument("--factors", type=numbers, default=(1.0, 1.25, 1.5, 2.0, 3.0))
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

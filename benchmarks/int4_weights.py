@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import command
 import numpy as np
 import openvino as ov
 from settings import about, add_model, save
@@ -66,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--calib", default="fractal")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     given = about(args)
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 
 import ovcalib
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

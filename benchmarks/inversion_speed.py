@@ -36,6 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -183,13 +184,15 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--weights")
     parser.add_argument("--input-shape", metavar="C,H,W")
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--images", type=command.positive, default=16)
+    parser.add_argument("--steps", type=command.positive, default=8, help="steps of a turn")
+    parser.add_argument("--turns", type=command.positive, default=5)
     parser.add_argument("--mct-python", help="interpreter with model-compression-toolkit")
-    parser.add_argument("--mct-steps", type=int, default=5)
+    parser.add_argument("--mct-steps", type=command.positive, default=5)
     parser.add_argument("--mct-images", help="npz file for the images that mct makes")
-    parser.add_argument("--race", type=int, action="append", default=[], metavar="STEPS", help="repeatable")
+    parser.add_argument(
+        "--race", type=command.positive, action="append", default=[], metavar="STEPS", help="repeatable"
+    )
     parser.add_argument("-o", "--output", help="JSON file of the result")
     args = parser.parse_args()
     args.about = {key: getattr(args, key) for key in ("weights", "input_shape") if getattr(args, key)}
@@ -201,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import command
 from settings import about, add_model
 
 import ovcalib
@@ -26,10 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--calib", default="bn-inversion")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=command.positive)
     parser.add_argument("--time", type=float, default=10.0, help="seconds of measurement of each model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -16,6 +16,7 @@ import argparse
 import json
 from typing import Any
 
+import command
 from calibration import source_of
 from low_bits import add_arms, int8_of, opened, quantized
 from settings import about
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
@@ -138,4 +139,4 @@ def judged(
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 from calibration import source_of, spread
 from numpy.typing import NDArray
@@ -60,12 +61,14 @@ RECIPES = {"finetuned": BY_LAYER, "gdfq-finetuned": GDFQ, "intraq-finetuned": IN
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arms(parser)
-    parser.add_argument("--bits", nargs="+", default=["4/4"], metavar="W/A")
+    parser.add_argument("--bits", nargs="+", type=weights_and_activations, default=["4/4"], metavar="W/A")
     parser.add_argument("--edges", nargs="+", choices=["academic", "full"], default=["academic"])
     parser.add_argument("--ranges", choices=["extremes", "mse", "power-of-two"], default="mse")
     parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=["nearest"])
-    parser.add_argument("--finetune-steps", type=int, default=STEPS)
-    parser.add_argument("--brecq-steps", type=int, default=Schedule().weight_steps, help="of the weights of each block")
+    parser.add_argument("--finetune-steps", type=command.positive, default=STEPS)
+    parser.add_argument(
+        "--brecq-steps", type=command.positive, default=Schedule().weight_steps, help="of the weights of each block"
+    )
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -105,11 +108,21 @@ def add_arms(parser: argparse.ArgumentParser) -> None:
     """The model, the evaluation images, the calibration sets to compare, and where finished cells are kept."""
     add_model(parser)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--limit", type=command.positive)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("--arm", action="append", required=True, help='SOURCE, or "SOURCE key=value ..."')
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=command.positive, default=1)
     parser.add_argument("-o", "--output", type=Path, required=True)
+
+
+def weights_and_activations(text: str) -> str:
+    """The type of `--bits`."""
+    try:
+        weights, activations = map(int, text.split("/"))
+        Bits(weights, activations)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no WEIGHTS/ACTIVATIONS of 2 to 8 bits each, as 4/4") from None
+    return text
 
 
 def opened(args: argparse.Namespace) -> tuple[ModelSpec, Any, list[NDArray[np.float32]], NDArray[np.int64]]:
@@ -160,4 +173,4 @@ def table(args: argparse.Namespace, cells: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

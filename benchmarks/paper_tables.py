@@ -20,6 +20,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import command
+
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep
 from ovcalib.reports.tables import escape_markdown
@@ -250,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -19,6 +19,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import command
 import numpy as np
 import PIL.Image
 import torch
@@ -175,7 +176,7 @@ def write(folder: Path, made: Iterator[tuple[Tensor, Boxes]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("objects", metavar="DATA", help="data reference of CIFAR-10 images, with labels")
-    parser.add_argument("--count", type=int, default=1000, help="images")
+    parser.add_argument("--count", type=command.positive, default=1000, help="images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import openvino as ov
 import torch
@@ -292,10 +293,10 @@ def check(model: Any, inputs: Iterable[NDArray[np.float32]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="photographs to judge on")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=command.positive)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--arm", nargs="+", default=[], metavar="SOURCE")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -325,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

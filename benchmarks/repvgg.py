@@ -19,6 +19,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import command
 import nncf
 import numpy as np
 import openvino as ov
@@ -40,9 +41,9 @@ def main() -> None:
     parser.add_argument("model", help="for example repvgg_a0-cifar10")
     parser.add_argument("--weights")
     parser.add_argument("--calib", required=True)
-    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--num-samples", type=command.positive, default=64)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int, default=1000, help="evaluation images, chosen class by class")
+    parser.add_argument("--limit", type=command.positive, default=1000, help="evaluation images, chosen class by class")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     network, _, dataset = args.model.rpartition("-")
@@ -96,4 +97,4 @@ def score(reference: np.ndarray, outputs: np.ndarray, labels: np.ndarray | None)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

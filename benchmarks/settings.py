@@ -22,6 +22,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command
 from guard import widen
 
 import ovcalib
@@ -58,10 +59,10 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--factor", type=float)
     parser.add_argument("--calib", default="fractal")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--count", type=command.positive, default=64)
+    parser.add_argument("--seeds", type=command.positive, default=1)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=command.positive)
     parser.add_argument("--deploy-isa", nargs="+", default=["vnni", "avx2"])
     parser.add_argument("--arm", action="append", nargs="+", required=True, metavar="KEYWORD=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

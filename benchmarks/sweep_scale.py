@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import command
+
 from ovcalib.progress import Progress
 from ovcalib.records.read import read_record
 from ovcalib.records.result import Result
@@ -184,8 +186,8 @@ def dask_seconds(tasks: int = 300) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("--cells", type=int, default=1000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--cells", type=command.positive, default=1000)
+    parser.add_argument("--workers", type=command.positive, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--stragglers", type=float, default=0.02, help="share of the tasks that are slow")
     parser.add_argument("--slowdown", type=float, default=5.0)
     parser.add_argument("--losses", type=float, default=0.01, help="share of the tasks whose worker is lost once")
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -22,6 +22,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+import command
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -66,9 +67,11 @@ def scene(photographs: Sequence[Path], rng: random.Random, side: int) -> PIL.Ima
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path, help="folder of images, searched with its subfolders")
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=command.positive, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", type=int, help="square photographs with several lines instead, in pixels")
+    parser.add_argument(
+        "--side", type=command.positive, help="square photographs with several lines instead, in pixels"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
     found = sorted(path for path in args.photographs.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -89,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 import torch
 from checkpoints import stored, takes_bfloat16
@@ -207,8 +208,8 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="data reference of the training split")
     parser.add_argument("--test", required=True, help="data reference of the test split, read once at the end")
     parser.add_argument("-o", "--output", required=True, help="folder of the checkpoint and the result")
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--epochs", type=command.positive, default=200)
+    parser.add_argument("--batch", type=command.positive, default=128)
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw for transformers")
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
@@ -219,7 +220,7 @@ def main() -> None:
     )
     parser.add_argument("--init", help="weights to start from: a warm restart of the schedule")
     parser.add_argument("--holdout", type=int, default=0, help="train without N images and score on them")
-    parser.add_argument("--stop-after", type=int, help="stop after this epoch, as if interrupted")
+    parser.add_argument("--stop-after", type=command.positive, help="stop after this epoch, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--half", action="store_true", help="store the weights in float16: half the file")
@@ -228,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

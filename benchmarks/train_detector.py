@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import pasted_objects
 import torch
@@ -213,16 +214,16 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="data reference of the tiles of the training split")
     parser.add_argument("--test", required=True, help="data reference of the tiles of the test split")
     parser.add_argument("-o", "--output", required=True, help="folder of the checkpoint and the result")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=command.positive, default=8000)
+    parser.add_argument("--batch", type=command.positive, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--backgrounds", type=int, default=2000, help="fractals to choose from")
-    parser.add_argument("--stop-after", type=int, help="stop after this step, as if interrupted")
-    parser.add_argument("--log-every", type=int, default=100, help="steps")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--backgrounds", type=command.positive, default=2000, help="fractals to choose from")
+    parser.add_argument("--stop-after", type=command.positive, help="stop after this step, as if interrupted")
+    parser.add_argument("--log-every", type=command.positive, default=100, help="steps")
+    parser.add_argument("--save-every", type=command.positive, default=1000, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-count", type=int, default=1000, help="images of the test set")
+    parser.add_argument("--test-count", type=command.positive, default=1000, help="images of the test set")
     parser.add_argument("--test-seed", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where it is faster")
@@ -252,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import command
 import nncf
 import numpy as np
 import openvino as ov
@@ -52,10 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--calib", default="fractal")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=command.positive, default=64)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--compilations", type=int, default=50)
+    parser.add_argument("--limit", type=command.positive)
+    parser.add_argument("--compilations", type=command.positive, default=50)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     given, progress = about(args), Progress()
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
