@@ -326,6 +326,7 @@ def finetune(
 
     fp32, int8   the same network before and after quantization, batch 1
     images       network inputs, float32 [1, C, H, W] each
+    recipe       what the loss is, and what learns at which rate
     raises       ModelError where torch cannot compute what OpenVINO does
     """
     pair = Pair.of(fp32, int8)
