@@ -8,8 +8,8 @@ published codes distil alike but for one factor:
     INTRAQ   Zhong et al., CVPR 2022, and FDDA (ECCV 2022): KL averaged over images, times 20
 
 Labels are those of ACQ (Li et al., Pattern Recognition 2024); the others take the class that an image was made for.
-Ranges and scales are those that the graph comes with: the publications take extremes of the first four epochs, and of
-the weights at each step. BatchNorm is in the weights, where they train its factor and its shift.
+Ranges and scales are those that the graph comes with: the publications take the extremes of activations in the first
+four epochs, and those of weights at each step. BatchNorm is in the weights, where they train its factor and its shift.
 """
 
 from __future__ import annotations
