@@ -25,7 +25,7 @@ RECIPES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def made(toy, tmp_path_factory):
-    """A float graph, what quantization at 4 bits makes of it, and images that it has seen and that it has not."""
+    """A float graph, what quantization at 3 bits of weights makes of it, and images that it has seen or not."""
     torch.manual_seed(1)
     head = torch.nn.Linear(16, 5)
     head.weight.data *= 20  # logits as large as those of a trained classifier
