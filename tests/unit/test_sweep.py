@@ -1,10 +1,9 @@
 """Recipes, keys and tables of a sweep; nothing here quantizes."""
 
 import csv
-import importlib.util
+import importlib
 import io
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,11 +336,9 @@ def test_a_folder_without_a_sweep(tmp_path) -> None:
 
 def benchmark(name):
     """A module of the folder `benchmarks`, which is no package."""
-    file = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
