@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from ovcalib.cli.guard import INTERRUPTED
 from ovcalib.errors import OvcalibError, printable
-
-INTERRUPTED = 130
 
 
 def run(main: Callable[[], None]) -> None:

@@ -54,8 +54,8 @@ from ovcalib.runtime import outputs_of
 
 KEY = ("arm", "seed", "bits", "edges", "rounding")
 STEPS = QuantizationOptions().finetune_steps
-ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", "finetuned", "gdfq-finetuned", "intraq-finetuned")
 RECIPES = {"finetuned": BY_LAYER, "gdfq-finetuned": GDFQ, "intraq-finetuned": INTRAQ}
+ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", *RECIPES)
 
 
 def main() -> None:
