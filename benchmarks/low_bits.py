@@ -69,6 +69,9 @@ def main() -> None:
     parser.add_argument(
         "--brecq-steps", type=command.positive, default=Schedule().weight_steps, help="of the weights of each block"
     )
+    parser.add_argument(
+        "--brecq-batch", type=command.positive, default=Schedule().batch, help="images of one of these steps"
+    )
     args = parser.parse_args()
     given = about(args)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
@@ -89,7 +92,8 @@ def main() -> None:
             for _, _, bits, edges, rounding in wanted:
                 weights, activations = map(int, bits.split("/"))
                 grid = Bits(weights, activations, edges, args.ranges)
-                graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps, args.brecq_steps)
+                brecq = Schedule.shortened(args.brecq_steps, args.brecq_batch)
+                graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps, brecq)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
                     "arm": arm, "seed": seed, "bits": bits, "edges": edges, "rounding": rounding,
@@ -141,7 +145,7 @@ def int8_of(fp32: Any, made: CalibrationSet) -> Any:
 
 def quantized(
     fp32: Any, int8: Any, made: CalibrationSet, bits: Bits, rounding: str, finetune_steps: int = STEPS,
-    brecq_steps: int = Schedule().weight_steps,
+    brecq: Schedule | None = None,
 ) -> Any:  # fmt: skip
     """The simulated graph of one cell."""
     parts = split(made)
@@ -151,7 +155,7 @@ def quantized(
     if rounding == "adaround":
         return compensated(fp32, [graph], parts.corrections.inputs(), choose_adaround)[0]
     if rounding == "brecq":
-        return reconstruct(fp32, graph, made.inputs(), Schedule.shortened(brecq_steps))
+        return reconstruct(fp32, graph, made.inputs(), brecq)
     if rounding in ("compensated", "finetuned"):
         graph = fit_weights(fp32, graph, Settings(rounding="compensated"), parts.corrections)
     if rounding == "compensated":

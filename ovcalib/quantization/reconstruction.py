@@ -47,6 +47,8 @@ CERTAIN = 10.0
 class Schedule:
     """Steps of the weights of a block and of its ranges, and Adam's rate for each; that of ranges falls along a cosine.
 
+    batch   images of one step
+
     The defaults are those of the authors' main script.
     """
 
@@ -54,17 +56,17 @@ class Schedule:
     range_steps: int = 5_000
     weight_rate: float = 1e-3
     range_rate: float = 4e-4
+    batch: int = BATCH
 
     @staticmethod
-    def shortened(steps: int) -> Schedule:
+    def shortened(steps: int, batch: int = BATCH) -> Schedule:
         """With so many steps of weights, and rates that let them go as far as in the published schedule."""
         if steps < 1:
             raise ValueError(f"{steps} steps, but there must be at least one")
         whole = Schedule()
         share = steps / whole.weight_steps
-        return Schedule(
-            steps, max(1, round(whole.range_steps * share)), whole.weight_rate / share, whole.range_rate / share
-        )
+        range_steps = max(1, round(whole.range_steps * share))
+        return Schedule(steps, range_steps, whole.weight_rate / share, whole.range_rate / share, batch)
 
 
 # Blocks -------------------------------------------------------------------------------------------
@@ -187,13 +189,14 @@ class Task:
     student: GraphModule
     source: Tensor
     wanted: Sequence[Tensor]
+    batch: int
     generator: torch.Generator
     tick: Callable[[], None]
 
     def losses(self, tensors: Callable[[], dict[str, Tensor]], steps: int, power: float) -> Iterator[Tensor]:
         """The loss of a batch at each step; `tensors` is what the block computes with by then."""
         for _ in range(steps):
-            chosen = torch.randperm(len(self.source), generator=self.generator)[:BATCH]
+            chosen = torch.randperm(len(self.source), generator=self.generator)[: self.batch]
             found = block_outputs(self.student, self.source[chosen], tensors())
             yield reconstruction_loss(found, [value[chosen] for value in self.wanted], power)
             self.tick()
@@ -264,7 +267,7 @@ def reconstruct(
     generator, made = torch.Generator().manual_seed(SEED), itertools.count(1)
 
     def task(graph: ov.Model, source: Tensor, outputs: Sequence[Tensor]) -> Task:
-        return Task(as_module(graph), source, outputs, generator, lambda: tick(next(made)))
+        return Task(as_module(graph), source, outputs, schedule.batch, generator, lambda: tick(next(made)))
 
     floats, source = float_activations(before_softmax(copy)), x
     for block, outputs in zip(blocks, wanted[1:], strict=True):

@@ -182,9 +182,9 @@ def test_a_layer_starts_at_its_float_weights_and_ends_at_the_nearer_integers(rng
 
 
 def test_a_shorter_schedule_goes_as_far() -> None:
-    assert Schedule() == Schedule(20_000, 5_000, 1e-3, 4e-4)
-    short = Schedule.shortened(200)
-    assert (short.weight_steps, short.range_steps) == (200, 50)
+    assert Schedule() == Schedule(20_000, 5_000, 1e-3, 4e-4, 32)
+    short = Schedule.shortened(200, 8)
+    assert (short.weight_steps, short.range_steps, short.batch) == (200, 50, 8)
     assert (short.weight_rate, short.range_rate) == pytest.approx((0.1, 0.04))
     assert Schedule.shortened(1).range_steps == 1
     with pytest.raises(ValueError, match="0 steps, but there must be at least one"):
@@ -261,6 +261,23 @@ def test_one_step_is_adams_on_the_loss_of_a_block(made, monkeypatch) -> None:
                     (end - leaf.detach())[clear], -rate * leaf.grad[clear].sign(), rtol=0.02, atol=1e-5
                 )
     assert len(watched.phases["learn_rounding"]) == 6
+
+
+def test_a_step_has_as_many_images_as_the_schedule_says(made, monkeypatch) -> None:
+    """And each step other ones."""
+    fp32, coarse, images, _ = made
+    steps = []
+    original = reconstruction.block_outputs
+
+    def watched(module, x, tensors):
+        if torch.is_grad_enabled():
+            steps.append(x.detach())
+        return original(module, x, tensors)
+
+    monkeypatch.setattr(reconstruction, "block_outputs", watched)
+    reconstruct(fp32, coarse, images, Schedule(8, 1, 0.01, 0.02, 3))
+    assert {len(x) for x in steps} == {3}
+    assert len(torch.cat(steps[:8]).flatten(1).unique(dim=0)) > 3  # of the first block
 
 
 def test_the_regularizer_and_the_rates_follow_the_schedule(made, monkeypatch) -> None:
