@@ -203,7 +203,7 @@ def quantize(
         quantized = quantize_graph(
             asked, settings, exported.graph, calibration, steering, model.spec.task,
             out_of_time, progress, log, steered, recipe.measurement.device,
-            judging_inputs(model.spec, calibration) if asked.finetune else (),
+            judging_inputs(model, calibration, progress) if asked.finetune else None,
         )  # fmt: skip
         if quantized.fp32 is not exported.graph:  # equalized: layers of both files belong together
             fp32 = exported.whole(quantized.fp32)

@@ -43,8 +43,7 @@ def resolve_calibration(
     calib = options.calib
     warnings: tuple[str, ...] = ()
     if calib is None:
-        known = model.obstacle or few_statistics(model)
-        calib, obstacle = default_source(model.module, model.spec, known)
+        calib, obstacle = usual_source(model)
         if obstacle:
             if options.options:
                 given = ", ".join(f"-O {key}={value}" for key, value in options.options.items())
@@ -61,8 +60,13 @@ def resolve_calibration(
     return options.model_copy(update={"calib": calib, "num_samples": count}), warnings
 
 
+def usual_source(model: Model) -> tuple[str, str | None]:
+    """The source for a model for which none was named, and why it is not bn-inversion, if it is not."""
+    return default_source(model.module, model.spec, model.obstacle or few_statistics(model))
+
+
 def default_source(module: nn.Module | None, spec: ModelSpec, obstacle: str | None = None) -> tuple[str, str | None]:
-    """The source for a model for which none was named, and why it is not bn-inversion, if it is not.
+    """The same, of a torch module.
 
     obstacle   to inverting it, that is known beforehand
     """

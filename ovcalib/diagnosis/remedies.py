@@ -77,9 +77,9 @@ def try_remedies(
     tried: list[Remedy] = []
     for asked in attempts():
         settings = resolve_settings(asked, fp32)
-        probe = judging_inputs(model.spec, calibration) if asked.finetune else ()
+        judges = judging_inputs(model, calibration, progress) if asked.finetune else None
         made = quantize_graph(
-            asked, settings, fp32, calibration, None, model.spec.task, lambda: False, progress, probe=probe
+            asked, settings, fp32, calibration, None, model.spec.task, lambda: False, progress, judges=judges
         )
         found = measure(made.int8)
         recipe = Recipe(model=about, calibration=options, quantization=asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -42,6 +42,9 @@ from ovcalib.quantization.settings import Settings, auto_fields
 from ovcalib.records.model import Task
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import NOTHING, Equalized, FineTuning, Outcome, Quantization
+
+# Network inputs, float32 [1, C, H, W] each, by the source that made them.
+Judges = Mapping[str, Sequence[NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def quantize_graph(
     log: TextIO | None = None,
     steering_reference: Outputs | None = None,
     device: str = "CPU",
-    probe: Sequence[NDArray[np.float32]] = (),
+    judges: Judges | None = None,
 ) -> Quantized:
     """Quantize a graph with the default algorithm and, where it is asked for, the accuracy-aware one; or weights alone.
 
@@ -125,13 +128,13 @@ def quantize_graph(
     log              receives what NNCF prints
     steering_reference   outputs of FP32 on the steering images, where they are known
     device           on which operations are timed, where options ask for that
-    probe            network inputs of another source than the calibration images, which judge fine-tuning as well
+    judges           images of other sources than the calibration images, which judge fine-tuning as well
     raises           ModelError, DataError, DeviceError
     """
     if options.mode == "weight-only":
         return weights_only(options, settings, fp32, calibration, progress, log)
     if options.mode == "simulated":
-        return simulated(options, settings, fp32, calibration, out_of_time, progress, log, probe)
+        return simulated(options, settings, fp32, calibration, out_of_time, progress, log, judges)
     began = time.monotonic()
     warnings = []
     parts = split(calibration)
@@ -176,7 +179,7 @@ def quantize_graph(
             # range of weights costs (benchmarks/results/finetuning.md).
             start = calibrate(halved(settings), frozenset(), best.output, parts, progress, log)
         steps = options.finetune_steps
-        int8, tuning = finetuned(best.output, int8, start.int8, parts, steps, probe, error, out_of_time, progress)
+        int8, tuning = finetuned(best.output, int8, start.int8, parts, steps, judges, error, out_of_time, progress)
         settings = start.settings if tuning.kept else settings
         warnings += tuning_warnings(tuning)
     outcome: Outcome = "done"
@@ -241,7 +244,7 @@ def finetuned(
     start: ov.Model,
     parts: Split,
     steps: int,
-    probe: Sequence[NDArray[np.float32]],
+    judges: Judges | None,
     error: Callable[[OutputError, ov.Model], float],
     out_of_time: Callable[[], bool],
     progress: Progress,
@@ -249,26 +252,29 @@ def finetuned(
     """A quantized graph, or what fine-tuning makes of `start` where that has the smaller error.
 
     A network that learns from images which look like no others, such as noise, can get better on more of them and worse
-    on photographs. So it must not get worse on images of another source either.
+    on photographs. So it must not get worse on images of other sources either.
+
+    error   of a graph by its outputs on some images
     """
     from ovcalib.quantization.finetuning import finetune
 
     began = time.monotonic()
-    images = parts.ranges.inputs()
+    learned_from = parts.ranges.inputs()
     with progress.task("fine-tuning", steps, "a limit (`max_time`).") as tick:
-        after, made = finetune(output.fp32, start, images, steps, tick=tick, out_of_time=out_of_time)
+        after, made = finetune(output.fp32, start, learned_from, steps, tick=tick, out_of_time=out_of_time)
     first, second = error(output, before), error(output, after)
-    kept, on_probe = second < first, None
-    if probe:  # images on which FP32 itself is not finite tell nothing, and the user did not give them
-        outputs = compared_outputs(output.fp32, probe)
-        probe = [image for image, found in zip(probe, outputs, strict=True) if np.isfinite(found).all()]
-    if probe:
-        judge = OutputError(output.fp32, probe)
-        on_probe = error(judge, before), error(judge, after)
-        kept = kept and on_probe[1] <= on_probe[0]
+    judged = {}
+    for source, images in (judges or {}).items():
+        # Images on which FP32 itself is not finite tell nothing, and the user did not give them.
+        outputs = compared_outputs(output.fp32, images)
+        finite = [image for image, found in zip(images, outputs, strict=True) if np.isfinite(found).all()]
+        if finite:
+            judge = OutputError(output.fp32, finite)
+            judged[source] = error(judge, before), error(judge, after)
+    kept = second < first and all(second <= first for first, second in judged.values())
     record = FineTuning(
-        steps=made, images=len(images), nmse=(first, second),
-        probe_nmse=on_probe, kept=kept, seconds=round(time.monotonic() - began, 3),
+        steps=made, images=len(learned_from), nmse=(first, second),
+        judged_nmse=judged, kept=kept, seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     return after if kept else before, record
 
@@ -291,7 +297,7 @@ def simulated(
     out_of_time: Callable[[], bool],
     progress: Progress,
     log: TextIO | None = None,
-    probe: Sequence[NDArray[np.float32]] = (),
+    judges: Judges | None = None,
 ) -> Quantized:
     """A graph that computes in float on the levels that weights and activations of fewer bits have."""
     began = time.monotonic()
@@ -313,7 +319,7 @@ def simulated(
     graph, tuning = selected.int8, None
     if options.finetune:
         steps = options.finetune_steps
-        graph, tuning = finetuned(output, graph, graph, parts, steps, probe, OutputError.nmse, out_of_time, progress)
+        graph, tuning = finetuned(output, graph, graph, parts, steps, judges, OutputError.nmse, out_of_time, progress)
         warnings += tuning_warnings(tuning)
     chosen = selected.settings
     record = Quantization(

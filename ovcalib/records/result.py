@@ -280,14 +280,14 @@ class FineTuning(Frozen):
     images   that it learned from
     nmse     of the outputs on held-out calibration images, before and after, on the kernels where it is larger; None
              where it is not finite
-    probe_nmse   the same on fractals; None where the calibration images are fractals themselves
-    kept     whether the fine-tuned model was taken: the first error is smaller, and the other no larger
+    judged_nmse   the same on images of other sources, by their names
+    kept     whether the fine-tuned model was taken: the first error is smaller, and no other is larger
     """
 
     steps: int
     images: int
     nmse: tuple[Measured, Measured]
-    probe_nmse: tuple[Measured, Measured] | None = None
+    judged_nmse: dict[str, tuple[Measured, Measured]]
     kept: bool
     seconds: float
 

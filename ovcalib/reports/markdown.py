@@ -233,8 +233,8 @@ def finetuning_facts(found: FineTuning | None) -> list[tuple[str, str]]:
     if found is None:
         return []
     errors = f"NMSE {before_and_after(found.nmse)}"
-    if found.probe_nmse is not None:
-        errors += f"; on fractals {before_and_after(found.probe_nmse)}"
+    for source, judged in found.judged_nmse.items():
+        errors += f"; on {source} images {before_and_after(judged)}"
     taken = "" if found.kept else ", not taken"
     how = f"{found.steps} steps on {found.images} images in {found.seconds:.0f} s"
     return [("fine-tuning", f"{how}{taken} ({errors})")]

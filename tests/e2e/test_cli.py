@@ -208,8 +208,10 @@ def test_finetuning_is_taken_where_images_that_it_has_not_seen_say_so(data, done
     made = json.loads((tmp_path / "good/result.json").read_text())["quantization"]
     tuned = made["finetuning"]
     assert (tuned["steps"], tuned["images"]) == (12, made["subset_size"])
-    (before, after), (probe_before, probe_after) = tuned["nmse"], tuned["probe_nmse"]
-    assert tuned["kept"] == (after < before and probe_after <= probe_before)
+    before, after = tuned["nmse"]
+    judged = tuned["judged_nmse"]
+    assert list(judged) == ["fractal", "bn-inversion"]
+    assert tuned["kept"] == (after < before and all(second <= first for first, second in judged.values()))
     assert f"- fine-tuning: 12 steps on {tuned['images']} images in" in (tmp_path / "good/report.md").read_text()
     # Rates that destroy the network: what is written is what would be written without.
     monkeypatch.setattr(finetuning, "WEIGHT_RATE", 10.0)

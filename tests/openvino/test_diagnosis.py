@@ -135,11 +135,11 @@ def test_where_that_is_not_enough_it_is_fine_tuned(toy, toy_graph, int8, tmp_pat
     harmed = plant_narrow_range(int8, "fc", 0.02)
     fp32, bad = write_pair(tmp_path, toy_graph, harmed)
     toy.calibration(20).save(tmp_path / "set")
-    given, judges = [], tuple(toy.calibration(4).inputs())
-    monkeypatch.setattr(remedies, "judging_inputs", lambda spec, calibration: judges)
+    given, judges = [], {"fractal": toy.calibration(4).inputs()}
+    monkeypatch.setattr(remedies, "judging_inputs", lambda model, calibration, progress: judges)
 
-    def spoiled(options, settings, graph, *rest, probe):
-        given.append((options.finetune, probe))
+    def spoiled(options, settings, graph, *rest, judges):
+        given.append((options.finetune, judges))
         made = quantize_graph(options, settings, graph, *rest)
         return made if options.finetune else replace(made, int8=harmed.clone())
 
@@ -153,7 +153,7 @@ def test_where_that_is_not_enough_it_is_fine_tuned(toy, toy_graph, int8, tmp_pat
         fp32, bad, calib=[f"npz:{tmp_path / 'set' / 'calibration.npz'}"], num_samples=16, benchmark_time=0
     )
     assert [("--finetune" in r.command) for r in found.remedies] == [False, False, *[True] * possible]
-    assert given == [(False, ()), (False, ()), *[(True, judges)] * possible]
+    assert given == [(False, None), (False, None), *[(True, judges)] * possible]
     assert found.remedy == (2 if possible else None)
 
 

@@ -681,7 +681,7 @@ def test_finetuning_starts_from_sums_that_cannot_saturate(toy, toy_graph, monkey
     def watched(output, before, start, *_):
         seen.extend([before, start])
         return start if kept else before, FineTuning(
-            steps=1, images=1, nmse=(1, 1), probe_nmse=None, kept=kept, seconds=0
+            steps=1, images=1, nmse=(1, 1), judged_nmse={}, kept=kept, seconds=0
         )
 
     monkeypatch.setattr("ovcalib.quantization.quantize.finetuned", watched)
@@ -703,36 +703,44 @@ def test_finetuning_starts_from_sums_that_cannot_saturate(toy, toy_graph, monkey
 
 
 @pytest.mark.parametrize(
-    ("held_out", "probe", "kept"),
-    [((2.0, 1.0), (3.0, 2.0), True), ((2.0, 1.0), (3.0, 3.0), True), ((2.0, 1.0), (3.0, 4.0), False),
-     ((2.0, 2.0), (3.0, 2.0), False), ((2.0, 1.0), None, True), ((2.0, math.inf), (3.0, 2.0), False)],
+    ("held_out", "one", "other", "kept"),
+    [((2.0, 1.0), (3.0, 2.0), (5.0, 4.0), True), ((2.0, 1.0), (3.0, 3.0), (5.0, 5.0), True),
+     ((2.0, 1.0), (3.0, 4.0), (5.0, 4.0), False), ((2.0, 1.0), (3.0, 2.0), (5.0, 6.0), False),
+     ((2.0, 2.0), (3.0, 2.0), (5.0, 4.0), False), ((2.0, 1.0), None, (5.0, 4.0), True),
+     ((2.0, 1.0), None, (5.0, 6.0), False), ((2.0, 1.0), None, None, True),
+     ((2.0, math.inf), (3.0, 2.0), (5.0, 4.0), False)],
 )  # fmt: skip
-def test_finetuning_must_not_get_worse_on_images_of_another_source(toy, toy_graph, monkeypatch, held_out, probe, kept):
+def test_finetuning_must_not_get_worse_on_images_of_other_sources(
+    toy, toy_graph, monkeypatch, held_out, one, other, kept
+) -> None:
     before, after = toy_graph.clone(), toy_graph.clone()
     start = toy_graph.clone()
     made = lambda fp32, int8, images, steps, **k: (after, steps - 2 if int8 is start else 0)  # noqa: E731
     monkeypatch.setattr("ovcalib.quantization.finetuning.finetune", made)
-    parts, other = split(toy.calibration(16)), tuple(toy.calibration(4).inputs())
+    parts, images = split(toy.calibration(16)), toy.calibration(4).inputs()
     output = OutputError(toy_graph, parts.choices.inputs())
 
     judged = []
 
     def error(judge, graph):
         judged.append(judge.inputs)
-        found = held_out if judge is output else probe
+        found = held_out if judge is output else {id(images[0]): one, id(images[2]): other}[id(judge.inputs[0])]
         return found[0] if graph is before else found[1]
 
     # Those that FP32 itself fails on do not count.
-    broken = np.zeros_like(other[0])
+    broken = np.zeros_like(images[0])
     monkeypatch.setattr(
         "ovcalib.quantization.quantize.compared_outputs",
         lambda fp32, images: np.array([[np.nan if image is broken else 0.0] for image in images]),
     )
-    seen = (broken,) if probe is None else (broken, *other)
-    taken, record = finetuned(output, before, start, parts, 9, seen, error, lambda: False, Progress())
+    judges = {
+        "fractal": (broken, *(images[:2] if one else ())), "bn-inversion": (broken, *(images[2:] if other else ()))
+    }  # fmt: skip
+    taken, record = finetuned(output, before, start, parts, 9, judges, error, lambda: False, Progress())
     assert taken is (after if kept else before)
     assert record.kept == kept
     assert (record.steps, record.images) == (7, len(parts.ranges))
     assert record.nmse == (held_out[0], None if math.isinf(held_out[1]) else held_out[1])
-    assert record.probe_nmse == probe
+    found = {"fractal": one, "bn-inversion": other}
+    assert record.judged_nmse == {source: errors for source, errors in found.items() if errors}
     assert not any(image is broken for images in judged for image in images)
