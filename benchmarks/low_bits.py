@@ -6,7 +6,8 @@
 
 Bits are WEIGHTS/ACTIVATIONS. Ranges of weights and activations have the least squared error (`--ranges`); `--edges
 academic` leaves the first and the last layer at 8 bits, `full` quantizes them and the outputs too. `nearest` rounds
-each weight to the nearest level and corrects biases layer by layer; `adaround` learns whether to round up or down
+each weight to the nearest level and corrects biases layer by layer; `per-tensor` does so with one scale for a layer's
+weights, and `dfq` equalizes the network before that (Nagel et al. 2019); `adaround` learns whether to round up or down
 (ovcalib.quantization.adaround), and `brecq` learns it block by block, and ranges too
 (ovcalib.quantization.reconstruction); `compensated` rounds by ovcalib.quantization.rounding, and `finetuned` goes on
 from there by ovcalib.quantization.finetuning. `gdfq-finetuned` and `intraq-finetuned` learn classes and logits instead,
@@ -19,6 +20,7 @@ Graphs compute in float32 with values on the low-bit grids, on any CPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -41,6 +43,7 @@ from ovcalib.kernels import without_saturation
 from ovcalib.measurement.environment import environment
 from ovcalib.progress import Progress
 from ovcalib.quantization.adaround import choose_adaround
+from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.finetuning import BY_LAYER, finetune
 from ovcalib.quantization.low_bits import Bits, simulate
 from ovcalib.quantization.nncf_backend import fit_weights, quantize_default
@@ -55,7 +58,7 @@ from ovcalib.runtime import outputs_of
 KEY = ("arm", "seed", "bits", "edges", "rounding")
 STEPS = QuantizationOptions().finetune_steps
 RECIPES = {"finetuned": BY_LAYER, "gdfq-finetuned": GDFQ, "intraq-finetuned": INTRAQ}
-ROUNDINGS = ("nearest", "adaround", "brecq", "compensated", *RECIPES)
+ROUNDINGS = ("nearest", "per-tensor", "dfq", "adaround", "brecq", "compensated", *RECIPES)
 
 
 def main() -> None:
@@ -148,9 +151,14 @@ def quantized(
     brecq: Schedule | None = None,
 ) -> Any:  # fmt: skip
     """The simulated graph of one cell."""
+    if rounding == "dfq":
+        fp32, _ = equalize(fp32)
+        int8 = int8_of(fp32, made)
+    if rounding in ("per-tensor", "dfq"):
+        bits = dataclasses.replace(bits, scales="tensor")
     parts = split(made)
     graph = simulate(fp32, int8, bits, parts.ranges.inputs())
-    if rounding == "nearest":
+    if rounding in ("nearest", "per-tensor", "dfq"):
         return fit_weights(fp32, graph, Settings(), parts.corrections)
     if rounding == "adaround":
         return compensated(fp32, [graph], parts.corrections.inputs(), choose_adaround)[0]

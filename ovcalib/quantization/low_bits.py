@@ -47,12 +47,14 @@ class Bits:
     ranges   "extremes" of weights and activations, "mse": those of least squared error, or "power-of-two": of least
              squared error among powers of two, which hardware scales by shifts. With 8 bits, weights and inner
              activations keep the ranges that NNCF gave them, but for powers of two
+    scales   "channel": one for each output channel of a layer's weights; "tensor": one for all of them
     """
 
     weights: int = 8
     activations: int = 8
     edges: Edges = "academic"
     ranges: Literal["extremes", "mse", "power-of-two"] = "mse"
+    scales: Literal["channel", "tensor"] = "channel"
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations"):
@@ -157,7 +159,7 @@ def simulate(fp32: ov.Model, int8: ov.Model, bits: Bits, images: Sequence[NDArra
     images       network inputs, float32 [1, C, H, W] each, for the ranges of activations
     """
     graph = int8.clone()
-    if bits.weights < 8 or bits.ranges == "power-of-two":
+    if bits.weights < 8 or bits.ranges == "power-of-two" or bits.scales == "tensor":
         _other_weights(fp32, graph, bits)
     _other_activations(fp32, graph, bits, images)
     graph.validate_nodes_and_infer_types()
@@ -171,7 +173,7 @@ def _other_weights(fp32: ov.Model, graph: ov.Model, bits: Bits) -> None:
         layers = layers[1:-1]
     for rounding in roundings_in(layers, fp32):
         rows = rounding.exact.reshape(-1, rounding.exact.shape[-1])
-        scale = choose_scale(rows, limit, bits.ranges, rounding.by_channel)
+        scale = choose_scale(rows, limit, bits.ranges, rounding.by_channel and bits.scales == "channel")
         integers = nearest(rows, scale, limit).astype(np.int8)
         rounding.write(integers.reshape(rounding.exact.shape), scale.reshape(rounding.exact.shape[:2]))
 

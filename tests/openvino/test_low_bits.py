@@ -194,6 +194,19 @@ def test_scales_that_hardware_shifts_by_are_powers_of_two(small, bits) -> None:
         np.testing.assert_allclose(exponents, np.rint(exponents), atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_has_one_scale_for_all_channels_where_that_is_asked(small, bits) -> None:
+    net, fp32, int8, inputs = small
+    graph = simulate(fp32, int8, Bits(bits, 8, "full", "extremes", "tensor"), inputs)
+    limit = 2 ** (bits - 1) - 1
+    for layer, module in zip(quantized_layers(graph), (net.first, net.second, net.last), strict=True):
+        integers, scale = integer_weights(layer)
+        weights = module.weight.detach().numpy()
+        step = np.abs(weights).max() / limit
+        np.testing.assert_allclose(scale, np.full_like(scale, step), rtol=1e-5)
+        np.testing.assert_array_equal(integers.reshape(weights.shape), np.rint(weights / step))
+
+
 def test_outputs_are_quantized_with_8_bits_as_well(small) -> None:
     _, fp32, int8, inputs = small
     graph = simulate(fp32, int8, Bits(8, 8, "full"), inputs)
