@@ -22,6 +22,7 @@ from pathlib import Path
 
 import command
 
+from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.result import Result
 from ovcalib.records.sweep import Sweep
 from ovcalib.reports.tables import escape_markdown
@@ -44,9 +45,12 @@ from ovcalib.sweeps.tables import (
 )
 
 MODELS = ("ResNet20", "VGG16", "MobileNetV2", "ShuffleNetV2", "RepVGG")
-# The narrow networks of benchmarks/paper_narrow.yaml, which a CPU can train, and the corresponding model of the paper.
-NARROW = {
+# Networks that a CPU can train (paper_narrow.yaml) or that ship with ovcalib (paper_shipped.yaml), and the model of the
+# paper that each stands beside.
+INSTEAD = {
     "VGG11": "VGG16",
+    "VGG16 x0.25": "VGG16",
+    "MobileNetV3": "MobileNetV2",
     "MobileNetV2 x0.5": "MobileNetV2",
     "ShuffleNetV2 x0.5": "ShuffleNetV2",
     "RepVGG-A0": "RepVGG",
@@ -87,8 +91,6 @@ DIFFERENCES = """\
 - DiStyleGAN: uses no data at calibration time; its generator was trained on the CIFAR-10 training split.
 - Fractal: ovcalib's own generator, not Datumaro's.
 - DGH, ZeroQ, DSG, IntraQ, Genie, bn-inversion: quick budgets. The number of images of every source is below.
-- Accuracy-aware: the paper allows 2 points, measured on the calibration images with their labels. Here 0.3 points are
-  allowed, measured on the same images: top-1 where there are labels, else expected top-1 under FP32's probabilities.
 - RepVGG is in its multi-branch training form, as in the paper."""
 
 
@@ -99,7 +101,7 @@ def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, pu
     rows = [[escape_markdown(source)] for source in sources]
     models = columns(sweep)
     for model in models:
-        k = MODELS.index(NARROW.get(model, model))
+        k = MODELS.index(INSTEAD.get(model, model))
         groups = [group(sweep, model, source, mode) if sweep else [] for source in sources]
         drops = [over_seeds(cells, DROP, results, {}) for cells in groups]
         marked = best(drops, "less")
@@ -109,7 +111,7 @@ def drop_table(sweep: Sweep | None, results: Mapping[str, Result], mode: str, pu
             text += f" ({relative.mean:.2f} %)" if relative else ""
             known = published.get(sources[i], (None,) * len(MODELS))[k]
             rows[i] += [f"**{text}**" if i == marked else text, "-" if known is None else f"{known:.2f}"]
-    named = {model: f"paper ({NARROW[model]})" if model in NARROW else "paper" for model in models}
+    named = {model: f"paper ({INSTEAD[model]})" if model in INSTEAD else "paper" for model in models}
     header = ["calibration", *(name for model in models for name in (model, named[model]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
@@ -123,11 +125,11 @@ def with_seeds(table: str, sweep: Sweep | None) -> str:
 
 
 def columns(sweep: Sweep | None) -> list[str]:
-    """The paper's models, or the narrow networks of a sweep."""
+    """The paper's models, or the networks of a sweep that stand beside them."""
     ours = [model.label for model in sweep.recipe.models] if sweep else []
-    if not set(ours) & set(NARROW):
+    if not set(ours) & set(INSTEAD):
         return list(MODELS)
-    return [model for model in ours if model in MODELS or model in NARROW]
+    return [model for model in ours if model in MODELS or model in INSTEAD]
 
 
 def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
@@ -138,10 +140,10 @@ def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
         if not found or found[0].accuracy is None:
             continue
         first, accuracy = found[0], found[0].accuracy
-        narrower = f", narrower than the paper's {NARROW[model]}" if model in NARROW else ""
-        theirs = PUBLISHED_TOP1[NARROW.get(model, model)]
+        instead = f", in place of the paper's {INSTEAD[model]}" if model in INSTEAD else ""
+        theirs = PUBLISHED_TOP1[INSTEAD.get(model, model)]
         lines.append(
-            f"- {model}{narrower}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published checkpoint: {theirs:.2f} %), "
+            f"- {model}{instead}: FP32 top-1 {100 * accuracy.fp32.top1:.2f} % (published checkpoint: {theirs:.2f} %), "
             f"weights {first.model.weights.origin} {first.model.sha256[:12]}, on "
             f"{escape_markdown(accuracy.protocol)}"
         )
@@ -152,6 +154,23 @@ def provenance(sweep: Sweep, results: Mapping[str, Result]) -> list[str]:
             counts.setdefault(made[0].calibration.num_samples, []).append(escape_markdown(source.label))
     shown = "; ".join(f"{count} for {', '.join(labels)}" for count, labels in sorted(counts.items(), reverse=True))
     return [*lines, f"- Calibration images: {shown}."]
+
+
+def steering(sweep: Sweep) -> str:
+    """What the accuracy-aware algorithm allows, and on which images."""
+    common = sweep.recipe.common
+    points = 100 * float(common.get("max_drop", QuantizationOptions().max_drop))
+    images = common.get("validate_on")
+    where = (
+        "the same images: top-1 where there are labels, else expected top-1 under FP32's probabilities"
+        if images == "calibration"
+        else f"`{images or sweep.recipe.eval}`, whatever the calibration set"
+    )
+    limit = "" if sweep.recipe.limit is None or images == "calibration" else f", of at most {sweep.recipe.limit} images"
+    return (
+        "- Accuracy-aware: the paper allows 2 points, measured on the calibration images with their labels. Here "
+        f"{points:g} points are allowed, measured on {where}{limit}."
+    )
 
 
 def score_table(scores: Scores) -> str:
@@ -191,10 +210,11 @@ def document(
     lines = [
         "# The paper's tables",
         "",
-        "Generated by `python benchmarks/paper_tables.py` from a sweep of `benchmarks/paper.yaml` (`make tables`), or "
-        "of `benchmarks/paper_narrow.yaml` if the column names are narrow networks. Each cell is the drop of top-1 "
-        "accuracy in points, in brackets in % of FP32; the column beside it is the published value. Networks, data and "
-        "quantizer differ from the paper, so this is not a like-for-like comparison. " + NOTES,
+        "Generated by `python benchmarks/paper_tables.py` from a sweep of `benchmarks/paper.yaml` (`make tables`), or, "
+        "where the columns are other networks than the paper's, of `benchmarks/paper_narrow.yaml` or "
+        "`benchmarks/paper_shipped.yaml`. Each cell is the drop of top-1 accuracy in points, in brackets in % of FP32; "
+        "the column beside it is the published value. Networks, data and quantizer differ from the paper, so this is "
+        "not a like-for-like comparison. " + NOTES,
         "",
         *([f"Seeds per cell: {len(sweep.recipe.seeds)}.", ""] if sweep else []),
         "## Differences from the paper",
@@ -202,6 +222,8 @@ def document(
         DIFFERENCES,
     ]
     if sweep:
+        if "accuracy-aware" in sweep.recipe.modes:
+            lines += [steering(sweep)]
         lines += provenance(sweep, results)
         for machine in dict.fromkeys((r.environment.cpu, r.environment.isa) for r in results.values()):
             lines += [f"- CPU: {machine[0]}, {machine[1]}"]

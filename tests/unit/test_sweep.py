@@ -12,6 +12,7 @@ import yaml
 
 from ovcalib.errors import DeviceError, UsageError
 from ovcalib.evaluation.metrics import T95, t95
+from ovcalib.models.builtin import shipped_weights
 from ovcalib.records.options import QuantizationOptions
 from ovcalib.records.sweep import SweepCell, make_sweep_recipe
 from ovcalib.sweeps.engines import LocalEngine, open_engine, share_of_cpus
@@ -408,9 +409,30 @@ def test_scores_of_another_classifier_never_stand_for_the_inception_score(paper)
 def test_the_narrow_recipe_is_valid_and_every_model_has_a_column(paper) -> None:
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_narrow.yaml"
     found = make_sweep_recipe(yaml.safe_load(path.read_text()))
-    assert {paper.NARROW.get(model.label) for model in found.models} == {None, *paper.MODELS[1:]}
+    assert {paper.INSTEAD.get(model.label) for model in found.models} == {None, *paper.MODELS[1:]}
     assert set(paper.TABLE_1A) <= {source.label for source in found.sources}
     assert all(model.command or model.weights is None for model in found.models)
+
+
+def test_the_recipe_of_shipped_networks_needs_no_training(paper) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_shipped.yaml"
+    found = make_sweep_recipe(yaml.safe_load(path.read_text()))
+    assert all(shipped_weights(model.model) and model.weights is None for model in found.models)
+    assert [model.label for model in found.models if model.label not in paper.INSTEAD] == ["ResNet20"]
+
+
+@pytest.mark.parametrize(
+    ("common", "expected"),
+    [({"max_drop": 0.003, "validate_on": "calibration"}, "Here 0.3 points are allowed, measured on the same images: "),
+     ({"max_drop": 0.02, "validate_on": "imagefolder:train", "limit": 50},
+      "Here 2 points are allowed, measured on `imagefolder:train`, whatever the calibration set, of at most 50 images."),
+     ({}, "Here 1 points are allowed, measured on `images`, whatever the calibration set.")],
+)  # fmt: skip
+def test_it_says_what_steered_the_accuracy_aware_algorithm(paper, common, expected) -> None:
+    sweep, _ = swept({}, {}, common=common, modes=["accuracy-aware"])
+    assert expected in paper.steering(sweep)
+    assert paper.steering(sweep) in paper.document(sweep, {}, {})
+    assert "Accuracy-aware: the paper" not in paper.document(swept({}, {})[0], {}, {})
 
 
 def test_the_recipe_with_nncfs_own_settings_is_that_of_the_wide_networks(paper) -> None:
