@@ -76,7 +76,7 @@ def main() -> None:
         "--brecq-batch", type=command.positive, default=Schedule().batch, help="images of one of these steps"
     )
     args = parser.parse_args()
-    given = about(args)
+    given, brecq = about(args), Schedule.shortened(args.brecq_steps, args.brecq_batch)
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {tuple(cell[name] for name in KEY) for cell in cells}
     _, fp32, inputs, labels = opened(args)
@@ -95,7 +95,6 @@ def main() -> None:
             for _, _, bits, edges, rounding in wanted:
                 weights, activations = map(int, bits.split("/"))
                 grid = Bits(weights, activations, edges, args.ranges)
-                brecq = Schedule.shortened(args.brecq_steps, args.brecq_batch)
                 graph = quantized(fp32, int8, made, grid, rounding, args.finetune_steps, brecq)
                 found = outputs_of(without_saturation(graph), inputs)
                 cells.append({
