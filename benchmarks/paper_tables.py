@@ -82,7 +82,7 @@ DIFFERENCES = """\
   classes.
 - Data: the paper evaluates on the original CIFAR-10; the protocol of each model here is listed below. `cifar10-jpeg` is
   CIFAR-10 stored as 32x32 JPEG, quality 75. The paper does not state which 5,000 images its real calibration set held;
-  here 500 images per class of the training split are drawn by seed.
+  here they are drawn from the training split by seed, as many of each class.
 - Weights: the paper uses the published checkpoints; the weights here are listed below by SHA-256.
 - Quantizer: the paper uses the Post-training Optimization Tool of OpenVINO 2022.1. Here it is NNCF with ovcalib's
   defaults for activation ranges, rounding and bias correction. "NNCF's own settings", where they were run, have NNCF's.
