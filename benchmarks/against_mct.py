@@ -26,6 +26,7 @@ from calibration import spread
 from settings import about, add_model
 
 import ovcalib
+from ovcalib.evaluation.dataset import open_dataset
 from ovcalib.measurement.environment import environment
 
 MCT = """
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True)
     parser.add_argument("--limit", type=command.positive)
     parser.add_argument("--count", type=command.positive, default=64)
-    parser.add_argument("--mct-python", required=True, help="interpreter with model-compression-toolkit")
+    parser.add_argument("--mct-python", type=command.program, required=True, help="interpreter of its environment")
     parser.add_argument("--mct-steps", nargs="+", type=command.positive, default=[500])
     parser.add_argument("--steps", nargs="+", type=command.positive, default=[20], help="of bn-inversion")
     parser.add_argument("--seeds", type=command.positive, default=1)
@@ -64,6 +65,7 @@ def main() -> None:
     cells = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     done = {(cell["method"], cell["steps"], cell["seed"]) for cell in cells}
     methods = {"mct": (args.mct_steps, by_mct), "bn-inversion": (args.steps, by_inversion)}
+    open_dataset(args.eval, ovcalib.load_model(args.model, **about(args)).spec, args.limit)  # refused before any work
     ovcalib.generate("bn-inversion", args.model, args.count, options={"steps": "1"}, **about(args))  # a warm-up
     for seed in range(args.seeds):
         for method, (all_steps, make) in methods.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -30,3 +31,10 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return number
+
+
+def program(text: str) -> str:
+    """The type of an option that names a program."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no program that can be run")
+    return text

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--images", type=command.positive, default=16)
     parser.add_argument("--steps", type=command.positive, default=8, help="steps of a turn")
     parser.add_argument("--turns", type=command.positive, default=5)
-    parser.add_argument("--mct-python", help="interpreter with model-compression-toolkit")
+    parser.add_argument("--mct-python", type=command.program, help="interpreter with model-compression-toolkit")
     parser.add_argument("--mct-steps", type=command.positive, default=5)
     parser.add_argument("--mct-images", help="npz file for the images that mct makes")
     parser.add_argument(

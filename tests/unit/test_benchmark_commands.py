@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,9 @@ def test_a_number_from_one_on(command, text) -> None:
     assert command.positive("3") == 3
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number from 1 on"):
         command.positive(text)
+
+
+def test_a_program_that_can_be_run(command) -> None:
+    assert command.program(sys.executable) == sys.executable
+    with pytest.raises(argparse.ArgumentTypeError, match="'/nowhere/python' is no program that can be run"):
+        command.program("/nowhere/python")
