@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import command
 import torch
 from calibration import spread
+from inversion_speed import run_mct
 from settings import about, add_model
 
 import ovcalib
@@ -97,16 +97,10 @@ def by_mct(args: argparse.Namespace, steps: int, seed: int, folder: Path) -> tup
     """Seconds of one run of MCT, and its images as a calibration source."""
     model = ovcalib.load_model(args.model, **about(args))
     assert model.module is not None
-    torch.save(model.module.requires_grad_(False), folder / "model.pt")
     numbers = (model.spec.input_shape[1], args.count, steps, seed, torch.get_num_threads())
     images = folder / "images.npz"
-    found = subprocess.run(
-        [args.mct_python, "-c", MCT, str(folder / "model.pt"), *map(str, numbers), str(images)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if found.returncode:
-        raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
-    return float(found.stdout.split()[-1]), f"npz:{images}"
+    (seconds,) = run_mct(args.mct_python, MCT, model.module, folder, *numbers, images)
+    return seconds, f"npz:{images}"
 
 
 def by_inversion(args: argparse.Namespace, steps: int, seed: int, folder: Path) -> tuple[float, str]:

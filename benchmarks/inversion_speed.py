@@ -135,6 +135,17 @@ def whole_run(args: argparse.Namespace, source: str, options: dict[str, object])
     return time.perf_counter() - began
 
 
+def run_mct(python: str, script: str, module: nn.Module, folder: Path, *words: object) -> list[float]:
+    """The numbers that a script prints last, in the environment of MCT; its first argument is the pickled module."""
+    torch.save(module.requires_grad_(False), folder / "model.pt")
+    found = subprocess.run(
+        [python, "-c", script, str(folder / "model.pt"), *map(str, words)], capture_output=True, text=True
+    )
+    if found.returncode:
+        raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
+    return [float(word) for word in found.stdout.splitlines()[-1].split()]
+
+
 def measure(args: argparse.Namespace) -> dict[str, object]:
     with ExitStack() as stack:
 
@@ -157,16 +168,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     assert model.module is not None
     if args.mct_python:
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(model.module.requires_grad_(False), Path(folder) / "model.pt")
-            command = [
-                args.mct_python, "-c", MCT, str(Path(folder) / "model.pt"), str(model.spec.input_shape[1]),
-                str(args.images), str(args.mct_steps), str(torch.get_num_threads()),
-                args.mct_images or str(Path(folder) / "images.npz"),
-            ]  # fmt: skip
-            found = subprocess.run(command, capture_output=True, text=True)
-            if found.returncode:
-                raise SystemExit(f"mct failed:\n{found.stderr[-2000:]}")
-            result["mct"], mct_seconds = (float(word) for word in found.stdout.split()[-2:])
+            numbers = (model.spec.input_shape[1], args.images, args.mct_steps, torch.get_num_threads())
+            images = args.mct_images or Path(folder) / "images.npz"
+            result["mct"], mct_seconds = run_mct(args.mct_python, MCT, model.module, Path(folder), *numbers, images)
     race = {steps: [whole_run(args, "bn-inversion", {"steps": steps}) for _ in range(2)][1] for steps in args.race}
     return {
         "model": model.spec.name, "images": args.images, "threads": torch.get_num_threads(),
