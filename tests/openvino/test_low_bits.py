@@ -1,5 +1,8 @@
 """Simulated low-bit graphs against torch's own fake quantization, and their grids against exhaustive search."""
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,15 @@ from torch.nn import functional as F
 
 from ovcalib.export.to_onnx import to_onnx
 from ovcalib.graph.files import read_graph
-from ovcalib.graph.reading import activation_quantizers, constant_value, integer_weights, quantized_layers
+from ovcalib.graph.reading import (
+    activation_quantizers,
+    constant_value,
+    integer_weights,
+    quantizable_operations,
+    quantized_layers,
+)
 from ovcalib.kernels import without_saturation
+from ovcalib.quantization.equalization import equalize
 from ovcalib.quantization.low_bits import Bits, choose_range, choose_scale, fake_quantize, simulate, zero_on_grid
 from ovcalib.quantization.nncf_backend import quantize_default
 from ovcalib.quantization.settings import Settings
@@ -205,6 +215,25 @@ def test_a_layer_has_one_scale_for_all_channels_where_that_is_asked(small, bits)
         step = np.abs(weights).max() / limit
         np.testing.assert_allclose(scale, np.full_like(scale, step), rtol=1e-5)
         np.testing.assert_array_equal(integers.reshape(weights.shape), np.rint(weights / step))
+
+
+@pytest.mark.parametrize("rounding", ["per-tensor", "dfq"])
+def test_dfq_has_one_scale_for_the_weights_of_an_equalized_layer(small, toy, monkeypatch, rounding) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("low_bits")
+    _, fp32, int8, _ = small
+    bits = Bits(4, 8, "full", "extremes")
+    graph = benchmark.quantized(fp32, int8, toy.calibration(16), bits, rounding)
+    own, equalized = (
+        {op.name: op.weights for op in quantizable_operations(each)} for each in (fp32, equalize(fp32)[0])
+    )
+    assert any(not np.allclose(own[name], equalized[name]) for name in own)
+    for layer in quantized_layers(graph):
+        integers, scale = integer_weights(layer)
+        weights = (equalized if rounding == "dfq" else own)[layer.name].reshape(-1)
+        step = np.abs(weights).max() / 7
+        np.testing.assert_allclose(scale, np.full_like(scale, step), rtol=1e-5)
+        np.testing.assert_array_equal(np.sort(integers.reshape(-1)), np.sort(np.rint(weights / step)))
 
 
 def test_outputs_are_quantized_with_8_bits_as_well(small) -> None:
